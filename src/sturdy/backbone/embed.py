@@ -1,0 +1,77 @@
+"""What every backbone shares: the condition ``c(t, label)``, zero initialisation and recomputation.
+
+    c(t, label) = MLP(fourier(1000 t)) + embedding[label],        embedding[num_classes] is "no label"
+"""
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
+    """Cosines, then sines, of ``1000 t`` at frequencies from 1 down to ``1 / max_period``.
+
+    Source: Vaswani et al. 2017, section 3.5, with the time of DDPM's 1,000 steps (Ho et al. 2020).
+
+    Args:
+        t: times in [0, 1], ``(b,)``; computed in float32 at least, for bfloat16 cannot tell 998 from 1000.
+        size: number of features, even.
+
+    Returns:
+        ``(b, size)`` in [-1, 1].
+    """
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    exponent = torch.arange(size // 2, dtype=t.dtype, device=t.device) / (size // 2)
+    angle = 1000 * t[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class Condition(nn.Module):
+    """Time and label as one vector ``(b, size)``, ready for the linear layers that modulate the blocks.
+
+    Args:
+        size: width of the vector.
+        features: number of Fourier features of the time.
+        num_classes: number of labels; 0 ignores labels. Row ``num_classes`` of the embedding is the null label.
+    """
+
+    def __init__(self, size: int, *, features: int, num_classes: int = 0) -> None:
+        super().__init__()
+        if features % 2:
+            raise ValueError(f"the time needs an even number of features, not {features}: make backbone.width even")
+        self.features = features
+        self.num_classes = num_classes
+        self.time = nn.Sequential(nn.Linear(features, size), nn.SiLU(), nn.Linear(size, size))
+        self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
+
+    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None for all null -> ``(b, size)``.
+
+        Raises:
+            IndexError: a label is out of range (on a GPU: a device-side assertion).
+        """
+        c = self.time(fourier(t, self.features).to(self.time[0].weight.dtype))
+        if self.label is not None:
+            if label is None:
+                label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
+            c = c + self.label(label)
+        return nn.functional.silu(c)
+
+
+def zero(module: Module) -> Module:
+    """Set all parameters to zero: a branch that ends so starts as "add nothing" (Goyal et al. 2017, 5.1)."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
+    """``block(*args)``; ``recompute`` keeps no activations and runs it, dropout mask included, again in backward."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)
+    return block(*args)

@@ -1,0 +1,195 @@
+"""A U-Net with attention: residual blocks on a ladder of resolutions, modulated by time and label.
+
+    h = conv(silu(norm(x)));   y = skip(x) + conv(dropout(silu(norm(h) (1 + scale(c)) + shift(c))))
+
+After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs", section 3) with the smaller groups and the
+64-bit-clean code path of EDM (Karras et al. 2022). Every residual branch and the output start at zero.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sturdy.backbone.embed import Condition, call, zero
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least four channels: a group of one would erase what the channel says."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-5)
+
+
+class Down(nn.Module):
+    """Mean of each 2 x 2 square, ``(b, c, h, w) -> (b, c, h/2, w/2)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class Up(nn.Module):
+    """Each pixel four times, ``(b, c, h, w) -> (b, c, 2h, 2w)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Attention(nn.Module):
+    """Every pixel looks at every other, ``(b, c, h, w) -> (b, c, h, w)``, residual."""
+
+    def __init__(self, channels: int, *, head_dim: int) -> None:
+        super().__init__()
+        if channels % head_dim:
+            raise ValueError(f"backbone.head_dim={head_dim} does not divide the {channels} channels of a level")
+        self.head_dim = head_dim
+        self.norm = norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (b, hw, c)
+        qkv = self.qkv(h).unflatten(2, (3, -1, self.head_dim))  # (b, hw, 3, heads, head_dim)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, heads, hw, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Residual block, ``(b, c_in, h, w), (b, size) -> (b, c_out, h, w)``; ``resample`` halves or doubles h and w."""
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        size: int,
+        *,
+        dropout: float,
+        attention: nn.Module | None = None,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.resample = resample or nn.Identity()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.film = nn.Linear(size, 2 * c_out)
+        self.norm2 = norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.attention = attention or nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        scale, shift = self.film(c)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(self.resample(x)) + h)
+
+
+class UNet(nn.Module):
+    """``(x, t, label) -> (b, c, h, w)``, zero at the start of training.
+
+    Args:
+        image_channels: channels of the image.
+        num_classes: number of labels; 0 ignores labels. Index ``num_classes`` is the null label, and None means it.
+        width: channels of the first level, a multiple of four.
+        multipliers: channels of each level in units of ``width``; every level after the first halves h and w.
+        blocks: residual blocks a level on the way down; one more on the way up.
+        attention: for each level, whether its blocks end in attention; the middle always has it.
+        head_dim: channels of an attention head.
+        dropout: probability of dropping an activation inside a residual block.
+        checkpoint: recompute the blocks in the backward pass: less memory, about a third more work, equal gradients.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_channels: int = 3,
+        num_classes: int = 0,
+        width: int = 64,
+        multipliers: Sequence[int] = (1, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[bool] = (False, False, True),
+        head_dim: int = 32,
+        dropout: float = 0.1,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(attention) != len(multipliers):
+            raise ValueError(
+                f"backbone.attention has {len(attention)} entries for {len(multipliers)} levels: "
+                "give one for each of backbone.multipliers"
+            )
+        if width % 4:
+            raise ValueError(f"backbone.width={width} is not a multiple of 4: choose one that is")
+        self.checkpoint = checkpoint
+        self.image_channels = image_channels
+        self.levels = len(multipliers)
+        size = 4 * width
+
+        def block(c_in: int, c_out: int, *, attend: bool = False, resample: nn.Module | None = None) -> Block:
+            attention = Attention(c_out, head_dim=head_dim) if attend else None
+            return Block(c_in, c_out, size, dropout=dropout, attention=attention, resample=resample)
+
+        self.condition = Condition(size, features=width, num_classes=num_classes)
+        c = width * multipliers[0]
+        self.stem = nn.Conv2d(image_channels, c, 3, padding=1)
+        self.encoder, skips = nn.ModuleList(), [c]
+        for level, (multiplier, attend) in enumerate(zip(multipliers, attention, strict=True)):
+            if level:
+                self.encoder.append(block(c, c, resample=Down()))
+                skips.append(c)
+            for _ in range(blocks):
+                self.encoder.append(block(c, width * multiplier, attend=attend))
+                c = width * multiplier
+                skips.append(c)
+        self.middle = nn.ModuleList([block(c, c, attend=True), block(c, c)])
+        self.decoder, self.rise = nn.ModuleList(), nn.ModuleList()
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            joints = nn.ModuleList()
+            for _ in range(blocks + 1):
+                joints.append(block(c + skips.pop(), width * multiplier, attend=attention[level]))
+                c = width * multiplier
+            self.decoder.append(joints)
+            self.rise.append(block(c, c, resample=Up()) if level else nn.Identity())
+        self.out = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Predict the target.
+
+        Args:
+            x: noisy images, ``(b, c, h, w)``; h and w multiples of ``2 ** (levels - 1)``.
+            t: times in [0, 1], ``(b,)``.
+            label: int64 in [0, num_classes], ``(b,)``; None is the null label.
+
+        Raises:
+            ValueError: the sizes of the image do not fit.
+            IndexError: a label is out of range (on a GPU: a device-side assertion).
+        """
+        self._check(x)
+        c = self.condition(t, label)
+        h = self.stem(x)
+        skips = [h]
+        for block in self.encoder:
+            h = call(block, h, c, recompute=self.checkpoint)
+            skips.append(h)
+        for block in self.middle:
+            h = call(block, h, c, recompute=self.checkpoint)
+        for level, (joints, rise) in enumerate(zip(self.decoder, self.rise, strict=True), start=1):
+            for block in joints:
+                h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
+            if level < self.levels:
+                h = call(rise, h, c, recompute=self.checkpoint)
+        return self.out(h).to(x.dtype)
+
+    def _check(self, x: Tensor) -> None:
+        multiple = 2 ** (self.levels - 1)
+        channels, height, width = x.shape[1:]
+        if channels != self.image_channels:
+            raise ValueError(f"the images have {channels} channels: set backbone.image_channels={channels}")
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{height} x {width} images do not halve {self.levels - 1} times: "
+                f"make data.image_size a multiple of {multiple}, or give backbone.multipliers fewer levels"
+            )

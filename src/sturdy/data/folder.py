@@ -1,0 +1,171 @@
+"""A folder of image files as a source.
+
+    item k = the k-th name in byte order under root        label = its top-level folder
+
+Nothing is opened to list it: the key hashes names and what ``stat`` says, so it costs no reading.
+"""
+
+import hashlib
+import os
+import stat
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from sturdy.data.decode import DECODER, LIMIT, Colour, Crop, decode
+
+SUFFIXES = frozenset(
+    {b".bmp", b".gif", b".jfif", b".jpe", b".jpeg", b".jpg", b".png", b".tif", b".tiff", b".webp"}
+)
+
+
+class Folder:
+    """The images under ``root``, at any depth, hidden files and folders left out; links are followed.
+
+    With ``labels="auto"`` every top-level folder is a class if there are at least two of them with images;
+    images only in ``root`` itself, or only under one folder, are unlabelled; images both in ``root`` and in
+    its folders are an error. ``True`` insists on classes (one will do), ``False`` takes all as unlabelled.
+
+    Args:
+        root: the folder.
+        size: of the decoded short side, in pixels.
+        crop: ``"center"`` gives ``(3, size, size)``, ``"random"`` leaves the long side uncut.
+        background: what shows through transparent pixels, RGB from 0 to 255.
+        labels: whether top-level folders are classes.
+        limit: most pixels an image may have; one with more is broken.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such folder.
+        ValueError: it has no images, or its layout does not fit ``labels``.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | os.PathLike[str],
+        size: int = 64,
+        crop: Crop = "center",
+        background: Colour = (255, 255, 255),
+        labels: bool | Literal["auto"] = "auto",
+        limit: int = LIMIT,
+    ) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.size, self.crop, self.limit = size, crop, limit
+        self.background: Colour = (int(background[0]), int(background[1]), int(background[2]))
+        if not self.root.exists():
+            raise FileNotFoundError(f"data.root={printable(self.root)} does not exist")
+        if not self.root.is_dir():
+            raise NotADirectoryError(f"data.root={printable(self.root)} is a file, not a folder of images")
+
+        others: Counter[bytes] = Counter()
+        found = sorted(_walk(os.fsencode(self.root), others))
+        if not found:
+            raise ValueError(_nothing(self.root, others))
+        classes = self._classes([name for name, _ in found], labels)
+        self.classes = tuple(printable(name) for name in classes)
+        number = {name: k for k, name in enumerate(classes)}
+        self._labels = np.array([number.get(_top(name), 0) for name, _ in found], dtype=np.int64)
+        # a million names are one string and their ends
+        self._names = b"".join(name for name, _ in found)
+        self._ends = np.cumsum([0, *(len(name) for name, _ in found)])
+
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((DECODER, size, crop, self.background, bool(classes), limit)).encode())
+        for name, status in found:
+            digest.update(name + b"\0" + status)
+        self.key = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> int:
+        """The number of the class, 0 when unlabelled."""
+        return int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        """The path under ``root``; bytes that cannot be printed are escaped."""
+        return printable(self._name(index))
+
+    def decode(self, index: int) -> np.ndarray:
+        """The image, uint8 ``(3, h, w)``; raises ``Broken``."""
+        path = os.path.join(os.fspath(self.root), os.fsdecode(self._name(index)))
+        return decode(path, size=self.size, crop=self.crop, background=self.background, limit=self.limit)
+
+    def _name(self, index: int) -> bytes:
+        index = range(len(self))[index]
+        return self._names[self._ends[index] : self._ends[index + 1]]
+
+    def _classes(self, names: list[bytes], labels: bool | str) -> list[bytes]:
+        """The top-level folders in byte order; none when unlabelled."""
+        tops = sorted({_top(name) for name in names} - {b""})
+        loose = next((name for name in names if not _top(name)), None)
+        if labels is False or (labels == "auto" and (not tops or (len(tops) == 1 and loose is None))):
+            return []
+        if loose is not None:
+            raise ValueError(
+                f"{printable(self.root)} (data.root) has images in the folder itself, such as "
+                f"{printable(loose)}, and {len(tops)} folders of images: move those into folders of classes, "
+                "or take all as unlabelled with data.labels=false"
+            )
+        return tops
+
+
+def printable(name: bytes | os.PathLike[str]) -> str:
+    """A file name as text that any terminal, JSON or table can take."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _top(name: bytes) -> bytes:
+    """The top-level folder of a relative name, empty for a file of the root itself."""
+    return name.rpartition(b"/")[0].partition(b"/")[0]
+
+
+def _walk(root: bytes, others: Counter[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield ``(relative name, what identifies the content)``; count the suffixes of other files.
+
+    A pipe or a link to nowhere is listed too when it has the suffix of an image, so that it is reported as
+    broken and not silently missing.
+    """
+    status = os.stat(root)
+    waiting = [(root, b"", frozenset({(status.st_dev, status.st_ino)}))]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower()
+                try:
+                    status = entry.stat()
+                except OSError:
+                    if suffix in SUFFIXES:
+                        yield prefix + entry.name, b""
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    here = (status.st_dev, status.st_ino)
+                    if here not in above:  # a link to a folder that it is in would be endless
+                        waiting.append((entry.path, prefix + entry.name + b"/", above | {here}))
+                elif suffix in SUFFIXES:
+                    times = status.st_mtime_ns, status.st_ctime_ns
+                    yield prefix + entry.name, struct.pack("<2q2Q", *times, status.st_size, status.st_ino)
+                else:
+                    others[suffix] += 1
+
+
+def _nothing(root: Path, others: Counter[bytes]) -> str:
+    looked = " ".join(sorted(suffix.decode() for suffix in SUFFIXES))
+    counts = [
+        f"{count:,} {printable(suffix) if suffix else 'without a suffix'}"
+        for suffix, count in others.most_common(8)
+    ]
+    return (
+        f"no images under {printable(root)} (data.root): looked for {looked} in it and its folders, "
+        f"and found {', '.join(counts) if counts else 'no files at all'}"
+    )

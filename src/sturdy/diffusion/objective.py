@@ -1,0 +1,120 @@
+"""What is minimised: draw a time, corrupt the picture, compare the prediction with its target.
+
+loss = w(t) mean_{c,h,w} (f(x_t, t) - y)^2,    x_t = alpha x_0 + sigma eps,    y = target(x_0, eps)
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sturdy.diffusion.denoiser import Denoiser
+from sturdy.diffusion.target import Target
+from sturdy.randomness import Draws
+
+T_MIN = 2.0**-24  # training times are never exactly 0, where SNR is infinite; float32 uniforms end here too
+
+
+class Time(ABC):
+    """One contract: ``time(draws) -> t (b,)``, float32 in [T_MIN, 1], from the purpose "time"."""
+
+    @abstractmethod
+    def __call__(self, draws: Draws) -> Tensor: ...
+
+
+class Uniform(Time):
+    """t = 1 - u with u in [0, 1), hence in (0, 1]."""
+
+    def __call__(self, draws: Draws) -> Tensor:
+        return 1 - draws.uniform("time")
+
+
+class LogitNormal(Time):
+    """logit t ~ N(mean, std^2): more often in the middle (Esser et al. 2024, eq. 19)."""
+
+    def __init__(self, *, mean: float = 0.0, std: float = 1.0) -> None:
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, draws: Draws) -> Tensor:
+        return torch.sigmoid(self.mean + self.std * draws.normal("time")).clamp(min=T_MIN)
+
+
+class Weight(ABC):
+    """One contract: ``weight(target, alpha (b,), sigma (b,)) -> (b,)``, in the space of the target."""
+
+    @abstractmethod
+    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class Constant(Weight):
+    """1: with target=noise DDPM's L_simple (Ho et al. 2020, eq. 14)."""
+
+    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return torch.ones_like(alpha)
+
+
+class MinSNR(Weight):
+    """min(SNR, gamma) on the error of x_0 (Hang et al. 2023), SNR = (alpha / sigma)^2.
+
+    In the space of the target, where x_0 itself has min(s, gamma), that is min(s, gamma) / s for noise and
+    min(s, gamma) / (s + 1) for v of a variance-preserving schedule.
+    """
+
+    def __init__(self, *, gamma: float = 5.0) -> None:
+        self.gamma = gamma
+
+    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
+        snr = (alpha / sigma).square()
+        return snr.clamp(max=self.gamma) * target.x0_factor(alpha, sigma)
+
+
+class Objective:
+    """``objective(denoiser, x0, label, draws) -> loss (b,)``.
+
+    Args:
+        time: where on [0, 1] to train; uniformly by default.
+        weight: of the squared error, by time; 1 by default.
+        label_drop: share of samples whose label becomes the null label, for classifier-free guidance.
+
+    Raises:
+        ValueError: ``label_drop`` is no share.
+    """
+
+    def __init__(
+        self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1
+    ) -> None:
+        if not 0 <= label_drop <= 1:
+            raise ValueError(f"objective.label_drop={label_drop} is not a share; set it between 0 and 1")
+        self.time = time or Uniform()
+        self.weight = weight or Constant()
+        self.label_drop = label_drop
+
+    def __call__(self, denoiser: Denoiser, x0: Tensor, label: Tensor | None, draws: Draws) -> Tensor:
+        """One loss a sample, ``(b,)``, in float32 also under autocast.
+
+        Args:
+            x0: ``(b, c, h, w)`` in [-1, 1].
+            label: ``(b,)`` int64 or None.
+            draws: of the ``b`` samples; the purposes are "noise", "time" and "label drop".
+
+        Raises:
+            ValueError: ``draws`` is for another number of samples.
+        """
+        if len(draws) != len(x0):
+            raise ValueError(
+                f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one position each"
+            )
+        x0 = x0.float()
+        noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
+        t = self.time(draws).to(x0.device)
+        if label is not None:
+            dropped = (draws.uniform("label drop") < self.label_drop).to(label.device)
+            label = label.masked_fill(dropped, denoiser.num_classes)
+
+        alpha, sigma = denoiser.schedule(t)
+        weight = self.weight(denoiser.target, alpha, sigma)
+        alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+        x_t = alpha * x0 + sigma * noise
+        error = denoiser.predict(x_t, t, label) - denoiser.target(x0, noise, alpha, sigma)
+        return weight * error.square().flatten(1).mean(1)

@@ -1,0 +1,108 @@
+"""What the network predicts: the noise, the picture, or a mixture of both.
+
+    y = target(x_0, eps),    x_0 = target.x0(y, x_t),    where x_t = alpha x_0 + sigma eps
+
+A target is two formulas, there and back, on ``x0``, ``noise``, ``x_t`` and ``prediction`` ``(b, c, h, w)``;
+``alpha`` and ``sigma`` are whatever broadcasts with them, mostly ``(b, 1, 1, 1)``.
+"""
+
+import re
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sturdy.diffusion.schedule import Schedule
+
+
+class Target(ABC):
+    """The contract. ``x0_factor`` follows from it; override ``objection`` if not every schedule will do."""
+
+    @abstractmethod
+    def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should predict, ``(b, c, h, w)``."""
+
+    @abstractmethod
+    def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The picture that a prediction means, ``(b, c, h, w)``; linear in ``prediction`` and ``x_t``."""
+
+    def x0_factor(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """``c`` in |error of x_0|^2 = c |error of the prediction|^2 at the same ``x_t``, ``(b,)``."""
+        slope = self.x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
+        return slope.square()
+
+    def objection(self, schedule: Schedule) -> str | None:
+        """Why this target makes no sense with ``schedule``, and what to choose instead; None if it does."""
+        return None
+
+    def check(self, schedule: Schedule) -> None:
+        """Raises ValueError, with the reason, where this target makes no sense with ``schedule``."""
+        if reason := self.objection(schedule):
+            raise ValueError(f"target={option(self)} does not suit schedule={option(schedule)}: {reason}")
+
+
+class Noise(Target):
+    """The noise eps (Ho et al. 2020, eq. 14)."""
+
+    def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x_t - sigma * prediction) / alpha
+
+    def objection(self, schedule: Schedule) -> str | None:
+        if at(schedule, 1.0)[0] > 0:
+            return None
+        return (
+            "its alpha(1) is 0, so x_0 = (x_t - sigma eps) / alpha cannot be recovered at t = 1; "
+            "choose target=velocity, target=v or target=x0, or else schedule=cosine or schedule=linear"
+        )
+
+
+class X0(Target):
+    """The picture x_0 itself."""
+
+    def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x0
+
+    def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return prediction
+
+
+class V(Target):
+    """v = alpha eps - sigma x_0, at right angles to x_t (Salimans & Ho 2022, app. D)."""
+
+    def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * noise - sigma * x0
+
+    def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (alpha * x_t - sigma * prediction) / (alpha.square() + sigma.square())
+
+
+class Velocity(Target):
+    """u = eps - x_0, the velocity dx_t/dt of rectified flow (Liu et al. 2023, eq. 1, from data to noise)."""
+
+    def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise - x0
+
+    def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (x_t - sigma * prediction) / (alpha + sigma)
+
+    def objection(self, schedule: Schedule) -> str | None:
+        if all(abs(sum(at(schedule, t)) - 1) < 1e-6 for t in (0.25, 0.5, 0.75)):
+            return None
+        return (
+            "eps - x_0 is the velocity of x_t only where alpha + sigma = 1; "
+            "choose schedule=rectified_flow, or else target=v"
+        )
+
+
+def at(schedule: Schedule, t: float) -> tuple[float, float]:
+    """alpha and sigma at one time, in float64; on the CPU even while a model is being built on `meta`."""
+    alpha, sigma = schedule(torch.tensor([t], dtype=torch.float64, device="cpu"))
+    return alpha.item(), sigma.item()
+
+
+def option(choice: object) -> str:
+    """The name under which a class is chosen in the config: RectifiedFlow is rectified_flow."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(choice).__name__).lower()

@@ -1,0 +1,130 @@
+"""Where a run is entered: ``ckpt_path`` -> the step to continue from, what that promises, or a refusal.
+
+    auto    the newest verified checkpoint of the same trajectory; fresh if there is none
+    last    the newest verified checkpoint, changed config or not
+    best    the checkpoint with the best score
+    PATH    that one
+    null    fresh, and only into a directory without checkpoints
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sturdy.resume.fingerprint import Fingerprint, Guarantee, compare
+from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, read_manifest
+
+
+class Refused(Exception):
+    """The run is not started, nothing was touched; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A verified checkpoint to enter the run at.
+
+    Attributes:
+        state: its ``state.ckpt``.
+        step: optimizer steps done.
+        manifest: what was recorded with it; empty for a foreign file without one.
+        on_purpose: the user named it, so a changed trajectory is reported and not refused.
+    """
+
+    state: Path
+    step: int
+    manifest: Mapping[str, Any]
+    on_purpose: bool
+
+
+def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float], mode: str) -> Entry | None:
+    """Resolve ``ckpt_path`` to a verified checkpoint; None starts afresh.
+
+    Args:
+        scores: the monitored metric by step, for ``best``; ``mode`` is ``min`` or ``max``.
+
+    Raises:
+        Refused: if what was asked for is not there, or would overwrite a run.
+        NothingVerifies: if the run has checkpoints and none is whole.
+    """
+    match ckpt_path:
+        case None:
+            if steps := store.steps():
+                raise Refused(
+                    f"ckpt_path=null starts afresh, but {store.directory} has checkpoints up to step {steps[-1]}. "
+                    f"Continue with ckpt_path=auto, or give the new run a name of its own (name=...)"
+                )
+            return None
+        case "auto" | "last":
+            if manifest := store.last():
+                step = manifest["step"]
+                return Entry(store.state(step), step, manifest, on_purpose=ckpt_path == "last")
+            if ckpt_path == "last":
+                raise Refused(
+                    f"ckpt_path=last, but {store.directory} has no checkpoint. Check name=... and paths.runs=..., "
+                    f"or start afresh with ckpt_path=auto"
+                )
+            return None
+        case "best":
+            return _best(store, scores, mode)
+        case _:
+            return _at(Path(ckpt_path))
+
+
+def judge(
+    entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]
+) -> Guarantee:
+    """What entering at ``entry`` promises.
+
+    Raises:
+        Refused: with the difference, if the trajectory changed and the entry was not named on purpose.
+    """
+    if "fingerprint" not in entry.manifest:
+        return Guarantee("refused", [f"{entry.state} has no manifest beside it: its origin is unknown"])
+    guarantee = compare(entry.manifest["fingerprint"], now, ignore=ignore, rounding=rounding)
+    if guarantee.level == "refused" and not entry.on_purpose:
+        lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:20])
+        more = f"\n    ... and {len(guarantee.reasons) - 20} more" if len(guarantee.reasons) > 20 else ""
+        raise Refused(
+            f"this is not the run that {entry.state.parent} belongs to; what changed:\n{lines}{more}\n"
+            f"Undo the change, or continue on purpose with ckpt_path=last, or start another run with name=..."
+        )
+    return guarantee
+
+
+def _best(store: Store, scores: Mapping[int, float], mode: str) -> Entry:
+    sign = 1 if mode == "min" else -1
+    scored = [step for step in store.steps() if math.isfinite(scores.get(step, math.nan))]
+    for step in sorted(scored, key=lambda s: sign * scores[s]):
+        try:
+            return Entry(store.state(step), step, store.verify(step), on_purpose=True)
+        except Corrupt:
+            continue  # the next best; `last` quarantines what is broken
+    raise Refused(
+        f"ckpt_path=best, but no checkpoint in {store.directory} has a score yet. "
+        f"Use ckpt_path=last, or train until the first validation"
+    )
+
+
+def _at(path: Path) -> Entry:
+    state = path / STATE if path.is_dir() else path
+    if not state.is_file():
+        raise Refused(
+            f"ckpt_path={path} is not there. It may be auto, last, best, null, a checkpoint's directory "
+            f"(step-00000500) or its {STATE}"
+        )
+    if not (state.parent / MANIFEST).exists():
+        return Entry(state, _step_of(state), {}, on_purpose=True)
+    try:
+        manifest = read_manifest(state.parent)
+    except Corrupt as reason:
+        raise Refused(f"ckpt_path={path} does not verify: {reason}. Choose another checkpoint") from None
+    return Entry(state, manifest["step"], manifest, on_purpose=True)
+
+
+def _step_of(state: Path) -> int:
+    try:
+        return int(load_state(state)["global_step"])
+    except Exception as error:
+        raise Refused(f"ckpt_path={state} is not a checkpoint that can be loaded safely: {error}") from None

@@ -1,0 +1,242 @@
+"""Durable, verified checkpoints: a directory ``step-00000500/`` is there whole and true, or it is not there.
+
+    write aside -> fsync each file -> manifest with SHA-256 -> fsync -> rename -> fsync the parent
+
+A checkpoint is immutable. The newest one that verifies is "last"; one that does not verify is moved to
+``quarantine/`` with its reason, and the next older one is used. Only tensors and primitives are ever written, and
+loading is always ``weights_only=True``: no checkpoint can execute code.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STATE = "state.ckpt"
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+class Corrupt(Exception):
+    """A checkpoint that does not verify; the message says what is wrong with which file."""
+
+
+class NothingVerifies(Exception):
+    """There were checkpoints, and none of them verifies."""
+
+
+def name_of(step: int) -> str:
+    """The directory of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Args:
+        directory: ``runs/<name>/checkpoints``; made at the first commit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending, verified or not."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(m[1]) for p in self.directory.iterdir() if (m := NAME.fullmatch(p.name)))
+
+    def path(self, step: int) -> Path:
+        """The directory of the checkpoint of ``step``."""
+        return self.directory / name_of(step)
+
+    def state(self, step: int) -> Path:
+        """The ``state.ckpt`` of ``step``."""
+        return self.path(step) / STATE
+
+    def commit(self, step: int, state: Mapping[str, Any], **facts: Any) -> Path:
+        """Write ``state`` durably as the checkpoint of ``step``; ``facts`` go into its manifest.
+
+        Raises:
+            TypeError: if anything in ``state`` is neither a tensor nor a primitive, naming it.
+            FileExistsError: if the step has a checkpoint; checkpoints are immutable.
+        """
+        assert_primitive(state, "state")
+        final = self.path(step)
+        if final.exists():
+            raise FileExistsError(f"{final} exists, and checkpoints are never overwritten")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        aside = self.directory / f".{name_of(step)}.{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        size, sha256 = _write_state(aside / STATE, state)
+        body = {"format": FORMAT, "step": step, "files": {STATE: {"bytes": size, "sha256": sha256}}}
+        manifest = body | {"time": time.time()} | facts
+        _write(aside / MANIFEST, json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode())
+        fsync_directory(aside)
+        os.rename(aside, final)
+        fsync_directory(self.directory)
+        return final
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """The manifest of ``step``, after every byte of the checkpoint was checked against it.
+
+        Raises:
+            Corrupt: with the file and the reason.
+        """
+        manifest = read_manifest(self.path(step))
+        if manifest.get("step") != step:
+            raise Corrupt(f"{MANIFEST} belongs to step {manifest.get('step')}")
+        return manifest
+
+    def last(self) -> dict[str, Any] | None:
+        """The manifest of the newest checkpoint that verifies; None if there is no checkpoint at all.
+
+        Those that do not verify are moved to ``quarantine/``, loudly.
+
+        Raises:
+            NothingVerifies: if there were checkpoints (now or before, in quarantine) and none is left.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self.verify(step)
+            except Corrupt as reason:
+                self._quarantine(step, str(reason))
+        if any((self.directory / "quarantine").glob("step-*")):
+            raise NothingVerifies(
+                f"no checkpoint in {self.directory} verifies; the broken ones are in its folder 'quarantine', "
+                f"each with a reason. To start over, give the run a new name (name=...)"
+            )
+        return None
+
+    def abandon(self, after: int, to: Path) -> list[int]:
+        """Move the checkpoints newer than ``after`` to the directory ``to``, newest first; returns their steps."""
+        newer = [step for step in reversed(self.steps()) if step > after]
+        for step in newer:  # newest first: a kill in between leaves the beginning of the branch, not a hole
+            to.mkdir(parents=True, exist_ok=True)
+            os.rename(self.path(step), to / name_of(step))
+            fsync_directory(self.directory)
+        return newer
+
+    def prune(self, keep: set[int]) -> None:
+        """Delete the checkpoints of all steps but ``keep``; the newest is never deleted."""
+        for step in self.steps()[:-1]:
+            if step not in keep:
+                aside = self.directory / f".pruned-{name_of(step)}"
+                os.rename(self.path(step), aside)  # so that a kill leaves no half-deleted checkpoint
+                shutil.rmtree(aside)
+
+    def sweep(self) -> None:
+        """Remove what killed writers left; only the one live run of the directory (see ``lock``) may call it."""
+        for stray in self.directory.glob(".*step-*"):
+            shutil.rmtree(stray, ignore_errors=True)
+
+    def _quarantine(self, step: int, reason: str) -> None:
+        there = self.directory / "quarantine" / f"{name_of(step)}.{int(time.time() * 1e6)}"
+        there.parent.mkdir(exist_ok=True)
+        os.rename(self.path(step), there)
+        _write(there.with_name(there.name + ".reason.txt"), (reason + "\n").encode())
+        log.warning("checkpoint %s does not verify (%s); moved to %s", name_of(step), reason, there)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint ``directory``, after every file was checked against it.
+
+    Raises:
+        Corrupt: with the file and the reason.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        seal = manifest.pop("sha256")
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Corrupt(f"{MANIFEST} cannot be read: {error!r}") from None
+    if seal != _seal(manifest):
+        raise Corrupt(f"{MANIFEST} has changed since it was written")
+    if manifest["format"] > FORMAT:
+        raise Corrupt(f"{MANIFEST} has format {manifest['format']}, written by a newer version; update sturdy")
+    for name, (size, sha256) in files.items():
+        try:
+            found = (directory / name).stat().st_size
+            if found != size:
+                raise Corrupt(f"{name} has {found} bytes instead of {size}")
+            with (directory / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    raise Corrupt(f"{name} has changed since it was written (its SHA-256 differs)")
+        except OSError as error:
+            raise Corrupt(f"{name} cannot be read: {error.strerror}") from None
+    return manifest
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A ``state.ckpt`` as tensors and primitives; a pickle that holds anything else is refused unexecuted."""
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def assert_primitive(value: Any, where: str) -> None:
+    """Raise a TypeError that names the first thing under ``value`` which is neither tensor nor primitive."""
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            assert_primitive(k, f"a key of {where}")
+            assert_primitive(v, f"{where}[{k!r}]")
+    elif isinstance(value, list | tuple | set):
+        for i, v in enumerate(value):
+            assert_primitive(v, f"{where}[{i}]")
+    elif not isinstance(value, Tensor | str | bytes | int | float | bool | None):
+        raise TypeError(f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only")
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in ``directory`` durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class _Hashing:
+    """A file that hashes what is written, so that a checkpoint is never read back to be summed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        torch.save(dict(state), hashing)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.size, hashing.sha256.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

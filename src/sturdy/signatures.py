@@ -1,0 +1,79 @@
+"""Which arguments a config's ``_target_`` takes, read from its source and not by importing it.
+
+Importing Lightning or torch takes seconds; a mistyped key must not.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+
+
+def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield (dotted key, target, argument, arguments it takes) for each argument that a target does not take."""
+    if not isinstance(config, dict | list):
+        return
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
+        known = arguments(config["_target_"])
+        for name in config.keys() - HYDRA if known is not None else ():
+            if name not in known and f"{prefix}{name}" not in OURS:
+                yield f"{prefix}{name}", config["_target_"], name, sorted(known)
+    for key, value in items:
+        yield from unknown_arguments(value, f"{prefix}{key}.")
+
+
+OURS = {"trainer.threads"}  # read by the door's task, not handed to the Trainer
+
+
+def arguments(target: str) -> set[str] | None:
+    """Names of the arguments of the class or function ``target``; None where its source does not tell."""
+    package, *rest = target.split(".")
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    place = Path(spec.submodule_search_locations[0])
+    while rest and (place / rest[0]).is_dir():
+        place /= rest.pop(0)
+    file = place / f"{rest.pop(0)}.py" if rest and (place / f"{rest[0]}.py").is_file() else place / "__init__.py"
+    return _in_file(file, rest[0]) if len(rest) == 1 else None
+
+
+@lru_cache
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def _in_file(file: Path, name: str) -> set[str] | None:
+    for node in ast.walk(_parse(file)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return _parameters(node)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _of_class(file, node)
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return arguments(f"{node.module}.{alias.name}")
+    return None
+
+
+def _of_class(file: Path, node: ast.ClassDef) -> set[str] | None:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            return _parameters(item)
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    return _in_file(file, bases[0]) if len(bases) == 1 and len(node.bases) == 1 else None
+
+
+def _parameters(node: ast.FunctionDef) -> set[str] | None:
+    if node.args.kwarg:
+        return None
+    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return {arg.arg for arg in every} - {"self"}

@@ -1,0 +1,76 @@
+"""What each start of a run leaves behind: ``attempts/001/`` with config, overrides, environment and log."""
+
+import json
+import logging
+import platform
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+CONSOLE = logging.getLogger("sturdy")
+
+# Said by libraries of things that are so on purpose here.
+EXPECTED = (
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*checkpoint directory .* exists and is not empty.*",
+    r".*Checkpoint.*on_validation_end.*monitor.*",
+    r".*resuming from a checkpoint that ended before the epoch ended.*",
+    r".*The dirpath has changed from.*",
+    r".*GPU available but not used.*",
+)
+
+
+def start_attempt(run: Path) -> Path:
+    """Make the next ``attempts/NNN`` and send the log there, as well as to the console."""
+    numbers = [int(p.name) for p in (run / "attempts").glob("*") if p.name.isdigit()]
+    directory = run / "attempts" / f"{max(numbers, default=0) + 1:03}"
+    directory.mkdir(parents=True)
+    file = logging.FileHandler(directory / "log.txt")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    CONSOLE.handlers = [console, file]
+    CONSOLE.setLevel(logging.INFO)
+    CONSOLE.propagate = False
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+        logging.getLogger(library).addHandler(file)
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message)
+    return directory
+
+
+def describe_attempt(directory: Path, config: Mapping[str, Any], overrides: list[str], stack: Mapping[str, str]) -> None:
+    """Write the resolved config, the overrides and the environment."""
+    OmegaConf.save(OmegaConf.create(dict(config)), directory / "config.yaml")
+    environment = {
+        "start": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": sys.argv,
+        "overrides": overrides,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "git": _git(),
+        "stack": dict(stack),
+    }
+    (directory / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def _git() -> dict[str, Any]:
+    """Commit and dirty state of the code; empty outside a git checkout."""
+    here = Path(__file__).parent
+
+    def ask(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": ask("status", "--porcelain").splitlines()}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

@@ -1,0 +1,72 @@
+"""From a config to a module, and from a checkpoint alone to the module it was saved from.
+
+    module = rebuild("runs/cars/checkpoints/step-00002000/state.ckpt")
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from sturdy.diffusion.denoiser import Denoiser
+from sturdy.randomness import reseed
+from sturdy.resume.store import load_state
+from sturdy.training.module import DiffusionModule
+
+PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate")
+TRUSTED = ("sturdy.", "torch.optim.")
+
+
+def build(config: Mapping[str, Any]) -> DiffusionModule:
+    """The module of a resolved config, with weights that are a function of its seed.
+
+    Raises:
+        ValueError: where the parts do not go together, with the reason and what to choose.
+    """
+    reseed(config["seed"], "weights")
+    parts = {name: instantiate(config[name], _convert_="all") for name in PARTS}
+    denoiser = Denoiser(parts["backbone"], parts["schedule"], parts["target"], config["num_classes"])
+    return DiffusionModule(
+        denoiser,
+        parts["objective"],
+        optimizer=parts["optimizer"],
+        ema=parts["ema"],
+        learning_rate=parts["learning_rate"],
+        clip=config["clip"],
+        seed=config["seed"],
+        shards=config["data"]["shards"],
+        config=config,
+    )
+
+
+def rebuild(path: str | Path) -> DiffusionModule:
+    """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
+
+    Raises:
+        ValueError: if the file holds no config of ours, or its config names code that is not ours: a checkpoint
+            must not choose what is executed. Then use ``DiffusionModule.load_from_checkpoint(path, **modules)``.
+    """
+    state = load_state(Path(path))
+    config = state.get("config")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no config; it was not written by this project")
+    for name in PARTS:
+        for target in _targets(config.get(name)):
+            if not target.startswith(TRUSTED):
+                raise ValueError(
+                    f"{path} asks for {target} as its {name}, which is not code of this project and is not run. If you "
+                    f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
+                )
+    module = build(config)
+    module.load_state_dict(state["state_dict"])
+    return module
+
+
+def _targets(node: Any) -> list[str]:
+    if isinstance(node, Mapping):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [t for value in node.values() for t in _targets(value)]
+    if isinstance(node, list):
+        return [t for value in node for t in _targets(value)]
+    return []

@@ -1,0 +1,99 @@
+"""When a checkpoint is written and which are kept; how one is written is the store's."""
+
+import time
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sturdy.resume.store import Store
+from sturdy.resume.writer import StoreIO
+from sturdy.training.loggers.metrics_file import MetricsFile
+
+
+class Checkpoint(ModelCheckpoint):
+    """Saves every N steps, every T minutes, when the monitored metric is the best so far, and at the last step.
+
+    Lightning's own triggers exclude each other and its deletions know nothing of a store, so only its name, place
+    in the Trainer and configuration are used.
+
+    Args:
+        every_n_train_steps: None for never.
+        every_n_minutes: None for never.
+        monitor: a column of ``metrics.csv``; ``mode`` says whether small (``min``) or large (``max``) is good.
+        keep_last, keep_best: number of checkpoints kept, newest and best.
+        keep_every: steps divisible by it are kept for good.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_train_steps: int | None = 500,
+        every_n_minutes: float | None = 10,
+        monitor: str = "val/loss",
+        mode: str = "min",
+        keep_last: int = 3,
+        keep_best: int = 1,
+        keep_every: int | None = None,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.checkpoint.mode={mode} must be min or max")
+        if keep_last < 1:
+            raise ValueError(f"callbacks.checkpoint.keep_last={keep_last} must be at least 1")
+        super().__init__(monitor=monitor, mode=mode, save_top_k=-1, filename="step-{step:08d}/state")
+        self.every, self.minutes = every_n_train_steps, every_n_minutes
+        self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
+        self.saved_at = time.monotonic()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, StoreIO)
+        assert isinstance(trainer.logger, MetricsFile)
+        self.store: Store = io.store
+        self.metrics: MetricsFile = trainer.logger
+        self.dirpath = str(self.store.directory)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        # The last step is saved at the end of training: a finished checkpoint has all its metrics and pictures.
+        if step < trainer.max_steps and ((self.every and step % self.every == 0) or late):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        scores = self.metrics.column(self.monitor or "")
+        best = (min if self.mode == "min" else max)(scores.values(), default=None)
+        if self.keep_best and trainer.global_step < trainer.max_steps and best is not None:
+            if scores.get(trainer.global_step) == best:
+                self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """There is one endless epoch, and its end is nothing special."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Save this step unless it is there already, then delete what need not be kept."""
+        step = trainer.global_step
+        if step in self.store.steps():
+            return
+        trainer.save_checkpoint(self.store.state(step))
+        self.saved_at = time.monotonic()
+        self.store.prune(self._kept())
+
+    def state_dict(self) -> dict[str, object]:
+        """None: what there is to know is in the store and in ``metrics.csv``."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        pass
+
+    def _kept(self) -> set[int]:
+        steps, sign = self.store.steps(), 1 if self.mode == "min" else -1
+        scores = self.metrics.column(self.monitor or "")
+        best = sorted((s for s in steps if s in scores), key=lambda s: sign * scores[s])[: self.keep_best]
+        every = [s for s in steps if self.keep_every and s % self.keep_every == 0]
+        return {*steps[-self.keep_last :], *best, *every}

@@ -1,0 +1,66 @@
+"""Grids of samples during training, always from the same noise, so that one sees the pictures come."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from sturdy.diffusion.denoiser import Guided
+from sturdy.diffusion.sampler import Sampler, sample
+from sturdy.evaluation.grids import grid, save_png
+from sturdy.randomness import Draws, key
+
+
+class Samples(Callback):
+    """Writes ``step-00000500.png`` every N steps and at the last one, from the EMA weights.
+
+    Args:
+        directory: ``runs/<name>/samples``.
+        sampler, guidance: how the pictures are drawn.
+        image_size: height and width.
+        every_n_steps: None for never.
+        n: number of pictures; classes take turns, so with ``n`` a multiple of them columns are classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: str | Path,
+        sampler: Sampler,
+        image_size: int,
+        guidance: float = 1.0,
+        every_n_steps: int | None = 500,
+        n: int = 48,
+        seed: int = 0,
+    ) -> None:
+        self.directory, self.sampler, self.image_size, self.guidance = Path(directory), sampler, image_size, guidance
+        self.every, self.n, self.seed = every_n_steps, n, seed
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._draw_if_due(trainer, pl_module)  # the grid of this step, if a kill came before it
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self._draw_if_due(trainer, pl_module)
+
+    def _draw_if_due(self, trainer: L.Trainer, module: Any) -> None:
+        step = trainer.global_step
+        path = self.directory / f"step-{step:08d}.png"
+        if not self.every or not step or path.exists():
+            return
+        if step % self.every == 0 or step == trainer.max_steps:
+            save_png(self.draw(module), path)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image("samples", [str(path)], step=step)
+
+    def draw(self, module: Any) -> Any:
+        """The grid, with a class a column where there are classes."""
+        denoiser = module.ema.model
+        draws = Draws(key(self.seed, "samples"), range(self.n))
+        noise = draws.normal("start", (3, self.image_size, self.image_size)).to(module.device)
+        classes = denoiser.num_classes
+        label = torch.arange(self.n, device=module.device) % classes if classes else None
+        pictures = sample(self.sampler, Guided(denoiser, self.guidance), noise, label, draws)
+        return grid(pictures, columns=classes if 1 < classes <= 16 else None)

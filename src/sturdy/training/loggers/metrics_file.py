@@ -1,0 +1,88 @@
+"""``metrics.csv``, the record of a run: one row per step and one per validation.
+
+It is append-only but for one thing: when a run is entered at a step, the rows after it are cut off, for they will come
+again. Every other logger is a mirror that can be filled up from it.
+"""
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+
+class MetricsFile(Logger):
+    """Rows ``step, name, name, ...`` in ``path``; an empty cell is a metric that this row does not have.
+
+    Values are written with nine digits, which give a float32 back exactly.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.columns = self._read_columns()
+
+    @property
+    def name(self) -> str:
+        return "metrics.csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Hyper-parameters are in ``attempts/``."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row; a metric that is new widens the table."""
+        row = {"step": str(step)} | {k: f"{float(v):.9g}" for k, v in metrics.items() if k != "epoch"}
+        if new := [k for k in row if k not in self.columns]:
+            rows = self.rows()
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows, as text; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        return [row for row in csv.DictReader(lines) if None not in row.values() and row["step"].isdigit()]
+
+    def column(self, name: str) -> dict[int, float]:
+        """The metric ``name`` by step."""
+        return {int(row["step"]): float(row[name]) for row in self.rows() if row.get(name)}
+
+    def cut(self, step: int) -> list[dict[str, str]]:
+        """Drop the rows after ``step``; returns them."""
+        rows = self.rows()
+        after = [row for row in rows if int(row["step"]) > step]
+        if self.path.exists():
+            self._rewrite([row for row in rows if int(row["step"]) <= step])
+        return after
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        if self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def _read_columns(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return next(csv.reader(file), [])
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        aside = self.path.with_suffix(".csv.tmp")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.path)

@@ -1,0 +1,116 @@
+"""The LightningModule: diffusion loss, one optimizer step a batch, EMA.
+
+    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0)
+
+A global batch is cut into V shards of constant shape. Each is computed after the default generator was reseeded from
+(seed, step, shard), and their gradients are summed on a fixed tree; so the bits depend on V and on nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sturdy.diffusion.denoiser import Denoiser
+from sturdy.diffusion.objective import Objective
+from sturdy.randomness import Draws, key, reseed
+from sturdy.resume.reduction import Tree
+from sturdy.training.ema import EMA
+from sturdy.training.optim import LearningRate, names_in_order, parameter_groups, state_by_index, state_by_name
+
+
+class DiffusionModule(L.LightningModule):
+    """Trains ``denoiser`` on ``objective``.
+
+    Batches are tuples ``(image, label, positions)``: ``(b, c, h, w)`` in [-1, 1], ``(b,)`` int64, and the ``b``
+    global positions as integers on the CPU.
+
+    Args:
+        optimizer: called with parameter groups.
+        ema: called with the denoiser.
+        learning_rate: factor on the optimizer's rate by step.
+        clip: largest norm of the gradient; ``inf`` only measures it.
+        seed, shards: see the module's equation.
+        config: the resolved config as primitives; kept in every checkpoint so that it rebuilds alone.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        *,
+        optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
+        ema: Callable[[nn.Module], EMA] = EMA,
+        learning_rate: LearningRate = lambda step: 1.0,
+        clip: float = 1.0,
+        seed: int = 0,
+        shards: int = 1,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False  # Lightning's accumulation is a left fold; ours is a tree
+        self.denoiser = denoiser
+        self.ema = ema(denoiser)
+        self.objective, self.make_optimizer, self.learning_rate = objective, optimizer, learning_rate
+        self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        tree = Tree()
+        for shard, (x0, label, positions) in enumerate(self._shards(batch)):
+            reseed(self.seed, "shard", self.global_step, shard)
+            loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions)).mean()
+            tree.push([*self._gradients(loss), loss.detach()])
+        *gradients, loss = (total / self.shards for total in tree.sum())
+        return {"loss": loss, "grad_norm": self._optimizer_step(gradients)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """The EMA's loss, each held-out image always with the same noise and time, so that steps compare."""
+        x0, label, positions = batch
+        loss = self.objective(self.ema.model, x0, label, Draws(key(self.seed, "validation"), positions))
+        self.log("val/loss", loss.mean(), batch_size=len(x0), on_epoch=True, logger=False)
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(parameter_groups(self.denoiser))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer state by parameter name, and the config that rebuilds this module."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
+        checkpoint["optimizer_states"] = [state_by_name(s, names) for s in checkpoint["optimizer_states"]]
+        checkpoint["config"] = self.config
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "optimizer_states" in checkpoint:
+            names = names_in_order(self, parameter_groups(self.denoiser))
+            checkpoint["optimizer_states"] = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
+
+    def _shards(self, batch: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
+        x0, label, positions = batch
+        size = len(x0) // self.shards
+        for i in range(0, len(x0), size):
+            yield x0[i : i + size], label[i : i + size], positions[i : i + size]
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of ``loss`` by each parameter, taken out of ``.grad``, where the next would be added."""
+        self.manual_backward(loss)
+        parameters = list(self.denoiser.parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return gradients
+
+    def _optimizer_step(self, gradients: list[Tensor]) -> Tensor:
+        """Clip, step and average; returns the norm of the gradient before clipping, ``()``."""
+        optimizer, step = self.optimizers(), self.global_step
+        for p, gradient in zip(self.denoiser.parameters(), gradients, strict=True):
+            p.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)  # type: ignore[union-attr]
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.ema.update(self.denoiser, step)
+        return norm

@@ -1,0 +1,73 @@
+"""The optimizer's parameter groups, its learning rate by step, and its state by parameter name."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class LearningRate(Protocol):
+    """A factor on the optimizer's ``lr``, a function of the step alone: there is no state to save."""
+
+    def __call__(self, step: int) -> float: ...
+
+
+class Constant:
+    """Linear warm-up to 1 over ``warmup`` steps, then constant."""
+
+    def __init__(self, *, warmup: int = 100) -> None:
+        self.warmup = warmup
+
+    def __call__(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(1, self.warmup))
+
+
+class Linear:
+    """Linear warm-up to 1 over ``warmup`` steps, then linear decay to ``end`` at ``max_steps``."""
+
+    def __init__(self, *, max_steps: int, warmup: int = 100, end: float = 0.0) -> None:
+        self.warmup, self.max_steps, self.end = warmup, max_steps, end
+
+    def __call__(self, step: int) -> float:
+        rest = max(0.0, (self.max_steps - step) / max(1, self.max_steps - self.warmup))
+        return min(1.0, (step + 1) / max(1, self.warmup), self.end + (1 - self.end) * rest)
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices and kernels only, not for biases, gains and embeddings of one dimension."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def names_in_order(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the parameters in the order in which the optimizer numbers them."""
+    name_of = {id(p): name for name, p in module.named_parameters()}
+    return [name_of[id(p)] for group in groups for p in group["params"]]
+
+
+def state_by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's ``state_dict`` keyed by parameter name, the layout of torch.distributed.checkpoint."""
+    return {
+        "state": {names[i]: values for i, values in state["state"].items()},
+        "param_groups": [g | {"params": [names[i] for i in g["params"]]} for g in state["param_groups"]],
+    }
+
+
+def state_by_index(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The inverse of ``state_by_name``.
+
+    Raises:
+        ValueError: if the state was saved for other parameters, naming some of them.
+    """
+    index = {name: i for i, name in enumerate(names)}
+    stored = {name for g in state["param_groups"] for name in g["params"]}
+    if stored != set(names):
+        odd = sorted(stored ^ set(names))
+        raise ValueError(f"the optimizer state is of another network; parameters that differ: {', '.join(odd[:5])}")
+    return {
+        "state": {index[name]: values for name, values in state["state"].items()},
+        "param_groups": [g | {"params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
+    }

@@ -1,0 +1,170 @@
+"""One start of a run: find where to enter it, say so, build it, train.
+
+    fresh or resumed or finished or refused  <-  (config, data, source, stack) against the store
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from sturdy.resume.entry import Entry, find_entry, judge
+from sturdy.resume.fingerprint import Fingerprint, Guarantee, fingerprint
+from sturdy.resume.lock import lock
+from sturdy.resume.preemption import RESUMABLE, Preempted
+from sturdy.resume.store import Store, load_state
+from sturdy.resume.writer import StoreIO
+from sturdy.training.attempt import CONSOLE, describe_attempt, start_attempt
+from sturdy.training.build import build
+from sturdy.training.callbacks.preempt import Preempt
+from sturdy.training.callbacks.record import Record
+from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.training.module import DiffusionModule
+
+
+def train(cfg: DictConfig, overrides: list[str]) -> int:
+    """Start, continue or recognise as finished the run ``cfg`` describes; returns the exit code.
+
+    0: finished. 75: stopped by a signal and saved; the same command continues.
+
+    Raises:
+        Refused: if the run must not be entered like this; nothing was touched.
+        AlreadyRunning: if another process trains in its directory.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
+    run = Path(cfg.paths.runs) / cfg.name
+    held = lock(run)  # until this process ends
+    store, metrics = Store(run / "checkpoints"), MetricsFile(run / "metrics.csv")
+    store.sweep()
+    monitor = cfg.callbacks.checkpoint
+    entry = find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
+
+    settle(cfg, entry)
+    torch.set_num_threads(cfg.trainer.threads)
+    data = open_data(cfg)
+    config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    now = fingerprint(config, data.digest)
+    guarantee = entry and judge(entry, now, ignore=config["resume"]["ignore"], rounding=config["resume"]["rounding"])
+
+    attempt = start_attempt(run)
+    describe_attempt(attempt, config, overrides, now.stack)
+    CONSOLE.info(banner(cfg, data, entry, guarantee))
+    if entry and entry.step >= cfg.trainer.max_steps:
+        return 0
+    module = build(config)
+    if entry:
+        leave_branch(run, store, metrics, entry)
+    elif cfg.init_from:
+        init_from(module, cfg.init_from)
+    trainer = make_trainer(cfg, store, metrics, now)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=entry and entry.state, weights_only=True)
+    except Preempted as stopped:
+        CONSOLE.info(f"{stopped}. Run the same command to continue.")
+        return RESUMABLE
+    CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {run}")
+    held.close()
+    return 0
+
+
+def settle(cfg: DictConfig, entry: Entry | None) -> None:
+    """Fill in what is decided at the first start and then belongs to the run: shards and threads."""
+    stored = entry.manifest.get("fingerprint", {}).get("config", {}) if entry else {}
+    if cfg.data.shards is None:
+        cfg.data.shards = stored.get("data.shards", 1)
+    if cfg.trainer.threads is None:
+        cfg.trainer.threads = stored.get("trainer.threads", len(os.sched_getaffinity(0)))
+
+
+def open_data(cfg: DictConfig) -> Any:
+    """The data module with its cache open; its classes go into the config, for the backbone to know."""
+    data = instantiate(cfg.data)
+    cache = data.open()
+    if cache.quarantine:
+        from sturdy.data.cache import quarantine_table
+
+        CONSOLE.warning(quarantine_table(cache))
+    cfg.classes = list(data.classes)
+    cfg.num_classes = len(data.classes)
+    return data
+
+
+def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None) -> str:
+    """The one thing said before training: fresh, resumed or finished."""
+    title = f"{cfg.name}: {len(data.cache)} images, {len(data.classes) or 'no'} classes"
+    if entry is None:
+        return f"{title}; fresh, to step {cfg.trainer.max_steps}"
+    if entry.step >= cfg.trainer.max_steps:
+        return f"{title}; finished at step {entry.step} (trainer.max_steps={cfg.trainer.max_steps}), nothing to do"
+    assert guarantee is not None
+    promise = {
+        "bitwise": "bitwise: same stack, same shards, deterministic kernels",
+        "same samples": "same samples: order, noise and times are the same; rounding may differ",
+        "refused": "no guarantee: the trajectory changed, and you asked to continue",
+    }[guarantee.level]
+    reasons = "".join(f"\n    {reason}" for reason in guarantee.reasons)
+    return f"{title}; resumed from step {entry.step}, to step {cfg.trainer.max_steps} ({promise}){reasons}"
+
+
+def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry) -> None:
+    """Cut the record back to the entry, and move newer checkpoints away so that ``auto`` never returns to them."""
+    inside = entry.state.parent.parent.resolve() == store.directory.resolve()
+    number = 1 + sum(1 for _ in (run / "abandoned").glob("*"))
+    there = run / "abandoned" / f"{number:03}"
+    left = store.abandon(entry.step if inside else -1, there)
+    cut = metrics.cut(entry.step)
+    if left:
+        CONSOLE.info(f"checkpoints newer than step {entry.step} were moved to {there}: {left}")
+        branch = MetricsFile(there / metrics.path.name)
+        for row in cut:
+            branch.log_metrics({k: float(v) for k, v in row.items() if k != "step" and v}, int(row["step"]))
+
+
+def init_from(module: DiffusionModule, path: str) -> None:
+    """Start from the EMA weights of another run's checkpoint.
+
+    Raises:
+        ValueError: if they do not fit the network, naming the first parameters that differ.
+    """
+    file = Path(path) / "state.ckpt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"init_from={path} is not there; give a checkpoint's directory or its state.ckpt")
+    prefix = "ema.model."
+    weights = {k.removeprefix(prefix): v for k, v in load_state(file)["state_dict"].items() if k.startswith(prefix)}
+    own = module.denoiser.state_dict()
+    odd = [k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    if odd:
+        raise ValueError(f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}")
+    module.denoiser.load_state_dict(weights)
+    module.ema.model.load_state_dict(weights)
+    CONSOLE.info(f"initialised from the EMA weights of {file}")
+
+
+def make_trainer(cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint) -> L.Trainer:
+    """Lightning's Trainer, with what this project holds fixed about it."""
+
+    def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
+
+    callbacks: list[Callback] = [Record(metrics), *instantiate(cfg.callbacks, _convert_="all").values(), Preempt()]
+    loggers = [metrics, *instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else [metrics]
+    settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write of every tensor
+    return instantiate(
+        settings,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[StoreIO(store, facts)],
+        max_epochs=-1,
+        check_val_every_n_epoch=None,  # validation is by step
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

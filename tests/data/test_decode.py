@@ -1,0 +1,352 @@
+import io
+import os
+import signal
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sturdy.data.decode import UPRIGHT, Broken, decode
+
+COLOURS = ((200, 40, 30), (20, 160, 60), (30, 60, 210), (230, 220, 90))
+
+
+def quarters(height=40, width=60):
+    """Four coloured quarters, so that every mirror and turn shows."""
+    x = np.empty((height, width, 3), dtype=np.uint8)
+    x[: height // 2, : width // 2], x[: height // 2, width // 2 :] = COLOURS[:2]
+    x[height // 2 :, : width // 2], x[height // 2 :, width // 2 :] = COLOURS[2:]
+    return Image.fromarray(x)
+
+
+def encode(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def corners(x):
+    """The colours in the middle of the four quarters, ``(4, 3)``."""
+    h, w = x.shape[1:]
+    return np.array([x[:, y, z] for y in (h // 4, 3 * h // 4) for z in (w // 4, 3 * w // 4)]).astype(int)
+
+
+def near(x, y, tolerance):
+    return np.abs(np.asarray(x, dtype=int) - np.asarray(y, dtype=int)).max() <= tolerance
+
+
+def png(width, height, bits, kind, rows=b""):
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def tiff(pixels, *, photometric):
+    """An uncompressed little-endian TIFF of unsigned 16 bits a channel, ``(h, w, c)``."""
+    h, w, c = pixels.shape
+    body = pixels.astype("<u2").tobytes()
+    tags = [
+        (256, w),
+        (257, h),
+        (259, 1),
+        (262, photometric),
+        (273, 200),
+        (277, c),
+        (278, h),
+        (279, len(body)),
+    ]
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    bits = 180 if c == 3 else 16  # three values do not fit into the entry and lie at byte 180
+    entries.insert(2, struct.pack("<HHII", 258, 3, c, bits))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    return head.ljust(180, b"\0") + struct.pack("<3H", 16, 16, 16).ljust(20, b"\0") + body
+
+
+def jpeg_with_size(height, width):
+    data = bytearray(encode(quarters(), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+# ------------------------------------------------------------------ formats and colours
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "tolerance"),
+    [
+        ("JPEG", {"quality": 95, "subsampling": 0}, 4),
+        ("JPEG", {"quality": 95, "progressive": True, "subsampling": 0}, 4),
+        ("PNG", {}, 0),
+        ("PNG", {"interlace": 1}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("WEBP", {"quality": 95}, 8),
+        ("BMP", {}, 0),
+        ("GIF", {}, 2),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+    ],
+)
+def test_every_format(format, options, tolerance):
+    data = encode(quarters(), format, **options)
+    assert near(corners(decode(data, size=40, crop="random")), COLOURS, tolerance)
+    assert near(corners(decode(data, size=20, crop="center")), COLOURS, tolerance + 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "YCbCr", "CMYK"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "JPEG"])
+def test_pixel_types(mode, format):
+    image = quarters().convert(mode)
+    try:
+        data = encode(image, format, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {}))
+    except OSError:
+        pytest.skip(f"{format} has no {mode}")
+    expected = np.array(image.convert("RGB")).transpose(2, 0, 1)
+    if mode == "1":  # dithered: compare the whole
+        assert abs(decode(data, size=40, crop="random").mean() - expected.mean()) < 3
+    else:
+        assert near(corners(decode(data, size=40, crop="random")), corners(expected), 6)
+
+
+def test_cmyk_jpeg_without_adobes_marker_is_not_inverted():
+    data = encode(quarters().convert("CMYK"), "JPEG", quality=95)
+    at = data.index(b"\xff\xee")
+    plain = data[:at] + data[at + 16 :]
+    ink = 255 - np.array(Image.open(io.BytesIO(data))).astype(int)  # Pillow inverts always
+    rgb = (255 - ink[..., :3]) * (255 - ink[..., 3:]) // 255
+    assert near(decode(plain, size=40, crop="random"), rgb.transpose(2, 0, 1), 2)
+    assert not near(decode(data, size=40, crop="random"), decode(plain, size=40, crop="random"), 60)
+
+
+def test_alpha_lies_on_the_background():
+    clear = Image.new("L", (60, 40), 51)  # one fifth opaque
+    rgba, la = quarters(), quarters().convert("L")
+    rgba.putalpha(clear)
+    la.putalpha(clear)
+    background = (250, 100, 0)
+    colours = np.array(COLOURS) * 0.2 + np.array(background) * 0.8
+    grey = corners(np.array(quarters().convert("L").convert("RGB")).transpose(2, 0, 1)) * 0.2
+    for data in (encode(rgba, "PNG"), encode(rgba, "TIFF"), encode(rgba, "WEBP", lossless=True, exact=True)):
+        assert near(corners(decode(data, size=40, crop="random", background=background)), colours, 1)
+    for data in (encode(la, "PNG"), encode(la, "TIFF")):
+        found = corners(decode(data, size=40, crop="random", background=background))
+        assert near(found, grey + np.array(background) * 0.8, 1)
+
+
+def test_transparency_of_palettes_and_keys():
+    palette = quarters().quantize(4)
+    first = palette.getpixel((1, 1))
+    keyed = quarters()
+    pa = palette.convert("PA")
+    pa.putalpha(Image.new("L", (60, 40), 0))
+    for data in (
+        encode(palette, "PNG", transparency=first),
+        encode(palette, "PNG", transparency=bytes(0 if k == first else 255 for k in range(4))),
+        encode(palette, "GIF", transparency=first),
+        encode(keyed, "PNG", transparency=COLOURS[0]),
+    ):
+        assert near(
+            corners(decode(data, size=40, crop="random", background=(1, 2, 3))), ((1, 2, 3), *COLOURS[1:]), 1
+        )
+    assert near(decode(encode(pa, "TIFF"), size=40, background=(9, 9, 9)), 9, 0)
+
+
+def test_sixteen_bits_keep_their_high_byte():
+    grey = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    colour = np.stack([grey, grey[::-1], 65535 - grey // 2], axis=-1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    three = np.repeat(grey[None], 3, axis=0)
+    for data, expected in [
+        (encode(Image.fromarray(grey), "PNG"), three),
+        (encode(Image.fromarray(grey), "TIFF"), three),
+        (tiff(grey[..., None], photometric=1), three),
+        (tiff(65535 - grey[..., None], photometric=0), three),  # white is zero
+        (png(60, 40, 16, 2, rows), colour.transpose(2, 0, 1)),
+        (tiff(colour, photometric=2), colour.transpose(2, 0, 1)),
+    ]:
+        assert np.array_equal(decode(data, size=40, crop="random"), expected >> 8)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65535.0, 1e6])
+def test_floats_are_scaled_to_their_white(white):
+    ramp = np.linspace(-0.1 * white, white, 40 * 60, dtype=np.float32).reshape(40, 60)
+    found = decode(encode(Image.fromarray(ramp), "TIFF"), size=40, crop="random")
+    assert np.array_equal(found[0], np.rint(ramp.clip(0) * np.float64(255 / white)))
+    assert found.max() == 255
+    ramp[0, 0] = np.nan
+    with pytest.raises(Broken, match="not finite"):
+        decode(encode(Image.fromarray(ramp), "TIFF"), size=40)
+
+
+def test_only_the_first_frame():
+    frames = [Image.new("RGB", (50, 50), colour) for colour in COLOURS]
+    for format in ("GIF", "WEBP", "TIFF"):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:])
+        assert near(decode(data, size=8)[:, 4, 4], COLOURS[0], 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation(format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(quarters(40, 64), format, exif=exif, **({"quality": 95} if format == "JPEG" else {}))
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    found = decode(data, size=20, crop="random")
+    assert found.shape == (3, 20, 32) if orientation < 5 else found.shape == (3, 32, 20)
+    assert near(found, decode(encode(upright, "PNG"), size=20, crop="random"), 4)
+    assert near(decode(data, size=20), decode(encode(upright, "PNG"), size=20), 4)
+    if orientation > 1:  # the control: the quarters tell the turns apart
+        assert not near(corners(found), COLOURS, 50)
+    assert set(UPRIGHT) == set(range(2, 9))
+
+
+# ------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize(("height", "width"), [(1200, 1600), (300, 400), (90, 120)])
+def test_resize_agrees_with_pillow(height, width):
+    low = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    photo = Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+    expected = np.array(photo.resize((80, 60), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert near(decode(encode(photo, "PNG"), size=60, crop="random"), expected, 2)
+    # decoded at a fraction of its size by the JPEG decoder, it is still the same picture
+    assert near(decode(encode(photo, "JPEG", quality=98, subsampling=0), size=60, crop="random"), expected, 6)
+
+
+def test_sizes():
+    def shape(height, width, **options):
+        return decode(encode(Image.new("RGB", (width, height)), "JPEG"), **options).shape
+
+    assert shape(100, 333, size=64, crop="random") == (3, 64, 213)
+    assert shape(333, 100, size=64, crop="random") == (3, 213, 64)
+    assert shape(999, 3001, size=64, crop="random") == (3, 64, 192)  # the file's proportions, not the draft's
+    assert shape(5, 7, size=64) == (3, 64, 64)
+    assert shape(64, 64, size=64) == (3, 64, 64)
+
+
+def test_the_crop_is_in_the_middle():
+    ramp = np.repeat(np.arange(90, dtype=np.uint8)[None], 30, axis=0)
+    assert np.array_equal(decode(encode(Image.fromarray(ramp), "PNG"), size=30)[0], ramp[:, 30:60])
+
+
+# ------------------------------------------------------------------ broken files
+
+
+def test_damage_inside_a_jpeg_is_noticed():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    data = bytearray(encode(noise, "JPEG"))
+    data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
+    Image.open(io.BytesIO(data)).load()  # the control: Pillow takes it
+    with pytest.raises(Broken, match="corrupt"):
+        decode(bytes(data), size=64)
+
+
+def test_every_changed_byte_of_a_png_is_noticed():
+    data, rng = encode(quarters(), "PNG"), np.random.default_rng(0)
+    for at in range(16, len(data) - 12):
+        changed = bytearray(data)
+        changed[at] ^= int(rng.integers(1, 256))
+        with pytest.raises(Broken):
+            decode(bytes(changed), size=20)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+def test_cut_short(format):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, format)
+    for share in (0.05, 0.3, 0.6, 0.95):
+        with pytest.raises(Broken, match=r"truncated|corrupt"):
+            decode(data[: int(share * len(data))], size=32)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "^empty$"),
+        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF or TIFF image$"),
+        (png(20_000, 20_000, 8, 2), "^400 megapixels is over the limit of 100$"),
+        (jpeg_with_size(20_000, 20_000), "^400 megapixels is over the limit of 100$"),
+        (b"GIF89a" + struct.pack("<HH", 20_000, 20_000) + bytes(30), "400 megapixels|corrupt"),
+        (
+            encode(Image.new("L", (1, 30_000)), "PNG"),
+            "^123 megapixels after the resize is over the limit of 100$",
+        ),
+    ],
+)
+def test_reasons(data, reason):
+    with pytest.raises(Broken, match=reason):
+        decode(data, size=64, crop="random")
+
+
+def test_the_limit_is_exact():
+    data = encode(quarters(40, 60), "PNG")
+    assert decode(data, size=8, limit=2400).shape == (3, 8, 8)
+    with pytest.raises(Broken, match="limit"):
+        decode(data, size=8, limit=2399)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "huge.jpg").write_bytes(b"")
+    os.truncate(tmp_path / "huge.jpg", 10**10)
+    signal.alarm(20)  # opening the pipe would wait for ever
+    for name, reason in {
+        "pipe.jpg": "not a regular file",
+        "folder.jpg": "not a regular file",
+        "gone.jpg": "dangling link",
+        "none.jpg": "no such file",
+        "self.jpg": "link to itself",
+        "huge.jpg": "10,000 MB is over the limit of 1,600 MB",
+    }.items():
+        with pytest.raises(Broken, match=rf"^{reason}$"):
+            decode(tmp_path / name, size=8)
+    signal.alarm(0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permission_denied(tmp_path):
+    path = tmp_path / "secret.png"
+    path.write_bytes(encode(quarters(), "PNG"))
+    path.chmod(0)
+    with pytest.raises(Broken, match=r"^permission denied$"):
+        decode(path, size=8)
+
+
+def test_pillow_does_not_warn_from_any_thread():
+    exif = encode(quarters(), "TIFF", tiffinfo={270: "x" * 50})
+    at = exif.index(b"x" * 50)
+    cut = exif[:at]  # its directory points behind the end: Pillow warns
+    noisy = [encode(quarters().quantize(4), "PNG", transparency=bytes(4)), cut, exif] * 20
+
+    def attempt(data):
+        try:
+            return decode(data, size=16) is None
+        except Broken:
+            return True
+
+    with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(4) as pool:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        outcomes = list(pool.map(attempt, noisy))
+        assert warnings.filters == before
+    assert not caught
+    assert len(set(outcomes)) == 2
+    with pytest.warns(UserWarning, match="Transparency"):  # the control: Pillow alone does
+        Image.open(io.BytesIO(noisy[0])).convert("RGB")

@@ -1,0 +1,180 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sturdy.data.decode import Broken
+from sturdy.data.folder import Folder, printable
+
+
+def put(path, level=0):
+    """A grey image file at ``path``, str or bytes."""
+    os.makedirs(os.path.dirname(os.fsencode(path)), exist_ok=True)
+    with open(path, "wb") as file:
+        Image.new("RGB", (8, 8), (level,) * 3).save(file, "PNG")
+
+
+def names(folder):
+    return [folder.name(i) for i in range(len(folder))]
+
+
+def test_flat_is_unlabelled_and_in_byte_order(tmp_path):
+    for k, name in enumerate(["b.PNG", "a.Jpg", "B.jpeg", "é.webp", "a-1.bmp", ".hidden.png", "notes.txt"]):
+        put(tmp_path / name, k)
+    folder = Folder(root=tmp_path, size=8)
+    assert names(folder) == ["B.jpeg", "a-1.bmp", "a.Jpg", "b.PNG", "é.webp"]
+    assert folder.classes == ()
+    assert [folder.label(i) for i in range(5)] == [0] * 5
+    assert [int(folder.decode(i)[0, 0, 0]) for i in range(5)] == [2, 4, 1, 0, 3]
+
+
+def test_a_folder_a_class(tmp_path):
+    for name in [
+        "truck/1.png",
+        "truck/deep/er/2.png",
+        "car/1.png",
+        "car-2/1.png",
+        ".git/1.png",
+        "empty/readme",
+    ]:
+        put(tmp_path / name)
+    folder = Folder(root=tmp_path)
+    assert folder.classes == ("car", "car-2", "truck")
+    assert [(folder.name(i), folder.label(i)) for i in range(4)] == [
+        ("car-2/1.png", 1),
+        ("car/1.png", 0),
+        ("truck/1.png", 2),
+        ("truck/deep/er/2.png", 2),
+    ]
+    unlabelled = Folder(root=tmp_path, labels=False)
+    assert unlabelled.classes == ()
+    assert names(unlabelled) == names(folder)
+    assert unlabelled.key != folder.key
+
+
+def test_one_folder_is_a_class_only_when_asked(tmp_path):
+    put(tmp_path / "car/1.png")
+    assert Folder(root=tmp_path).classes == ()
+    assert Folder(root=tmp_path, labels=True).classes == ("car",)
+
+
+def test_mixed_layouts_say_what_to_do(tmp_path):
+    put(tmp_path / "car/1.png")
+    put(tmp_path / "stray.png")
+    for labels in ("auto", True):
+        with pytest.raises(ValueError, match=r"stray.png.*data.labels=false"):
+            Folder(root=tmp_path, labels=labels)
+    assert len(Folder(root=tmp_path, labels=False)) == 2
+    (tmp_path / "car/1.png").unlink()
+    with pytest.raises(ValueError, match=r"data.labels=false"):
+        Folder(root=tmp_path, labels=True)
+
+
+def test_errors_say_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"data.root=.*nowhere does not exist"):
+        Folder(root=tmp_path / "nowhere")
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        Folder(root=tmp_path / "a.txt")
+    for name in ("b.TXT", "c.txt", "sub/d.csv", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"looked for .*\.jpeg .*found 3 \.txt") as error:
+        Folder(root=tmp_path)
+    assert "1 .csv" in str(error.value)
+    assert "1 without a suffix" in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no files at all"):
+        Folder(root=tmp_path / "empty")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = os.fsencode(tmp_path)
+    put(root + b"/caf\xe9/\xff.png", 7)
+    put(root + b"/new\nline/1.png", 9)
+    folder = Folder(root=tmp_path, size=8)
+    assert folder.classes == ("caf\\xe9", "new\\nline")
+    assert names(folder) == ["caf\\xe9/\\xff.png", "new\\nline/1.png"]
+    assert [folder.decode(i)[0, 0, 0] for i in range(2)] == [7, 9]
+    assert printable("Käfer 🚗.png".encode()) == "Käfer 🚗.png"
+    inside = Folder(root=os.fsdecode(root + b"/caf\xe9"), size=8)
+    assert inside.decode(0)[0, 0, 0] == 7
+
+
+def test_links_are_followed_and_loops_are_cut(tmp_path):
+    put(tmp_path / "elsewhere/far.png", 5)
+    root = tmp_path / "root"
+    put(root / "a/1.png", 1)
+    (root / "a/up").symlink_to(root)
+    (root / "a/self").symlink_to(root / "a")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    (root / "a/linked.png").symlink_to(tmp_path / "elsewhere/far.png")
+    (tmp_path / "elsewhere/back").symlink_to(root / "a")
+    signal.alarm(20)  # a walk that does not cut them grows without end
+    folder = Folder(root=root, size=8)
+    signal.alarm(0)
+    # "up" leads to where the walk has been; "b/back" and "b" are new on their paths
+    assert names(folder) == ["a/1.png", "a/linked.png", "b/back/1.png", "b/back/linked.png", "b/far.png"]
+    assert folder.classes == ("a", "b")
+    assert [folder.decode(i)[0, 0, 0] for i in range(5)] == [1, 5, 1, 5, 5]
+
+
+def test_dangling_links_and_pipes_are_listed_as_broken(tmp_path):
+    put(tmp_path / "1.png")
+    (tmp_path / "2.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "3.png")
+    (tmp_path / "4.png").symlink_to("4.png")
+    signal.alarm(20)  # opening the pipe would wait for ever
+    folder = Folder(root=tmp_path)
+    folder.decode(0)
+    for index, reason in {1: "dangling link", 2: "not a regular file", 3: "link to itself"}.items():
+        with pytest.raises(Broken, match=reason):
+            folder.decode(index)
+    signal.alarm(0)
+
+
+def test_key_changes_with_files_and_preprocessing(tmp_path):
+    put(tmp_path / "a/1.png", 1)
+    put(tmp_path / "a/2.png", 2)
+    options = {"root": tmp_path, "size": 8}
+    keys = [Folder(**options).key]
+    assert Folder(**options).key == keys[0]
+    keys += [
+        Folder(**options | change).key
+        for change in (
+            {"size": 9},
+            {"crop": "random"},
+            {"background": (0, 0, 0)},
+            {"labels": True},
+            {"limit": 99},
+        )
+    ]
+    put(tmp_path / "a/3.png")
+    keys.append(Folder(**options).key)
+    (tmp_path / "a/3.png").rename(tmp_path / "a/4.png")
+    keys.append(Folder(**options).key)
+    (tmp_path / "a/4.png").unlink()
+    keys.append(Folder(**options).key)  # as at first
+    assert keys.pop() == keys[0]
+    # other content under the same name, size, inode and time of change: only ctime tells
+    status = (tmp_path / "a/1.png").stat()
+    put(tmp_path / "a/1.png", 3)
+    os.utime(tmp_path / "a/1.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = (tmp_path / "a/1.png").stat()
+    assert (after.st_size, after.st_ino, after.st_mtime_ns) == (
+        status.st_size,
+        status.st_ino,
+        status.st_mtime_ns,
+    )
+    keys.append(Folder(**options).key)
+    assert len(set(keys)) == len(keys)
+
+
+def test_random_crop_leaves_the_long_side(tmp_path):
+    Image.new("RGB", (90, 30)).save(tmp_path / "1.png")
+    assert Folder(root=tmp_path, size=10).decode(0).shape == (3, 10, 10)
+    wide = Folder(root=tmp_path, size=10, crop="random").decode(0)
+    assert (wide.shape, wide.dtype) == ((3, 10, 30), np.uint8)

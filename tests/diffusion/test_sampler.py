@@ -1,0 +1,358 @@
+"""Samplers against closed forms (a Gaussian, a mixture) and against a second library, step by step."""
+
+import math
+from itertools import pairwise, product
+
+import pytest
+import torch
+from gaussian import MU, PAIRS, SCHEDULES, TARGETS, Ideal, S, exact_walk
+from torch import nn
+
+from sturdy.diffusion import DDIM, DDPM, X0, Cosine, Denoiser, Euler, Guided, Heun, Linear, V, sample
+from sturdy.randomness import Draws
+
+NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+DRAWS = Draws("test", range(16))
+SAMPLERS = {"DDPM": DDPM, "DDIM": DDIM, "Euler": Euler, "Heun": Heun}
+BOUNDS = {"DDPM": 0.06, "DDIM": 0.12, "Euler": 0.12, "Heun": 0.003}  # of the errors after 40 steps
+
+
+def ideal(schedule, target="x0"):
+    return Denoiser(Ideal(schedule, target), SCHEDULES[schedule], TARGETS[target])
+
+
+def last(sampler, denoiser, noise=NOISE, draws=None):
+    *_, step = sampler(denoiser, noise, None, draws)
+    return step.x
+
+
+def error(sampler, schedule, target="x0"):
+    """Of a walk against the exact one; of DDPM's random walk only the moments are known."""
+    x = last(sampler, ideal(schedule, target), draws=DRAWS)
+    if sampler.random:
+        return max(abs(x.mean().item() - MU), abs(x.std().item() - S))
+    return (x - exact_walk(schedule, NOISE)).abs().max().item()
+
+
+def orders(sampler, schedule, steps=(20, 40, 80), **options):
+    errors = [error(sampler(n, clip=False, **options), schedule) for n in steps]
+    return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("sampler", "order"), [(DDIM, 1), (Euler, 1), (Heun, 2)])
+def test_order_of_convergence(sampler, order, schedule):
+    assert orders(sampler, schedule) == pytest.approx([order, order], abs=0.12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_control_even_times_cost_heun_its_order_where_sigma_is_a_root(schedule):
+    assert max(orders(Heun, schedule, steps=(40, 80), power=1)) < 1.7
+
+
+def test_table_of_every_sensible_combination():
+    """40 steps; run with `-s` to see it. Standard error of DDPM's moments with 4,096 pixels: 0.004."""
+    lines = [f"{'40 steps, error':28}" + "".join(f"{name:>10}" for name in SAMPLERS)]
+    wrong = []
+    for schedule, target in PAIRS:
+        errors = {
+            name: error(sampler(40, clip=False), schedule, target) for name, sampler in SAMPLERS.items()
+        }
+        lines.append(f"{schedule + ' ' + target:28}" + "".join(f"{e:10.5f}" for e in errors.values()))
+        wrong += [(schedule, target, name, e) for name, e in errors.items() if not e < BOUNDS[name]]
+    print("\n" + "\n".join(lines))
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_control_a_wrong_target_fails_the_table(name):
+    class WrongV(V):
+        def x0(self, prediction, x_t, alpha, sigma):
+            return alpha * x_t + sigma * prediction
+
+    denoiser = Denoiser(Ideal("cosine", "v"), SCHEDULES["cosine"], WrongV())
+    x = last(SAMPLERS[name](40, clip=False), denoiser, draws=DRAWS)
+    off = abs(x.std().item() - S) if name == "DDPM" else (x - exact_walk("cosine", NOISE)).abs().max().item()
+    assert not off < BOUNDS[name]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_euler_is_deterministic_ddim(schedule):
+    assert torch.allclose(last(Euler(13), ideal(schedule)), last(DDIM(13), ideal(schedule)), atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_with_eta_1_is_ddpm(schedule):
+    ddpm = last(DDPM(30, clip=False), ideal(schedule), draws=DRAWS)
+    ddim = last(DDIM(30, eta=1, clip=False), ideal(schedule), draws=DRAWS)
+    assert torch.allclose(ddpm, ddim, atol=1e-10)
+    half = last(DDIM(30, eta=0.5, clip=False), ideal(schedule), draws=DRAWS)
+    assert not torch.allclose(half, ddim, atol=0.1)
+
+
+def test_heun_in_t_on_rectified_flow():
+    """Against the textbook: u at t, an Euler step, u there, the average of both."""
+    n, denoiser = 10, ideal("rectified_flow")
+    x = NOISE
+    for i in range(n, 0, -1):
+        t, s = i / n, (i - 1) / n
+        u = (x - denoiser(x, torch.full((16,), t, dtype=torch.float64))) / t
+        if s > 0:
+            ahead = x + (s - t) * u
+            u = (u + (ahead - denoiser(ahead, torch.full((16,), s, dtype=torch.float64))) / s) / 2
+        x = x + (s - t) * u
+    assert torch.allclose(last(Heun(n, clip=False, power=1), denoiser), x, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), Cosine()])
+def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
+    """Ho et al. 2020, eqs. 6 and 7, from the betas; from the same states, step by step."""
+    alpha_bar = torch.cat([torch.ones(1), schedule(torch.arange(1, 1001).double() / 1000)[0].square()])
+    noise, draws = NOISE[:2, :, :4, :4], Draws(0, range(2))
+
+    class Half(nn.Module):
+        def forward(self, x, t, label):
+            return x / 2
+
+    x = schedule(torch.ones(1, dtype=torch.float64))[1] * noise
+    for i, step in enumerate(DDPM(clip=False)(Denoiser(Half(), schedule, X0()), noise, None, draws)):
+        bar, bar_before = alpha_bar[1000 - i].item(), alpha_bar[999 - i].item()
+        beta = 1 - bar / bar_before
+        mean = (
+            math.sqrt(bar_before) * beta / (1 - bar) * x / 2
+            + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
+        )
+        variance = (1 - bar_before) / (1 - bar) * beta
+        x = mean + math.sqrt(variance) * draws.normal(f"step {i}", (1, 4, 4)).double()
+        assert torch.allclose(step.x, x, rtol=1e-9, atol=1e-12)
+        assert step.t == pytest.approx(1 - (i + 1) / 1000)
+        x = step.x
+    assert i == 999
+
+
+class Waves(nn.Module):
+    """Some smooth function; as a model it is bad, which is what a comparison of formulas wants."""
+
+    def forward(self, x, t, label):
+        return torch.sin(3 * x + 5 * t[:, None, None, None])
+
+
+THEIR_BETAS = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+THEIR_TARGET = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+@pytest.mark.parametrize(("schedule", "target"), [*product(THEIR_BETAS, THEIR_TARGET)])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_steps_equal_diffusers(schedule, target, eta, clip):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(
+        beta_schedule=THEIR_BETAS[schedule],
+        prediction_type=THEIR_TARGET[target],
+        timestep_spacing="trailing",
+        clip_sample=clip,
+    )
+    theirs.set_timesteps(20)
+    # Their table is computed in float32; at alpha(1) = 5e-5 that alone would show.
+    theirs.alphas_cumprod = SCHEDULES[schedule](torch.arange(1, 1001).double() / 1000)[0].square()
+    denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
+    noise, draws = NOISE[:3], Draws(0, range(3))
+
+    x = SCHEDULES[schedule](torch.ones(1, dtype=torch.float64))[1] * noise
+    steps = DDIM(20, eta=eta, clip=clip)(denoiser, noise, None, draws)
+    for i, (index, step) in enumerate(zip(theirs.timesteps, steps, strict=True)):
+        t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
+        fresh = draws.normal(f"step {i}", (1, 16, 16)).double() if eta else None
+        out = theirs.step(
+            denoiser.predict(x, t), index, x, eta=eta, use_clipped_model_output=clip, variance_noise=fresh
+        )
+        assert torch.allclose(step.x0, out.pred_original_sample, rtol=1e-6, atol=1e-6)
+        assert torch.allclose(step.x, out.prev_sample, rtol=1e-6, atol=1e-6)
+        x = step.x
+
+
+@pytest.mark.parametrize(("schedule", "target"), [*product(THEIR_BETAS, THEIR_TARGET)])
+def test_ddpm_steps_equal_diffusers(schedule, target):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule=THEIR_BETAS[schedule],
+        prediction_type=THEIR_TARGET[target],
+        timestep_spacing="trailing",
+    )
+    theirs.set_timesteps(20)
+    theirs.alphas_cumprod = SCHEDULES[schedule](torch.arange(1, 1001).double() / 1000)[0].square()
+    denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
+    noise = NOISE[:3]
+
+    class Theirs(Draws):
+        """The noise that diffusers draws at its step i, when its generator is seeded with i."""
+
+        def normal(self, purpose, shape=()):
+            seed = int(purpose.removeprefix("step "))
+            rng = torch.Generator().manual_seed(seed)
+            return torch.randn(len(self), *shape, generator=rng, dtype=torch.float64)
+
+    x = SCHEDULES[schedule](torch.ones(1, dtype=torch.float64))[1] * noise
+    steps = DDPM(20)(denoiser, noise, None, Theirs(0, range(3)))
+    for i, (index, step) in enumerate(zip(theirs.timesteps, steps, strict=True)):
+        t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
+        out = theirs.step(denoiser.predict(x, t), index, x, generator=torch.Generator().manual_seed(i))
+        assert torch.allclose(step.x, out.prev_sample, rtol=1e-6, atol=1e-6)
+        x = step.x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_moments_of_ddpm(schedule):
+    """4,096 pixels: standard errors 0.004 and 1.1 %. The posterior's variance is the lower of the two of Ho
+    et al. 2020, sec. 3.2, so the spread comes out low: by 1.5 % and less after 1,000 steps."""
+    x = last(DDPM(1000, clip=False), ideal(schedule), draws=DRAWS)
+    assert x.mean().item() == pytest.approx(MU, abs=0.012)
+    assert 0.955 * S < x.std().item() < 1.025 * S
+
+
+class TwoPeaks(nn.Module):
+    """E[x_0 | x_t] for 0.3 N(-0.6, 0.1^2) + 0.7 N(0.5, 0.2^2)."""
+
+    WEIGHT, CENTRE, WIDTH = torch.tensor([[0.3, 0.7], [-0.6, 0.5], [0.1, 0.2]], dtype=torch.float64)
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x, t, label):
+        alpha, sigma = (c[:, None, None, None, None] for c in self.schedule(t))
+        variance = (alpha * self.WIDTH) ** 2 + sigma**2
+        away = x[..., None] - alpha * self.CENTRE
+        peak = (self.WEIGHT.log() - variance.log() / 2 - away**2 / variance / 2).softmax(-1)
+        return (peak * (self.CENTRE + alpha * self.WIDTH**2 * away / variance)).sum(-1)
+
+    def cdf(self, x):
+        return (self.WEIGHT * torch.special.ndtr((x[..., None] - self.CENTRE) / self.WIDTH)).sum(-1)
+
+
+def test_mixture_keeps_the_quantiles_of_its_noise():
+    """In one dimension the exact walk is monotone: a pixel ends on the quantile on which its noise began."""
+    schedule = SCHEDULES["rectified_flow"]
+    peaks = TwoPeaks(schedule)
+
+    def off(steps):
+        x = last(Heun(steps, clip=False), Denoiser(peaks, schedule, X0()))
+        return (peaks.cdf(x) - torch.special.ndtr(NOISE)).abs().max().item()
+
+    errors = off(50), off(100)
+    assert errors[1] < 0.002
+    assert errors[0] / errors[1] > 3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_mixture_by_ddpm(schedule):
+    peaks = TwoPeaks(SCHEDULES[schedule])
+    x = last(DDPM(200, clip=False), Denoiser(peaks, SCHEDULES[schedule], X0()), draws=DRAWS)
+    quantiles = peaks.cdf(x).flatten().sort().values
+    uniform = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    assert (
+        quantiles - uniform
+    ).abs().max().item() < 0.035  # Kolmogorov-Smirnov; 0.1 % of true samples exceed 0.030
+    assert (x < 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(10), DDIM(10), DDIM(10, eta=0.5), Euler(10), Heun(10)])
+@pytest.mark.parametrize(("schedule", "target"), PAIRS)
+def test_image_k_is_image_k_at_any_batch_size(schedule, target, sampler):
+    denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
+    noise = Draws(5, range(8)).normal("start", (1, 4, 4))
+    whole = sample(sampler, denoiser, noise, draws=Draws(5, range(8)))
+    halves = [
+        sample(sampler, denoiser, noise[k], draws=Draws(5, range(8)[k])) for k in (slice(4), slice(4, 8))
+    ]
+    assert torch.allclose(whole, torch.cat(halves), atol=1e-4)
+    assert whole.dtype == torch.float32
+    assert whole.isfinite().all()
+    assert whole.abs().max() <= 1
+
+
+@pytest.mark.parametrize("sampler", [DDPM(7), DDIM(7), Euler(7), Heun(7)])
+def test_steps_lead_to_the_picture(sampler):
+    steps = list(sampler(ideal("linear"), NOISE, None, DRAWS))
+    assert len(steps) == 7
+    assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
+    assert steps[-1].t == 0
+    assert torch.allclose(steps[-1].x, steps[-1].x0, atol=1e-12)  # at t = 0 the state is the estimate
+    assert all(step.x0.abs().max() <= 1 for step in steps)
+
+
+def test_clipping_keeps_noise_prediction_stable():
+    """A small error of eps at alpha(1) = 5e-5 is a huge one of x_0."""
+
+    class Nearly(Ideal):
+        def forward(self, x, t, label):
+            return super().forward(x, t, label) + 0.01
+
+    denoiser = Denoiser(Nearly("cosine", "noise"), SCHEDULES["cosine"], TARGETS["noise"])
+    exact = exact_walk("cosine", NOISE)
+    assert (last(DDIM(50), denoiser) - exact).abs().mean() < 0.1
+    assert (last(DDIM(50, clip=False), denoiser) - exact).abs().mean() > 1
+
+
+def test_guidance_moves_samples_towards_the_label():
+    class Shifted(nn.Module):
+        """Gaussians around 0.3 (label 0), -0.3 (label 1) and 0 (null)."""
+
+        def forward(self, x, t, label):
+            alpha, sigma = (c[:, None, None, None] for c in SCHEDULES["cosine"](t))
+            mu = torch.tensor([0.3, -0.3, 0.0], dtype=x.dtype)[label][:, None, None, None]
+            return (alpha * S**2 * x + sigma**2 * mu) / (alpha**2 * S**2 + sigma**2)
+
+    denoiser = Denoiser(Shifted(), SCHEDULES["cosine"], X0(), num_classes=2)
+    label = torch.arange(16) % 2
+
+    def gap(scale):
+        x = sample(Heun(20), Guided(denoiser, scale), NOISE, label)
+        return (x[label == 0].mean() - x[label == 1].mean()).item()
+
+    assert gap(0) == pytest.approx(0, abs=0.02)
+    assert gap(1) == pytest.approx(0.6, abs=0.03)
+    assert gap(2) == pytest.approx(1.2, abs=0.06)
+
+
+def test_no_gradients_are_kept_and_callers_keep_theirs():
+    class Learned(nn.Conv2d):
+        def forward(self, x, t, label):
+            return super().forward(x)
+
+    denoiser = Denoiser(Learned(1, 1, 3, padding=1), Cosine(), V())
+    noise = NOISE.float().requires_grad_()
+    for step in Heun(3)(denoiser, noise):
+        assert not step.x.requires_grad
+        assert not step.x0.requires_grad
+        assert torch.is_grad_enabled()
+    with torch.inference_mode():
+        inferred = sample(Heun(3), denoiser, noise)
+    assert torch.equal(inferred, sample(Heun(3), denoiser, noise))
+
+
+@pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5, eta=0.5)])
+def test_random_samplers_ask_for_draws_before_they_walk(sampler):
+    name = type(sampler).__name__
+    with pytest.raises(ValueError, match=f"{name} adds noise and needs draws for 16 samples, got none"):
+        sampler(ideal("cosine"), NOISE)
+    with pytest.raises(ValueError, match=r"got some for 1; hand in draws=Draws\(seed, positions\)"):
+        sampler(ideal("cosine"), NOISE, None, Draws(0, [0]))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match=r"sampler.steps=0 must be 1 or more"):
+        Euler(0)
+    with pytest.raises(ValueError, match=r"sampler.power=0 above 0"):
+        Heun(10, power=0)
+    with pytest.raises(ValueError, match=r"sampler.eta=1.5 must be from 0"):
+        DDIM(10, eta=1.5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_gpu_walks_where_the_cpu_walks(name):
+    walk = SAMPLERS[name](20)
+    here = sample(walk, ideal("cosine", "v"), NOISE.float(), draws=DRAWS)
+    there = sample(walk, ideal("cosine", "v").cuda(), NOISE.float().cuda(), draws=DRAWS)
+    assert torch.allclose(here, there.cpu(), atol=1e-4)

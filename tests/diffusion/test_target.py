@@ -1,0 +1,98 @@
+"""Targets: there and back on every schedule, their definitions, and which pairs are refused."""
+
+import pytest
+import torch
+from gaussian import IDEAL, PAIRS, REFUSED, SCHEDULES, TARGETS, posterior_mean
+from torch import nn
+
+from sturdy.diffusion import Denoiser, Noise, RectifiedFlow, Schedule, V
+
+RNG = torch.Generator().manual_seed(0)
+X_0, EPS = torch.randn(2, 50, 3, 4, 4, generator=RNG, dtype=torch.float64)
+T = torch.linspace(0.001, 1, 50, dtype=torch.float64)
+
+
+def corrupted(schedule):
+    alpha, sigma = (c[:, None, None, None] for c in schedule(T))
+    return alpha * X_0 + sigma * EPS, alpha, sigma
+
+
+def round_trip_error(target, schedule):
+    x_t, alpha, sigma = corrupted(schedule)
+    return (target.x0(target(X_0, EPS, alpha, sigma), x_t, alpha, sigma) - X_0).abs().max().item()
+
+
+@pytest.mark.parametrize(("schedule", "target"), PAIRS)
+def test_there_and_back(schedule, target):
+    assert round_trip_error(TARGETS[target], SCHEDULES[schedule]) < 1e-10
+
+
+def test_control_a_wrong_sign_does_not_come_back():
+    class WrongV(V):
+        def __call__(self, x0, noise, alpha, sigma):
+            return alpha * noise + sigma * x0
+
+    assert round_trip_error(WrongV(), SCHEDULES["cosine"]) > 1
+
+
+@pytest.mark.parametrize(("schedule", "target"), PAIRS)
+def test_ideal_prediction_means_the_posterior_mean(schedule, target):
+    x_t, alpha, sigma = corrupted(SCHEDULES[schedule])
+    x0 = TARGETS[target].x0(IDEAL[target](x_t, alpha, sigma), x_t, alpha, sigma)
+    assert torch.allclose(x0, posterior_mean(x_t, alpha, sigma), atol=1e-10)
+
+
+@pytest.mark.parametrize(("schedule", "target"), PAIRS)
+def test_x0_factor_relates_the_two_errors(schedule, target):
+    x_t, alpha, sigma = corrupted(SCHEDULES[schedule])
+    target = TARGETS[target]
+    prediction = target(X_0, EPS, alpha, sigma)
+    moved = target.x0(prediction + EPS, x_t, alpha, sigma) - target.x0(prediction, x_t, alpha, sigma)
+    factor = target.x0_factor(*SCHEDULES[schedule](T))
+    assert factor.shape == (50,)
+    assert torch.allclose(moved.square(), factor[:, None, None, None] * EPS.square(), rtol=1e-6, atol=1e-12)
+
+
+def test_v_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    index = torch.tensor([0, 129, 500, 998])
+    theirs = diffusers.DDPMScheduler(beta_schedule="linear").get_velocity(X_0[:4], EPS[:4], index)
+    alpha, sigma = (c[:, None, None, None] for c in SCHEDULES["linear"]((index.double() + 1) / 1000))
+    assert torch.allclose(TARGETS["v"](X_0[:4], EPS[:4], alpha, sigma), theirs.double(), atol=1e-5)
+
+
+def test_velocity_is_the_derivative_of_x_t():
+    h = 1e-4
+    at = [RectifiedFlow()(torch.tensor([t], dtype=torch.float64)) for t in (0.3 - h, 0.3 + h)]
+    before, after = (alpha * X_0 + sigma * EPS for alpha, sigma in at)
+    velocity = TARGETS["velocity"](X_0, EPS, *at[0])
+    assert torch.allclose((after - before) / (2 * h), velocity, atol=1e-9)
+
+
+@pytest.mark.parametrize(("schedule", "target"), sorted(REFUSED))
+def test_refused_pairs_say_why_and_what_instead(schedule, target):
+    with pytest.raises(ValueError, match=f"target={target} does not suit schedule={schedule}: ") as error:
+        Denoiser(nn.Identity(), SCHEDULES[schedule], TARGETS[target])
+    reason = {"noise": r"its alpha(1) is 0", "velocity": "only where alpha + sigma = 1"}[target]
+    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}[
+        target
+    ]
+    assert reason in str(error.value)
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(("schedule", "target"), PAIRS)
+def test_sensible_pairs_build_even_on_meta(schedule, target):
+    with torch.device("meta"):
+        Denoiser(nn.Conv2d(3, 3, 1), SCHEDULES[schedule], TARGETS[target])
+
+
+def test_refusal_looks_at_the_numbers_not_at_the_class():
+    class ZeroTerminalSNR(Schedule):
+        def __call__(self, t):
+            angle = t * torch.pi / 2
+            return torch.where(t == 1, 0, angle.cos()), angle.sin()
+
+    with pytest.raises(ValueError, match="schedule=zero_terminal_s_n_r"):
+        Noise().check(ZeroTerminalSNR())
+    V().check(ZeroTerminalSNR())
