@@ -40,7 +40,7 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     cos, sin = turn
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, tokens, 3, heads, head_dim)
         qk, v = qkv.split([2, 1], dim=2)
-        qk = rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), turn)
+        qk = rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), turn).to(v.dtype)
         q, k = qk.transpose(1, 3).unbind(2)  # (b, heads, tokens, head_dim)
         h = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))
         return self.out(h.transpose(1, 2).flatten(2))
@@ -154,7 +154,7 @@ class DiT(nn.Module):
         h = F.pixel_unshuffle(x, self.patch)  # (b, c patch^2, h / patch, w / patch)
         grid = h.shape[2:]
         turn = rotation(*grid, self.head_dim, like=x)
-        h = self.stem(h.flatten(2).transpose(1, 2))
+        h = self.stem(h.flatten(2).transpose(1, 2)).to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
             h = call(block, h, c, turn, recompute=self.checkpoint)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=2)

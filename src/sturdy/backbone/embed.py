@@ -59,7 +59,11 @@ class Condition(nn.Module):
         if self.label is not None:
             if label is None:
                 label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
-            c = c + self.label(label)
+            try:
+                c = c + self.label(label)
+            except IndexError as error:
+                message = f"a label is not in [0, {self.num_classes}]: set backbone.num_classes to the data's classes"
+                raise IndexError(message) from error
         return nn.functional.silu(c)
 
 

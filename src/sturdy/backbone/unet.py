@@ -2,8 +2,8 @@
 
     h = conv(silu(norm(x)));   y = skip(x) + conv(dropout(silu(norm(h) (1 + scale(c)) + shift(c))))
 
-After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs", section 3) with the smaller groups and the
-64-bit-clean code path of EDM (Karras et al. 2022). Every residual branch and the output start at zero.
+After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3). Every residual
+branch and the output start at zero. Works in either memory format and keeps that of its input.
 """
 
 import math
@@ -16,9 +16,17 @@ from torch.nn import functional as F
 from sturdy.backbone.embed import Condition, call, zero
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups of at least four channels: a group of one would erase what the channel says."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels, eps=1e-5)
+class Norm(nn.GroupNorm):
+    """At most 32 groups of at least four channels: a group of one would erase the mean of its channel.
+
+    Statistics are float32; the result has the type of ``x``, where CUDA's autocast would keep float32 activations.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(math.gcd(32, channels // 4), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
 
 
 class Down(nn.Module):
@@ -29,7 +37,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Each pixel four times, ``(b, c, h, w) -> (b, c, 2h, 2w)``."""
+    """Each pixel four times, ``(b, c, h, w) -> (b, c, 2h, 2w)``; "nearest" has a deterministic backward on CUDA."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -43,7 +51,7 @@ class Attention(nn.Module):
         if channels % head_dim:
             raise ValueError(f"backbone.head_dim={head_dim} does not divide the {channels} channels of a level")
         self.head_dim = head_dim
-        self.norm = norm(channels)
+        self.norm = Norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -70,10 +78,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample or nn.Identity()
-        self.norm1 = norm(c_in)
+        self.norm1 = Norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.film = nn.Linear(size, 2 * c_out)
-        self.norm2 = norm(c_out)
+        self.norm2 = Norm(c_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -129,8 +137,8 @@ class UNet(nn.Module):
         size = 4 * width
 
         def block(c_in: int, c_out: int, *, attend: bool = False, resample: nn.Module | None = None) -> Block:
-            attention = Attention(c_out, head_dim=head_dim) if attend else None
-            return Block(c_in, c_out, size, dropout=dropout, attention=attention, resample=resample)
+            end = Attention(c_out, head_dim=head_dim) if attend else None
+            return Block(c_in, c_out, size, dropout=dropout, attention=end, resample=resample)
 
         self.condition = Condition(size, features=width, num_classes=num_classes)
         c = width * multipliers[0]
@@ -146,14 +154,15 @@ class UNet(nn.Module):
                 skips.append(c)
         self.middle = nn.ModuleList([block(c, c, attend=True), block(c, c)])
         self.decoder, self.rise = nn.ModuleList(), nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
+        for level in reversed(range(self.levels)):
             joints = nn.ModuleList()
             for _ in range(blocks + 1):
-                joints.append(block(c + skips.pop(), width * multiplier, attend=attention[level]))
-                c = width * multiplier
+                joints.append(block(c + skips.pop(), width * multipliers[level], attend=attention[level]))
+                c = width * multipliers[level]
             self.decoder.append(joints)
-            self.rise.append(block(c, c, resample=Up()) if level else nn.Identity())
-        self.out = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels, 3, padding=1)))
+            if level:
+                self.rise.append(block(c, c, resample=Up()))
+        self.out = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict the target.
@@ -176,11 +185,11 @@ class UNet(nn.Module):
             skips.append(h)
         for block in self.middle:
             h = call(block, h, c, recompute=self.checkpoint)
-        for level, (joints, rise) in enumerate(zip(self.decoder, self.rise, strict=True), start=1):
+        for level, joints in enumerate(self.decoder):
+            if level:
+                h = call(self.rise[level - 1], h, c, recompute=self.checkpoint)
             for block in joints:
                 h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
-            if level < self.levels:
-                h = call(rise, h, c, recompute=self.checkpoint)
         return self.out(h).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:

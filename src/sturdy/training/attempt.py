@@ -25,6 +25,7 @@ EXPECTED = (
     r".*resuming from a checkpoint that ended before the epoch ended.*",
     r".*The dirpath has changed from.*",
     r".*GPU available but not used.*",
+    r"Found .* module.* in eval mode at the start of training.*",
 )
 
 

@@ -1,0 +1,6 @@
+"""What holds for every backbone."""
+
+import pytest
+import torch
+from backbone.conftest import awaken
+

@@ -1,0 +1,86 @@
+"""Real runs in real processes, small enough for a test: started, killed, and compared bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sturdy.resume.store import Store, load_state
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = """
+trainer=cpu trainer.threads=1 trainer.max_steps=12 trainer.val_check_interval=4 trainer.log_every_n_steps=2
+data.image_size=16 data.batch_size=8 data.source.n=60 data.holdout=0.2 sampler.steps=2
+backbone.width=8 backbone.head_dim=8 backbone.multipliers=[1,2] backbone.attention=[False,True] backbone.blocks=1
+backbone.dropout=0.2 callbacks.checkpoint.every_n_train_steps=3 callbacks.samples.every_n_steps=6 callbacks.samples.n=8
+""".split()
+SMALL_DIT = [k for k in SMALL if not k.startswith("backbone.")] + (
+    "backbone=dit backbone.width=32 backbone.depth=2 backbone.heads=2 backbone.dropout=0.2".split()
+)
+
+
+def command(tmp: Path, name: str, *overrides: str, base: list[str] = SMALL) -> list[str]:
+    """The command line of a small run called ``name`` under ``tmp``."""
+    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name={name}"]
+    return [sys.executable, str(ROOT / "train.py"), *base, *paths, *overrides]
+
+
+def train(
+    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; the exit code must be ``code``."""
+    done = subprocess.run(command(tmp, name, *overrides, base=base), capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def kill_at(tmp: Path, name: str, step: int, *overrides: str, base: list[str] = SMALL) -> None:
+    """Start the run and SIGKILL it as soon as its metrics show ``step``."""
+    metrics = tmp / "runs" / name / "metrics.csv"
+    process = subprocess.Popen(
+        command(tmp, name, *overrides, base=base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None:
+        if metrics.exists() and any(line.startswith(f"{step},") for line in metrics.read_text().splitlines()):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+
+
+def differences(tmp: Path, a: str, b: str) -> list[str]:
+    """Names of what differs in bits between the newest checkpoints of two runs: weights, EMA, optimizer, losses."""
+    states = []
+    for name in (a, b):
+        store = Store(tmp / "runs" / name / "checkpoints")
+        manifest = store.last()
+        assert manifest is not None
+        states.append(load_state(store.state(manifest["step"])))
+    left, right = (_tensors({k: s[k] for k in ("state_dict", "optimizer_states", "global_step")}) for s in states)
+    assert left.keys() == right.keys()
+    odd = [k for k in left if not torch.equal(left[k], right[k])]
+    return odd + [f"row {row}" for row in set(losses(tmp, a)) ^ set(losses(tmp, b))]
+
+
+def losses(tmp: Path, name: str) -> list[tuple[str, ...]]:
+    """Step, losses and gradient norm of every row of ``metrics.csv``, as text."""
+    import csv
+
+    with (tmp / "runs" / name / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = ("step", "train/loss", "train/grad_norm", "val/loss")
+    return sorted(tuple(row.get(k) or "" for k in keys) for row in rows)
+
+
+def _tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: t for key, v in items for k, t in _tensors(v, f"{prefix}/{key}").items()}
+    return {prefix: torch.tensor(value)} if isinstance(value, int | float) else {}
