@@ -12,14 +12,29 @@ import torch
 from sturdy.resume.store import Store, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = """
-trainer=cpu trainer.threads=1 trainer.max_steps=12 trainer.val_check_interval=4 trainer.log_every_n_steps=2
-data.image_size=16 data.batch_size=8 data.source.n=60 data.holdout=0.2 sampler.steps=2
-backbone.width=8 backbone.head_dim=8 backbone.multipliers=[1,2] backbone.attention=[False,True] backbone.blocks=1
-backbone.dropout=0.2 callbacks.checkpoint.every_n_train_steps=3 callbacks.samples.every_n_steps=6 callbacks.samples.n=8
-""".split()
+SMALL = [
+    "trainer=cpu",
+    "trainer.threads=1",
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=4",
+    "trainer.log_every_n_steps=2",
+    "data.image_size=16",
+    "data.batch_size=8",
+    "data.source.n=60",
+    "data.holdout=0.2",
+    "sampler.steps=2",
+    "backbone.width=8",
+    "backbone.head_dim=8",
+    "backbone.multipliers=[1,2]",
+    "backbone.attention=[False,True]",
+    "backbone.blocks=1",
+    "backbone.dropout=0.2",
+    "callbacks.checkpoint.every_n_train_steps=3",
+    "callbacks.samples.every_n_steps=6",
+    "callbacks.samples.n=8",
+]
 SMALL_DIT = [k for k in SMALL if not k.startswith("backbone.")] + (
-    "backbone=dit backbone.width=32 backbone.depth=2 backbone.heads=2 backbone.dropout=0.2".split()
+    ["backbone=dit", "backbone.width=32", "backbone.depth=2", "backbone.heads=2", "backbone.dropout=0.2"]
 )
 
 

@@ -20,8 +20,8 @@ def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
     items = config.items() if isinstance(config, dict) else enumerate(config)
     if isinstance(config, dict) and isinstance(config.get("_target_"), str):
         known = arguments(config["_target_"])
-        for name in config.keys() - HYDRA if known is not None else ():
-            if name not in known and f"{prefix}{name}" not in OURS:
+        for name in config.keys() - HYDRA:
+            if known is not None and name not in known and f"{prefix}{name}" not in OURS:
                 yield f"{prefix}{name}", config["_target_"], name, sorted(known)
     for key, value in items:
         yield from unknown_arguments(value, f"{prefix}{key}.")

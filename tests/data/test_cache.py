@@ -83,9 +83,7 @@ def content(cache):
 def test_holds_what_the_source_gives(photos, tmp_path):
     folder = Folder(root=photos, size=24)
     told = []
-    cache = open_cache(
-        folder, root=tmp_path / "cache", progress=lambda done, total: told.append((done, total))
-    )
+    cache = open_cache(folder, root=tmp_path / "cache", progress=lambda done, total: told.append((done, total)))
     assert cache.uniform
     assert len(cache) == len(folder) == 40
     assert cache.classes == ("car", "truck")
@@ -119,8 +117,7 @@ def test_the_number_of_workers_changes_nothing(photos, tmp_path):
     (photos / "car/01.jpg").write_bytes(b"")
     source = Folder(root=photos, size=24, crop="random")
     one, *others = [
-        open_cache(source, root=tmp_path / str(workers), workers=workers, max_broken=0.1)
-        for workers in (0, 1, 3)
+        open_cache(source, root=tmp_path / str(workers), workers=workers, max_broken=0.1) for workers in (0, 1, 3)
     ]
     for other in others:
         assert content(other) == content(one)
@@ -199,9 +196,7 @@ def test_errors_of_a_source_leave_nothing(tmp_path):
         lambda path: (path / "shapes.npy").unlink(),
         lambda path: (path / "manifest.json").unlink(),
         lambda path: os.truncate(path / "manifest.json", 50),
-        lambda path: (path / "manifest.json").write_text(
-            (path / "manifest.json").read_text().replace("odd", "old")
-        ),
+        lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("odd", "old")),
         lambda path: (path / "manifest.json").write_text("[]"),
     ],
 )
@@ -221,9 +216,7 @@ def test_pickles_as_its_path_and_opens_in_a_new_process(tmp_path):
         cache = pickle.load(sys.stdin.buffer)
         print(cache.gather([5, 7]).sum(), cache.name(3), cache.digest)
     """
-    found = subprocess.run(
-        [sys.executable, "-c", program], input=pickle.dumps(cache), capture_output=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(cache), capture_output=True, check=True)
     assert found.stdout.decode().strip() == f"{cache.gather([5, 7]).sum()} noise 3 {cache.digest}"
     with fork.Pool(2) as pool:
         assert pool.map(cache.gather, [[1], [2]])[1].tobytes() == cache.image(2).tobytes()

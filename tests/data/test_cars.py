@@ -98,9 +98,7 @@ def test_one_body_is_rare_and_the_others_are_equally_frequent(table):
     assert 0.015 < count.pop(RARE) / len(table) < 0.025
     expected = sum(count.values()) / len(count)
     assert len(count) == len(BODIES) - 1
-    assert (
-        sum((c - expected) ** 2 / expected for c in count.values()) < 22.5
-    )  # chi-square, 6 degrees, p = 0.001
+    assert sum((c - expected) ** 2 / expected for c in count.values()) < 22.5  # chi-square, 6 degrees, p = 0.001
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "body"])
@@ -207,17 +205,14 @@ def test_every_value_changes_the_picture(name, size):
 
 @pytest.mark.parametrize("name", ["shift", "scale", "pan"])
 def test_jitter_changes_the_picture(name):
-    assert change(
-        draw(replace(Attributes(), **{name: -1.0}), 32), draw(replace(Attributes(), **{name: 1.0}), 32)
-    ).any()
+    assert change(draw(replace(Attributes(), **{name: -1.0}), 32), draw(replace(Attributes(), **{name: 1.0}), 32)).any()
 
 
 @pytest.mark.parametrize("body", list(BODIES))
 def test_left_is_the_mirror_image_of_right(body):
     def car(direction):
         images = [
-            draw(Attributes(body=body, direction=direction, backdrop=b, shift=0.5), 64)
-            for b in OPTIONS["backdrop"]
+            draw(Attributes(body=body, direction=direction, backdrop=b, shift=0.5), 64) for b in OPTIONS["backdrop"]
         ]
         same = ~np.logical_or.reduce([change(images[0], image) for image in images[1:]])
         same[52:] = same[:20] = False  # sky and road are the same everywhere, too
@@ -233,9 +228,7 @@ def test_left_is_the_mirror_image_of_right(body):
 def test_the_car_fills_most_of_the_width_and_stays_in_the_picture():
     for body in BODIES:
         for shift, scale in ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.0)):
-            red, blue = (
-                draw(Attributes(body=body, paint=p, shift=shift, scale=scale), 64) for p in ("red", "blue")
-            )
+            red, blue = (draw(Attributes(body=body, paint=p, shift=shift, scale=scale), 64) for p in ("red", "blue"))
             columns = np.flatnonzero(change(red, blue).any(axis=0))
             assert columns[-1] - columns[0] > 0.62 * 64
             assert columns[0] >= 0

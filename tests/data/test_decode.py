@@ -44,12 +44,7 @@ def png(width, height, bits, kind, rows=b""):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def tiff(pixels, *, photometric):
@@ -156,9 +151,7 @@ def test_transparency_of_palettes_and_keys():
         encode(palette, "GIF", transparency=first),
         encode(keyed, "PNG", transparency=COLOURS[0]),
     ):
-        assert near(
-            corners(decode(data, size=40, crop="random", background=(1, 2, 3))), ((1, 2, 3), *COLOURS[1:]), 1
-        )
+        assert near(corners(decode(data, size=40, crop="random", background=(1, 2, 3))), ((1, 2, 3), *COLOURS[1:]), 1)
     assert near(decode(encode(pa, "TIFF"), size=40, background=(9, 9, 9)), 9, 0)
 
 

@@ -12,9 +12,7 @@ MU, S = 0.2, 0.25
 SCHEDULES = {"linear": Linear(), "cosine": Cosine(), "rectified_flow": RectifiedFlow()}
 TARGETS = {"noise": Noise(), "x0": X0(), "v": V(), "velocity": Velocity()}
 REFUSED = {("rectified_flow", "noise"), ("linear", "velocity"), ("cosine", "velocity")}
-PAIRS = [
-    (schedule, target) for schedule in SCHEDULES for target in TARGETS if (schedule, target) not in REFUSED
-]
+PAIRS = [(schedule, target) for schedule in SCHEDULES for target in TARGETS if (schedule, target) not in REFUSED]
 
 
 def posterior_mean(x, alpha, sigma, mu=MU, s=S):

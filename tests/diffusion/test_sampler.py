@@ -55,9 +55,7 @@ def test_table_of_every_sensible_combination():
     lines = [f"{'40 steps, error':28}" + "".join(f"{name:>10}" for name in SAMPLERS)]
     wrong = []
     for schedule, target in PAIRS:
-        errors = {
-            name: error(sampler(40, clip=False), schedule, target) for name, sampler in SAMPLERS.items()
-        }
+        errors = {name: error(sampler(40, clip=False), schedule, target) for name, sampler in SAMPLERS.items()}
         lines.append(f"{schedule + ' ' + target:28}" + "".join(f"{e:10.5f}" for e in errors.values()))
         wrong += [(schedule, target, name, e) for name, e in errors.items() if not e < BOUNDS[name]]
     print("\n" + "\n".join(lines))
@@ -118,10 +116,7 @@ def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
     for i, step in enumerate(DDPM(clip=False)(Denoiser(Half(), schedule, X0()), noise, None, draws)):
         bar, bar_before = alpha_bar[1000 - i].item(), alpha_bar[999 - i].item()
         beta = 1 - bar / bar_before
-        mean = (
-            math.sqrt(bar_before) * beta / (1 - bar) * x / 2
-            + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
-        )
+        mean = math.sqrt(bar_before) * beta / (1 - bar) * x / 2 + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
         variance = (1 - bar_before) / (1 - bar) * beta
         x = mean + math.sqrt(variance) * draws.normal(f"step {i}", (1, 4, 4)).double()
         assert torch.allclose(step.x, x, rtol=1e-9, atol=1e-12)
@@ -250,9 +245,7 @@ def test_mixture_by_ddpm(schedule):
     x = last(DDPM(200, clip=False), Denoiser(peaks, SCHEDULES[schedule], X0()), draws=DRAWS)
     quantiles = peaks.cdf(x).flatten().sort().values
     uniform = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-    assert (
-        quantiles - uniform
-    ).abs().max().item() < 0.035  # Kolmogorov-Smirnov; 0.1 % of true samples exceed 0.030
+    assert (quantiles - uniform).abs().max().item() < 0.035  # Kolmogorov-Smirnov; 0.1 % of true samples exceed 0.030
     assert (x < 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
@@ -262,9 +255,7 @@ def test_image_k_is_image_k_at_any_batch_size(schedule, target, sampler):
     denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
     noise = Draws(5, range(8)).normal("start", (1, 4, 4))
     whole = sample(sampler, denoiser, noise, draws=Draws(5, range(8)))
-    halves = [
-        sample(sampler, denoiser, noise[k], draws=Draws(5, range(8)[k])) for k in (slice(4), slice(4, 8))
-    ]
+    halves = [sample(sampler, denoiser, noise[k], draws=Draws(5, range(8)[k])) for k in (slice(4), slice(4, 8))]
     assert torch.allclose(whole, torch.cat(halves), atol=1e-4)
     assert whole.dtype == torch.float32
     assert whole.isfinite().all()

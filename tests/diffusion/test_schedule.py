@@ -30,9 +30,7 @@ def test_knots_are_the_products_of_the_betas():
     for i in range(1000):
         product *= 1 - (1e-4 + i / 999 * (0.02 - 1e-4))
         expected.append(product)
-    assert torch.allclose(
-        alpha_bar(Linear()), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0
-    )
+    assert torch.allclose(alpha_bar(Linear()), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(Linear(), "linear"), (Cosine(), "squaredcos_cap_v2")])

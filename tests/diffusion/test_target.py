@@ -74,9 +74,7 @@ def test_refused_pairs_say_why_and_what_instead(schedule, target):
     with pytest.raises(ValueError, match=f"target={target} does not suit schedule={schedule}: ") as error:
         Denoiser(nn.Identity(), SCHEDULES[schedule], TARGETS[target])
     reason = {"noise": r"its alpha(1) is 0", "velocity": "only where alpha + sigma = 1"}[target]
-    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}[
-        target
-    ]
+    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}[target]
     assert reason in str(error.value)
     assert advice in str(error.value)
 

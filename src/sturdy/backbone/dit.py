@@ -1,10 +1,10 @@
 """A diffusion transformer: patches as tokens, modulated by time and label through adaLN-zero.
 
-    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c))        f: attention, then SwiGLU;  gate starts at zero
+    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c)),   f: attention, then SwiGLU;  gate starts at zero
 
 DiT (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", section 3.2) with RMSNorm (Zhang and
-Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020) and rotary positions in two
-dimensions (Su et al. 2021, eq. 34), which are computed from (h, w): no image size is built in.
+Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020) and rotary positions in
+two dimensions (Su et al. 2021, eq. 34), which are computed from (h, w): no image size is built in.
 """
 
 import torch
@@ -101,13 +101,13 @@ class DiT(nn.Module):
 
     Args:
         image_channels: channels of the image.
-        num_classes: number of labels; 0 ignores labels. Index ``num_classes`` is the null label, and None means it.
+        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
         patch: side of the square of pixels that makes a token.
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads; ``width / heads`` must be a multiple of four, for the rotary positions.
         dropout: probability of dropping an activation at the end of a branch.
-        checkpoint: recompute the blocks in the backward pass: less memory, about a third more work, equal gradients.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, equal gradients.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class DiT(nn.Module):
         c = self.condition(t, label)
         h = F.pixel_unshuffle(x, self.patch)  # (b, c patch^2, h / patch, w / patch)
         grid = h.shape[2:]
-        turn = rotation(*grid, self.head_dim, like=x)
+        turn = rotation(grid[0], grid[1], self.head_dim, like=x)
         h = self.stem(h.flatten(2).transpose(1, 2)).to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
             h = call(block, h, c, turn, recompute=self.checkpoint)

@@ -1,6 +1,6 @@
 """What every backbone shares: the condition ``c(t, label)``, zero initialisation and recomputation.
 
-    c(t, label) = MLP(fourier(1000 t)) + embedding[label],        embedding[num_classes] is "no label"
+c(t, label) = MLP(fourier(1000 t)) + embedding[label],        embedding[num_classes] is "no label"
 """
 
 import math
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,7 +38,7 @@ class Condition(nn.Module):
     Args:
         size: width of the vector.
         features: number of Fourier features of the time.
-        num_classes: number of labels; 0 ignores labels. Row ``num_classes`` of the embedding is the null label.
+        num_classes: number of labels; 0 ignores labels. Row ``num_classes`` is the null label's.
     """
 
     def __init__(self, size: int, *, features: int, num_classes: int = 0) -> None:
@@ -46,25 +47,27 @@ class Condition(nn.Module):
             raise ValueError(f"the time needs an even number of features, not {features}: make backbone.width even")
         self.features = features
         self.num_classes = num_classes
-        self.time = nn.Sequential(nn.Linear(features, size), nn.SiLU(), nn.Linear(size, size))
+        self.hidden = nn.Linear(features, size)
+        self.time = nn.Linear(size, size)
         self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
 
     def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None for all null -> ``(b, size)``.
+        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None (null) -> ``(b, size)``.
 
         Raises:
             IndexError: a label is out of range (on a GPU: a device-side assertion).
         """
-        c = self.time(fourier(t, self.features).to(self.time[0].weight.dtype))
+        features = fourier(t, self.features).to(self.hidden.weight.dtype)
+        c = self.time(F.silu(self.hidden(features)))
         if self.label is not None:
             if label is None:
                 label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
             try:
                 c = c + self.label(label)
             except IndexError as error:
-                message = f"a label is not in [0, {self.num_classes}]: set backbone.num_classes to the data's classes"
+                message = f"a label is not in [0, {self.num_classes}]: set backbone.num_classes to the data's"
                 raise IndexError(message) from error
-        return nn.functional.silu(c)
+        return F.silu(c)
 
 
 def zero(module: Module) -> Module:
@@ -75,7 +78,7 @@ def zero(module: Module) -> Module:
 
 
 def call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
-    """``block(*args)``; ``recompute`` keeps no activations and runs it, dropout mask included, again in backward."""
+    """``block(*args)``; with ``recompute`` it keeps no activations but runs again, dropout mask too, in backward."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)
     return block(*args)

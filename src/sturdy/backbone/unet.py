@@ -2,8 +2,8 @@
 
     h = conv(silu(norm(x)));   y = skip(x) + conv(dropout(silu(norm(h) (1 + scale(c)) + shift(c))))
 
-After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3). Every residual
-branch and the output start at zero. Works in either memory format and keeps that of its input.
+After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3). Every
+residual branch and the output start at zero. Works in either memory format and keeps that of its input.
 """
 
 import math
@@ -19,7 +19,7 @@ from sturdy.backbone.embed import Condition, call, zero
 class Norm(nn.GroupNorm):
     """At most 32 groups of at least four channels: a group of one would erase the mean of its channel.
 
-    Statistics are float32; the result has the type of ``x``, where CUDA's autocast would keep float32 activations.
+    Statistics are float32; the result has the type of ``x``, for CUDA's autocast would keep float32 of it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -37,7 +37,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Each pixel four times, ``(b, c, h, w) -> (b, c, 2h, 2w)``; "nearest" has a deterministic backward on CUDA."""
+    """Each pixel four times, ``(b, c, h, w) -> (b, c, 2h, 2w)``; its backward is deterministic."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block, ``(b, c_in, h, w), (b, size) -> (b, c_out, h, w)``; ``resample`` halves or doubles h and w."""
+    """Residual block, ``x (b, c_in, h, w), c (b, size) -> (b, c_out, h, w)``; ``resample`` changes h and w."""
 
     def __init__(
         self,
@@ -100,14 +100,14 @@ class UNet(nn.Module):
 
     Args:
         image_channels: channels of the image.
-        num_classes: number of labels; 0 ignores labels. Index ``num_classes`` is the null label, and None means it.
+        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
         width: channels of the first level, a multiple of four.
         multipliers: channels of each level in units of ``width``; every level after the first halves h and w.
         blocks: residual blocks a level on the way down; one more on the way up.
         attention: for each level, whether its blocks end in attention; the middle always has it.
         head_dim: channels of an attention head.
         dropout: probability of dropping an activation inside a residual block.
-        checkpoint: recompute the blocks in the backward pass: less memory, about a third more work, equal gradients.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, equal gradients.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class UNet(nn.Module):
         for level, joints in enumerate(self.decoder):
             if level:
                 h = call(self.rise[level - 1], h, c, recompute=self.checkpoint)
-            for block in joints:
+            for block in joints.children():
                 h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
         return self.out(h).to(x.dtype)
 

@@ -51,7 +51,7 @@ class Source(Protocol):
         """The image, uint8 ``(3, h, w)``; raises ``Broken`` with the reason."""
 
 
-class TooManyBroken(Exception):
+class TooManyBroken(ValueError):
     """More of the images are broken than the run accepts to do without."""
 
 

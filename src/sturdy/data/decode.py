@@ -231,9 +231,7 @@ def _grey(image: Image.Image) -> np.ndarray:
 def _resize(pixels: np.ndarray, height: int, width: int, size: int, limit: int) -> np.ndarray:
     """``(h, w, 3)`` to ``(3, h', w')``, the short side ``size``, in the proportions ``height : width``."""
     short = min(height, width)
-    height, width = (
-        (2 * side * size + short) // (2 * short) for side in (height, width)
-    )  # the nearest pixel
+    height, width = ((2 * side * size + short) // (2 * short) for side in (height, width))  # the nearest pixel
     _allow(height, width, limit, " after the resize")
     x = torch.from_numpy(pixels).permute(2, 0, 1)  # strides stay as they are: the fast layout
     if x.shape[1:] != (height, width):

@@ -18,9 +18,7 @@ import numpy as np
 
 from sturdy.data.decode import DECODER, LIMIT, Colour, Crop, decode
 
-SUFFIXES = frozenset(
-    {b".bmp", b".gif", b".jfif", b".jpe", b".jpeg", b".jpg", b".png", b".tif", b".tiff", b".webp"}
-)
+SUFFIXES = frozenset({b".bmp", b".gif", b".jfif", b".jpe", b".jpeg", b".jpg", b".png", b".tif", b".tiff", b".webp"})
 
 
 class Folder:
@@ -162,8 +160,7 @@ def _walk(root: bytes, others: Counter[bytes]) -> Iterator[tuple[bytes, bytes]]:
 def _nothing(root: Path, others: Counter[bytes]) -> str:
     looked = " ".join(sorted(suffix.decode() for suffix in SUFFIXES))
     counts = [
-        f"{count:,} {printable(suffix) if suffix else 'without a suffix'}"
-        for suffix, count in others.most_common(8)
+        f"{count:,} {printable(suffix) if suffix else 'without a suffix'}" for suffix, count in others.most_common(8)
     ]
     return (
         f"no images under {printable(root)} (data.root): looked for {looked} in it and its folders, "

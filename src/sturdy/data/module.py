@@ -34,7 +34,14 @@ class Images(Dataset[Batch]):
     """The images at given positions, cropped to ``size`` and flipped by the draws of each position."""
 
     def __init__(self, cache: Cache, order: Order, *, first: int, size: int, seed: int, flip: bool) -> None:
-        self.cache, self.order, self.first, self.size, self.seed, self.flip = cache, order, first, size, seed, flip
+        self.cache, self.order, self.first, self.size, self.seed, self.flip = (
+            cache,
+            order,
+            first,
+            size,
+            seed,
+            flip,
+        )
         self.split = Order(len(cache), 0, purpose="split")  # which images are held out depends on no seed
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
@@ -117,7 +124,12 @@ class ImageData(L.LightningDataModule):
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
         if not 0 < holdout < 1:
             raise ValueError(f"data.holdout={holdout} is a share of the images; it must lie between 0 and 1")
-        self.source, self.image_size, self.batch_size, self.num_workers = source, image_size, batch_size, num_workers
+        self.source, self.image_size, self.batch_size, self.num_workers = (
+            source,
+            image_size,
+            batch_size,
+            num_workers,
+        )
         self.flip, self.holdout, self.max_broken, self.seed = flip, holdout, max_broken, seed
         self.cache_root = Path(cache)
         self.entry = (0, 0)  # (step, position) the run was entered at

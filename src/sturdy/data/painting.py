@@ -48,9 +48,7 @@ def path(text: str) -> np.ndarray:
         if radius == 0:
             out.append(here)
             continue
-        a, b = (
-            here + (p - here) * min(0.5, radius / np.sqrt(((p - here) ** 2).sum())) for p in (before, after)
-        )
+        a, b = (here + (p - here) * min(0.5, radius / np.sqrt(((p - here) ** 2).sum())) for p in (before, after))
         out += [(1 - t) ** 2 * a + 2 * t * (1 - t) * here + t**2 * b for t in np.arange(9) / 8]
     shared = np.stack(out)
     shared.setflags(write=False)
@@ -102,9 +100,7 @@ class Canvas:
         cx, cy, rx, ry = *self._point(x, y), self._length(radius), self._length(radius * flat)
         self._brush.ellipse((cx - rx, cy - ry, cx + rx - 1, cy + ry - 1), colour)
 
-    def glow(
-        self, x: float, y: float, radius: float, colour: Colour, *, flat: float = 1.0, rings: int = 5
-    ) -> None:
+    def glow(self, x: float, y: float, radius: float, colour: Colour, *, flat: float = 1.0, rings: int = 5) -> None:
         """A soft disc: ``rings`` discs of a translucent ``colour``, one upon the other."""
         for ring in range(rings, 0, -1):
             self.disc(x, y, radius * ring / rings, colour, flat)
@@ -228,9 +224,7 @@ def hills(canvas: Canvas, light: Light) -> None:
         path("-300,300 -300,500 100,620,300 500,400,300 850,600,300 1300,400 1300,300"),
         light.on(rgb("79b45c"), 0.15),
     )
-    canvas.polygon(
-        path("-300,200 -300,420 200,400,300 620,520,300 1300,380 1300,200"), light.on(rgb("4f9748"))
-    )
+    canvas.polygon(path("-300,200 -300,420 200,400,300 620,520,300 1300,380 1300,200"), light.on(rgb("4f9748")))
     for x, y, size in (
         (-0.07, 0.50, 0.10),
         (0.05, 0.48, 0.13),
@@ -254,32 +248,22 @@ def desert(canvas: Canvas, light: Light) -> None:
     ):
         rim = ((left, top - 0.08), (left + 0.03, top), (right - 0.03, top), (right, top - 0.08))
         canvas.polygon(((left - 0.05, 0.3), *rim, (right + 0.06, 0.3)), light.on(rgb("c8693f"), haze))
-        canvas.polygon(
-            (*rim, (right - 0.03, top - 0.12), (left + 0.03, top - 0.11)), light.on(rgb("d9814f"), haze)
-        )
-    canvas.polygon(
-        path("-300,200 -300,440 150,500,300 600,380,300 1300,520 1300,200"), light.on(rgb("e8b878"), 0.1)
-    )
-    canvas.polygon(
-        path("-300,200 -300,360 300,360,400 800,480,300 1300,360 1300,200"), light.on(rgb("dfa562"))
-    )
+        canvas.polygon((*rim, (right - 0.03, top - 0.12), (left + 0.03, top - 0.11)), light.on(rgb("d9814f"), haze))
+    canvas.polygon(path("-300,200 -300,440 150,500,300 600,380,300 1300,520 1300,200"), light.on(rgb("e8b878"), 0.1))
+    canvas.polygon(path("-300,200 -300,360 300,360,400 800,480,300 1300,360 1300,200"), light.on(rgb("dfa562")))
     green = light.on(rgb("4f7f4f"))
     for x, low, high in ((0.06, 0.40, 0.20), (0.93, 0.42, 0.16)):
         canvas.line(((x, low - 0.1), (x, low + high)), green, 0.036)
         canvas.disc(x, low + high, 0.018, green)
         for tip, elbow, end in ((x - 0.05, 0.35, 0.75), (x + 0.05, 0.5, 0.85)):
-            canvas.line(
-                ((x, low + elbow * high), (tip, low + elbow * high), (tip, low + end * high)), green, 0.024
-            )
+            canvas.line(((x, low + elbow * high), (tip, low + elbow * high), (tip, low + end * high)), green, 0.024)
             canvas.disc(tip, low + end * high, 0.012, green)
     _foreground(canvas, light, rgb("d9a05f"), rgb("e6b878"))
 
 
 def sea(canvas: Canvas, light: Light) -> None:
     canvas.polygon(path("550,500 660,570,50 800,620,100 980,560,50 1120,500"), light.on(rgb("6d94a8"), 0.4))
-    canvas.gradient(
-        0.52, 0.32, light.on(rgb("49b3c9"), 0.25), light.on(rgb("2a8fb5")), light.on(rgb("1f7aa5"))
-    )
+    canvas.gradient(0.52, 0.32, light.on(rgb("49b3c9"), 0.25), light.on(rgb("2a8fb5")), light.on(rgb("1f7aa5")))
     for i in range(18):
         x, y = i * 0.381966 % 1.4 - 0.2, 0.50 - i % 6 * 0.03
         canvas.line(((x, y), (x + 0.07, y)), fade(mix(light.lamp, light.sky[-1], 0.3), 110), 0.007)

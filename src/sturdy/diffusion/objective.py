@@ -81,9 +81,7 @@ class Objective:
         ValueError: ``label_drop`` is no share.
     """
 
-    def __init__(
-        self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1
-    ) -> None:
+    def __init__(self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1) -> None:
         if not 0 <= label_drop <= 1:
             raise ValueError(f"objective.label_drop={label_drop} is not a share; set it between 0 and 1")
         self.time = time or Uniform()
@@ -102,9 +100,7 @@ class Objective:
             ValueError: ``draws`` is for another number of samples.
         """
         if len(draws) != len(x0):
-            raise ValueError(
-                f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one position each"
-            )
+            raise ValueError(f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one position each")
         x0 = x0.float()
         noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
         t = self.time(draws).to(x0.device)

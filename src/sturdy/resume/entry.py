@@ -1,10 +1,10 @@
 """Where a run is entered: ``ckpt_path`` -> the step to continue from, what that promises, or a refusal.
 
-    auto    the newest verified checkpoint of the same trajectory; fresh if there is none
-    last    the newest verified checkpoint, changed config or not
-    best    the checkpoint with the best score
-    PATH    that one
-    null    fresh, and only into a directory without checkpoints
+auto    the newest verified checkpoint of the same trajectory; fresh if there is none
+last    the newest verified checkpoint, changed config or not
+best    the checkpoint with the best score
+PATH    that one
+null    fresh, and only into a directory without checkpoints
 """
 
 import math
@@ -72,9 +72,7 @@ def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float],
             return _at(Path(ckpt_path))
 
 
-def judge(
-    entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]
-) -> Guarantee:
+def judge(entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:
     """What entering at ``entry`` promises.
 
     Raises:

@@ -57,9 +57,7 @@ def fingerprint(config: Mapping[str, Any], data: str) -> Fingerprint:
     return Fingerprint(flatten(config), data, source_hashes(), stack())
 
 
-def compare(
-    then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]
-) -> Guarantee:
+def compare(then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:
     """What continuing the run with fingerprint ``then`` as ``now`` promises.
 
     Args:

@@ -49,7 +49,9 @@ def start_attempt(run: Path) -> Path:
     return directory
 
 
-def describe_attempt(directory: Path, config: Mapping[str, Any], overrides: list[str], stack: Mapping[str, str]) -> None:
+def describe_attempt(
+    directory: Path, config: Mapping[str, Any], overrides: list[str], stack: Mapping[str, str]
+) -> None:
     """Write the resolved config, the overrides and the environment."""
     OmegaConf.save(OmegaConf.create(dict(config)), directory / "config.yaml")
     environment = {

@@ -1,6 +1,6 @@
 """From a config to a module, and from a checkpoint alone to the module it was saved from.
 
-    module = rebuild("runs/cars/checkpoints/step-00002000/state.ckpt")
+module = rebuild("runs/cars/checkpoints/step-00002000/state.ckpt")
 """
 
 from collections.abc import Mapping

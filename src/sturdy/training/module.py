@@ -7,7 +7,7 @@ A global batch is cut into V shards of constant shape. Each is computed after th
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -19,7 +19,13 @@ from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
 from sturdy.resume.reduction import Tree
 from sturdy.training.ema import EMA
-from sturdy.training.optim import LearningRate, names_in_order, parameter_groups, state_by_index, state_by_name
+from sturdy.training.optim import (
+    LearningRate,
+    names_in_order,
+    parameter_groups,
+    state_by_index,
+    state_by_name,
+)
 
 
 class DiffusionModule(L.LightningModule):
@@ -69,7 +75,7 @@ class DiffusionModule(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The EMA's loss, each held-out image always with the same noise and time, so that steps compare."""
         x0, label, positions = batch
-        loss = self.objective(self.ema.model, x0, label, Draws(key(self.seed, "validation"), positions))
+        loss = self.objective(cast(Denoiser, self.ema.model), x0, label, Draws(key(self.seed, "validation"), positions))
         self.log("val/loss", loss.mean(), batch_size=len(x0), on_epoch=True, logger=False)
 
     def configure_optimizers(self) -> Optimizer:

@@ -1,24 +1,27 @@
 """One start of a run: find where to enter it, say so, build it, train.
 
-    fresh or resumed or finished or refused  <-  (config, data, source, stack) against the store
+fresh or resumed or finished or refused  <-  (config, data, source, stack) against the store
 """
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from sturdy.resume.entry import Entry, find_entry, judge
+from sturdy.resume.entry import Entry, Refused, find_entry, judge
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, fingerprint
-from sturdy.resume.lock import lock
+from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted
-from sturdy.resume.store import Store, load_state
+from sturdy.resume.store import NothingVerifies, Store, load_state
 from sturdy.resume.writer import StoreIO
 from sturdy.training.attempt import CONSOLE, describe_attempt, start_attempt
 from sturdy.training.build import build
@@ -29,6 +32,28 @@ from sturdy.training.module import DiffusionModule
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
+    """``run`` with what the user can mend told in a line instead of a traceback; returns the exit code."""
+    try:
+        return run(cfg, overrides)
+    except (Refused, AlreadyRunning, NothingVerifies, Unfit) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+class Unfit(Exception):
+    """Data or parts that cannot be built as configured; nothing was trained."""
+
+
+@contextmanager
+def unfit() -> Iterator[None]:
+    """Turn what building raises about its arguments into ``Unfit``, without Hydra's wrapping."""
+    try:
+        yield
+    except (InstantiationException, ValueError, OSError) as error:
+        raise Unfit(str(error.__cause__ or error)) from error
+
+
+def run(cfg: DictConfig, overrides: list[str]) -> int:
     """Start, continue or recognise as finished the run ``cfg`` describes; returns the exit code.
 
     0: finished. 75: stopped by a signal and saved; the same command continues.
@@ -38,37 +63,41 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
         AlreadyRunning: if another process trains in its directory.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
-    run = Path(cfg.paths.runs) / cfg.name
-    held = lock(run)  # until this process ends
-    store, metrics = Store(run / "checkpoints"), MetricsFile(run / "metrics.csv")
+    if cfg.trainer.devices not in (1, "auto", "1"):
+        raise Unfit(f"trainer.devices={cfg.trainer.devices}: this version trains in one process; use trainer.devices=1")
+    home = Path(cfg.paths.runs) / cfg.name
+    held = lock(home)  # until this process ends
+    store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
     store.sweep()
     monitor = cfg.callbacks.checkpoint
     entry = find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
 
     settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
-    data = open_data(cfg)
+    with unfit():
+        data = open_data(cfg)
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     now = fingerprint(config, data.digest)
-    guarantee = entry and judge(entry, now, ignore=config["resume"]["ignore"], rounding=config["resume"]["rounding"])
-
-    attempt = start_attempt(run)
+    guarantee = judge(entry, now, **config["resume"]) if entry else None
+    attempt = start_attempt(home)
     describe_attempt(attempt, config, overrides, now.stack)
     CONSOLE.info(banner(cfg, data, entry, guarantee))
     if entry and entry.step >= cfg.trainer.max_steps:
         return 0
-    module = build(config)
+    with unfit():
+        module = build(config)
     if entry:
-        leave_branch(run, store, metrics, entry)
+        leave_branch(home, store, metrics, entry)
     elif cfg.init_from:
-        init_from(module, cfg.init_from)
+        with unfit():
+            init_from(module, cfg.init_from)
     trainer = make_trainer(cfg, store, metrics, now)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=entry and entry.state, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
     except Preempted as stopped:
         CONSOLE.info(f"{stopped}. Run the same command to continue.")
         return RESUMABLE
-    CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {run}")
+    CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     held.close()
     return 0
 
@@ -87,9 +116,8 @@ def open_data(cfg: DictConfig) -> Any:
     data = instantiate(cfg.data)
     cache = data.open()
     if cache.quarantine:
-        from sturdy.data.cache import quarantine_table
-
-        CONSOLE.warning(quarantine_table(cache))
+        lines = [f"    {name}: {reason}" for name, reason in cache.quarantine[:10]]
+        CONSOLE.warning("\n".join([f"{len(cache.quarantine)} broken images are left out:", *lines]))
     cfg.classes = list(data.classes)
     cfg.num_classes = len(data.classes)
     return data
@@ -138,9 +166,13 @@ def init_from(module: DiffusionModule, path: str) -> None:
     prefix = "ema.model."
     weights = {k.removeprefix(prefix): v for k, v in load_state(file)["state_dict"].items() if k.startswith(prefix)}
     own = module.denoiser.state_dict()
-    odd = [k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape]
+    odd = [
+        k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape
+    ]
     if odd:
-        raise ValueError(f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}")
+        raise ValueError(
+            f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}"
+        )
     module.denoiser.load_state_dict(weights)
     module.ema.model.load_state_dict(weights)
     CONSOLE.info(f"initialised from the EMA weights of {file}")
@@ -152,10 +184,14 @@ def make_trainer(cfg: DictConfig, store: Store, metrics: MetricsFile, now: Finge
     def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
 
-    callbacks: list[Callback] = [Record(metrics), *instantiate(cfg.callbacks, _convert_="all").values(), Preempt()]
+    callbacks: list[Callback] = [
+        Record(metrics),
+        *instantiate(cfg.callbacks, _convert_="all").values(),
+        Preempt(),
+    ]
     loggers = [metrics, *instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else [metrics]
     settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a write of every tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return instantiate(
         settings,
         callbacks=callbacks,

@@ -37,7 +37,7 @@ class Record(Callback):
     ) -> None:
         self.pending.append((trainer.global_step, outputs))
         self.images += len(batch[0])
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.flush(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,7 +64,7 @@ class Record(Callback):
             if step == last:
                 values["train/images_per_second"] = self.images / (time.perf_counter() - self.since)
             self.file.log_metrics(values, step)
-            if step % trainer.log_every_n_steps == 0:
+            if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
                 for logger in trainer.loggers[1:]:
                     logger.log_metrics(values, step)
         self.pending, self.images, self.since = [], 0, time.perf_counter()

@@ -35,7 +35,12 @@ class Samples(Callback):
         n: int = 48,
         seed: int = 0,
     ) -> None:
-        self.directory, self.sampler, self.image_size, self.guidance = Path(directory), sampler, image_size, guidance
+        self.directory, self.sampler, self.image_size, self.guidance = (
+            Path(directory),
+            sampler,
+            image_size,
+            guidance,
+        )
         self.every, self.n, self.seed = every_n_steps, n, seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
