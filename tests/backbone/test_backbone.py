@@ -179,7 +179,7 @@ def test_gradient_is_the_slope(make):
     (slope,) = torch.autograd.grad(loss(step), step)
     with torch.no_grad():
         difference = (loss(1e-5) - loss(-1e-5)) / 2e-5
-    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=0)
+    torch.testing.assert_close(slope, difference, rtol=1e-5, atol=0)
 
 
 def test_bfloat16_autocast_is_close(make):
@@ -212,19 +212,19 @@ def test_compiles_to_one_graph(make):
 
 
 def test_learns_one_batch(make):
-    """Noise of eight images, told apart by time, label and shape, is found to a tenth of its variance."""
-    backbone = make(num_classes=3, width=32, dropout=0.0)
-    optimizer = torch.optim.AdamW(backbone.parameters(), lr=3e-3)
+    """Noise of eight images, told apart by time, label and shape, is found to a fiftieth of its variance."""
+    backbone = make(num_classes=3, width=16, dropout=0.0)
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=5e-3)
     x, t, label = batch(8)
     noise = torch.randn(x.shape)
     angle = (t * torch.pi / 2)[:, None, None, None]
     x_t = angle.cos() * x + angle.sin() * noise
-    for _ in range(120):
+    for _ in range(80):
         optimizer.zero_grad()
         loss = (backbone(x_t, t, label) - noise).square().mean()
         loss.backward()
         optimizer.step()
-    assert loss < 0.1
+    assert loss < 0.02
 
 
 def test_wrong_number_of_channels(make):

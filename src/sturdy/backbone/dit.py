@@ -107,7 +107,7 @@ class DiT(nn.Module):
         depth: number of blocks.
         heads: attention heads; ``width / heads`` must be a multiple of four, for the rotary positions.
         dropout: probability of dropping an activation at the end of a branch.
-        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, equal gradients.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the same bits.
     """
 
     def __init__(

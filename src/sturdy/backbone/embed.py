@@ -78,7 +78,7 @@ def zero(module: Module) -> Module:
 
 
 def call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
-    """``block(*args)``; with ``recompute`` it keeps no activations but runs again, dropout mask too, in backward."""
+    """``block(*args)``; with ``recompute``, backward runs it again (same dropout) instead of keeping activations."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)
     return block(*args)

@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block, ``x (b, c_in, h, w), c (b, size) -> (b, c_out, h, w)``; ``resample`` changes h and w."""
+    """Residual block, ``x (b, c_in, h, w), c (b, size) -> (b, c_out, h, w)``; ``resample`` sets h and w."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class UNet(nn.Module):
         attention: for each level, whether its blocks end in attention; the middle always has it.
         head_dim: channels of an attention head.
         dropout: probability of dropping an activation inside a residual block.
-        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, equal gradients.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the same bits.
     """
 
     def __init__(
