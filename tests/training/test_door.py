@@ -41,6 +41,7 @@ def test_mistakes_and_help_import_neither_torch_nor_lightning():
         assert not imported & {"torch", "lightning", "sturdy.training.run"}
 
 
+@pytest.mark.slow
 def test_a_run_speaks_of_its_state(tmp_path):
     """Fresh, finished, refused with the difference, continued on purpose, best and abandoned, null: one run's life."""
     assert "fresh, to step 12" in train(tmp_path, "run").stdout
@@ -64,6 +65,7 @@ def test_a_run_speaks_of_its_state(tmp_path):
     assert environment["stack"]["threads"] == "1"
 
 
+@pytest.mark.slow
 def test_sampling_starts_from_the_same_noise_at_every_batch_size(tmp_path):
     import numpy as np
     from PIL import Image
