@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-import torch
-
+from sturdy.resume.compare import differing
 from sturdy.resume.store import Store, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,29 +38,37 @@ SMALL_DIT = [k for k in SMALL if not k.startswith("backbone.")] + (
 )
 
 
-def command(tmp: Path, name: str, *overrides: str, base: list[str] = SMALL) -> list[str]:
-    """The command line of a small run called ``name`` under ``tmp``."""
+def command(tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "") -> list[str]:
+    """The command line of a small run called ``name`` under ``tmp``; ``sabotage`` as in sabotage.py."""
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name={name}"]
-    return [sys.executable, str(ROOT / "train.py"), *base, *paths, *overrides]
+    before = [str(ROOT / "tests" / "sabotage.py"), sabotage] if sabotage else []
+    return [sys.executable, *before, str(ROOT / "train.py"), *base, *paths, *overrides]
 
 
 def train(
-    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, code: int = 0
+    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "", code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code must be ``code``."""
-    done = subprocess.run(command(tmp, name, *overrides, base=base), capture_output=True, text=True, timeout=300)
+    words = command(tmp, name, *overrides, base=base, sabotage=sabotage)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
-def kill_at(tmp: Path, name: str, step: int, *overrides: str, base: list[str] = SMALL) -> None:
-    """Start the run and SIGKILL it as soon as its metrics show ``step``."""
+def kill_at(
+    tmp: Path, name: str, step: int, *overrides: str, base: list[str] = SMALL, sabotage: str = "", after: float = 0.0
+) -> None:
+    """Start the run and SIGKILL it ``after`` seconds from when its metrics show ``step``."""
     metrics = tmp / "runs" / name / "metrics.csv"
     process = subprocess.Popen(
-        command(tmp, name, *overrides, base=base), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(tmp, name, *overrides, base=base, sabotage=sabotage),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     while process.poll() is None:
         if metrics.exists() and any(line.startswith(f"{step},") for line in metrics.read_text().splitlines()):
+            time.sleep(after)
             os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.005)
@@ -76,10 +84,9 @@ def differences(tmp: Path, a: str, b: str) -> list[str]:
         manifest = store.last()
         assert manifest is not None
         states.append(load_state(store.state(manifest["step"])))
-    left, right = (_tensors({k: s[k] for k in ("state_dict", "optimizer_states", "global_step")}) for s in states)
-    assert left.keys() == right.keys()
-    odd = [k for k in left if not torch.equal(left[k], right[k])]
-    return odd + [f"row {row}" for row in set(losses(tmp, a)) ^ set(losses(tmp, b))]
+    odd = differing(*states)
+    left, right = Counter(losses(tmp, a)), Counter(losses(tmp, b))
+    return odd + [f"row {row}" for row in ((left - right) + (right - left))]
 
 
 def losses(tmp: Path, name: str) -> list[tuple[str, ...]]:
@@ -90,12 +97,3 @@ def losses(tmp: Path, name: str) -> list[tuple[str, ...]]:
         rows = list(csv.DictReader(file))
     keys = ("step", "train/loss", "train/grad_norm", "val/loss")
     return sorted(tuple(row.get(k) or "" for k in keys) for row in rows)
-
-
-def _tensors(value: object, prefix: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return {prefix: value}
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: t for key, v in items for k, t in _tensors(v, f"{prefix}/{key}").items()}
-    return {prefix: torch.tensor(value)} if isinstance(value, int | float) else {}

@@ -6,6 +6,7 @@ instead, and a key that its class does not take with those it takes.
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ def open_door(config: Path, task: str) -> None:
         config: the YAML file of the script; its folder holds the groups.
         task: called with the config and the list of overrides; returns the exit code.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
     args = get_args_parser().parse_args()
     asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
     if not asks and not args.multirun:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sturdy.data.decode import Broken
 from sturdy.data.folder import Folder, printable
+from sturdy.data.source import Broken
 
 
 def put(path, level=0):
@@ -73,8 +73,8 @@ def test_mixed_layouts_say_what_to_do(tmp_path):
 
 
 def test_errors_say_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data.root=.*nowhere does not exist"):
-        Folder(root=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"data.root=.*far does not exist; the way there ends at {tmp_path}$"):
+        Folder(root=tmp_path / "nowhere/far")
     (tmp_path / "a.txt").touch()
     with pytest.raises(NotADirectoryError, match="is a file"):
         Folder(root=tmp_path / "a.txt")
@@ -89,6 +89,59 @@ def test_errors_say_what_was_looked_for(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no files at all"):
         Folder(root=tmp_path / "empty")
+    for name in (".DS_Store", "._car.jpg"):
+        (tmp_path / "empty" / name).touch()
+    with pytest.raises(ValueError, match="found 2 hidden by a dot"):
+        Folder(root=tmp_path / "empty")
+
+
+def test_a_strangers_folder(tmp_path):
+    for name in ("cars/1.JPG", "cars/old/2.png", "trucks/3.png"):
+        put(tmp_path / name)
+    for name in (".DS_Store", "cars/._1.JPG", "cars/Thumbs.db", "README.txt", "none/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"not an image")
+    folder = Folder(root=tmp_path)
+    assert folder.classes == ("cars", "trucks")
+    assert names(folder) == ["cars/1.JPG", "cars/old/2.png", "trucks/3.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"root": ""}, "data.root is empty"),
+        ({"size": 0}, "data.image_size=0 must be a whole number of at least 1"),
+        ({"size": -1}, "data.image_size=-1"),
+        ({"size": 64.0}, "data.image_size=64.0"),
+        ({"size": 100_000}, "data.image_size=100000 makes pictures of more than data.max_pixels=100,000,000"),
+        ({"crop": "foo"}, "data.crop=foo must be one of center, random"),
+        ({"labels": "foo"}, "data.labels=foo must be one of auto, true, false"),
+        ({"labels": 1}, "data.labels=1"),
+        ({"background": "foo"}, "data.background=foo must be a colour"),
+        ({"background": [0, 0, 256]}, "data.background=.* must be a colour"),
+        ({"background": [0, 0]}, "data.background"),
+        ({"max_pixels": 0}, "data.max_pixels=0"),
+    ],
+)
+def test_options_out_of_range_name_their_key(tmp_path, options, message):
+    put(tmp_path / "1.png")
+    with pytest.raises(ValueError, match=message):
+        Folder(**{"root": tmp_path, **options})
+
+
+def test_backgrounds(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "1.png")
+    for background, colour in (("black", (0, 0, 0)), ("#ff8000", (255, 128, 0)), ([1, 2, 3], (1, 2, 3))):
+        assert tuple(Folder(root=tmp_path, size=8, background=background).decode(0)[:, 0, 0]) == colour
+    assert Folder(root=tmp_path, background="white").key == Folder(root=tmp_path, background=[255] * 3).key
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    put(tmp_path / "1.png")
+    (tmp_path / "secret").mkdir(mode=0)
+    with pytest.raises(PermissionError, match=r"data.root.*secret"):
+        Folder(root=tmp_path)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -147,9 +200,9 @@ def test_key_changes_with_files_and_preprocessing(tmp_path):
         for change in (
             {"size": 9},
             {"crop": "random"},
-            {"background": (0, 0, 0)},
+            {"background": "black"},
             {"labels": True},
-            {"limit": 99},
+            {"max_pixels": 99},
         )
     ]
     put(tmp_path / "a/3.png")

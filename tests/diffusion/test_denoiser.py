@@ -59,6 +59,14 @@ def test_a_label_out_of_range_is_named(denoiser, wrong):
     assert not denoiser.backbone.asked
 
 
+def test_labels_elsewhere_are_not_read_back(denoiser):
+    """A meta tensor, like one on a GPU, is not to be looked into; it has no values, so a look would raise."""
+    x, t, label = (z.to("meta") for z in (X, T, LABEL))
+    assert denoiser.to("meta").predict(x, t, label).shape == X.shape
+    with pytest.raises(RuntimeError):
+        label[label > 3].numel()  # the look
+
+
 def test_a_label_of_another_shape_is_refused(denoiser):
     with pytest.raises(ValueError, match=r"label has shape \(1,\); 4 images need \(4,\)"):
         denoiser(X, T, LABEL[:1])

@@ -3,7 +3,7 @@
     h = conv(silu(norm(x)));   y = skip(x) + conv(dropout(silu(norm(h) (1 + scale(c)) + shift(c))))
 
 After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3). Every
-residual branch and the output start at zero. Works in either memory format and keeps that of its input.
+residual branch and the output start at zero. Where the images or the weights are channels_last, all that follows is.
 """
 
 import math
@@ -101,6 +101,8 @@ class UNet(nn.Module):
     Args:
         image_channels: channels of the image.
         num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
+        patch: side of the square of pixels that makes a position of the first level; 2 takes a quarter of the work at
+            the same width, as the finest level costs most (Hoogeboom et al. 2023, "simple diffusion", section 3.3).
         width: channels of the first level, a multiple of four.
         multipliers: channels of each level in units of ``width``; every level after the first halves h and w.
         blocks: residual blocks a level on the way down; one more on the way up.
@@ -115,6 +117,7 @@ class UNet(nn.Module):
         *,
         image_channels: int = 3,
         num_classes: int = 0,
+        patch: int = 1,
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
@@ -133,6 +136,7 @@ class UNet(nn.Module):
             raise ValueError(f"backbone.width={width} is not a multiple of 4: choose one that is")
         self.checkpoint = checkpoint
         self.image_channels = image_channels
+        self.patch = patch
         self.levels = len(multipliers)
         size = 4 * width
 
@@ -142,7 +146,7 @@ class UNet(nn.Module):
 
         self.condition = Condition(size, features=width, num_classes=num_classes)
         c = width * multipliers[0]
-        self.stem = nn.Conv2d(image_channels, c, 3, padding=1)
+        self.stem = nn.Conv2d(image_channels * patch**2, c, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [c]
         for level, (multiplier, attend) in enumerate(zip(multipliers, attention, strict=True)):
             if level:
@@ -162,13 +166,13 @@ class UNet(nn.Module):
             self.decoder.append(joints)
             if level:
                 self.rise.append(block(c, c, resample=Up()))
-        self.out = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels, 3, padding=1)))
+        self.out = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels * patch**2, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         """Predict the target.
 
         Args:
-            x: noisy images, ``(b, c, h, w)``; h and w multiples of ``2 ** (levels - 1)``.
+            x: noisy images, ``(b, c, h, w)``; h and w multiples of ``patch * 2 ** (levels - 1)``.
             t: times in [0, 1], ``(b,)``.
             label: int64 in [0, num_classes], ``(b,)``; None is the null label.
 
@@ -178,7 +182,7 @@ class UNet(nn.Module):
         """
         self._check(x)
         c = self.condition(t, label)
-        h = self.stem(x)
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for block in self.encoder:
             h = call(block, h, c, recompute=self.checkpoint)
@@ -190,15 +194,15 @@ class UNet(nn.Module):
                 h = call(self.rise[level - 1], h, c, recompute=self.checkpoint)
             for block in joints.children():
                 h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
-        return self.out(h).to(x.dtype)
+        return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
 
     def _check(self, x: Tensor) -> None:
-        multiple = 2 ** (self.levels - 1)
+        multiple = self.patch * 2 ** (self.levels - 1)
         channels, height, width = x.shape[1:]
         if channels != self.image_channels:
             raise ValueError(f"the images have {channels} channels: set backbone.image_channels={channels}")
         if height % multiple or width % multiple:
             raise ValueError(
-                f"{height} x {width} images do not halve {self.levels - 1} times: "
-                f"make data.image_size a multiple of {multiple}, or give backbone.multipliers fewer levels"
+                f"{height} x {width} images do not divide by {multiple}: "
+                f"make data.image_size a multiple of {multiple}, or backbone.multipliers or backbone.patch smaller"
             )

@@ -6,49 +6,25 @@ It is written aside and renamed when whole: a kill at any instant leaves either 
 ``digest`` hashes the content alone, so that equal images have equal digests wherever they lie.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from sturdy.data.decode import Broken
+from sturdy.data.build import build, seal, sync
+from sturdy.data.source import Source
 
-LAYOUT = 1  # of the files below; raise it whenever they change
-CHUNK = 16  # images a worker decodes at a time
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LAYOUT = 2  # of the files that ``build`` writes; raise it whenever they change
 
 log = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """A finite collection of images that can be decoded one by one, from several threads at once."""
-
-    classes: tuple[str, ...]
-    """Label ``k`` is ``classes[k]``; empty when unlabelled."""
-    key: str
-    """Changes whenever ``decode`` or ``label`` of any index could give something else."""
-
-    def __len__(self) -> int: ...
-
-    def label(self, index: int) -> int:
-        """The number of the class, 0 when unlabelled."""
-
-    def name(self, index: int) -> str:
-        """What to call the image in messages and tables."""
-
-    def decode(self, index: int) -> np.ndarray:
-        """The image, uint8 ``(3, h, w)``; raises ``Broken`` with the reason."""
 
 
 class TooManyBroken(ValueError):
@@ -78,18 +54,18 @@ class Cache:
             self.digest: str = manifest["digest"]
             self.quarantine: list[tuple[str, str]] = [(name, why) for name, why in manifest["quarantine"]]
             self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
-            self._shapes = np.load(self.path / "shapes.npy")  # (n, 2) int64
+            self.shapes: np.ndarray = np.load(self.path / "shapes.npy")  # (n, 2) int64, heights and widths
             pixels = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r").view(np.ndarray)
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{self.path}: {error}") from error
-        self.labels.flags.writeable = False
-        self.uniform = bool((self._shapes == self._shapes[0]).all())
+        self.labels.flags.writeable = self.shapes.flags.writeable = False
+        self.uniform = bool((self.shapes == self.shapes[0]).all())
         self._names: list[str] | None = None
         if self.uniform:
-            self._images = pixels.reshape(-1, 3, *self._shapes[0])
+            self._images = pixels.reshape(-1, 3, *self.shapes[0])
         else:
             self._pixels = pixels
-            self._ends = np.concatenate([[0], np.cumsum(3 * self._shapes.prod(axis=1))])
+            self._ends = np.concatenate([[0], np.cumsum(3 * self.shapes.prod(axis=1))])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,13 +84,22 @@ class Cache:
         if self.uniform:
             return self._images[index]
         index = range(len(self))[index]
-        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(3, *self._shapes[index])
+        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(3, *self.shapes[index])
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """A batch, uint8 ``(b, 3, h, w)``, copied; only where all images have one shape (see ``uniform``)."""
         if not self.uniform:
             raise ValueError("images of different shapes make no batch: crop each `image(index)` first")
         return self._images[indices]
+
+    def report(self, most: int = 10) -> str:
+        """Which images were left out and why, in plain text: the first ``most``, and where all are listed."""
+        broken = self.quarantine
+        if not broken:
+            return ""
+        heading = f"{len(broken):,} of {len(self) + len(broken):,} images are left out"
+        where = f"; the first {most} are below, all in {self.path / 'quarantine.txt'}" if len(broken) > most else ""
+        return f"{heading}{where}:\n{_table(broken, most)}"
 
 
 def open_cache(
@@ -137,8 +122,12 @@ def open_cache(
 
     Raises:
         TooManyBroken: the share is larger, or no image is left.
+        ValueError: the source has no images.
         OSError: the disk is full (nothing is left behind), or cannot be locked.
     """
+    total = len(source)
+    if total == 0:
+        raise ValueError("the source has no images")
     root = Path(root).expanduser().absolute()
     stem = hashlib.sha256(f"{LAYOUT} {source.key}".encode()).hexdigest()[:32]
     path, aside = root / stem, root / f"{stem}.building"
@@ -152,42 +141,26 @@ def open_cache(
                     if remains.exists():
                         shutil.rmtree(remains)
                 try:
-                    quarantine = _build(source, aside, workers, progress)
-                    _judge(quarantine, len(source), max_broken)
+                    broken = build(source, aside, workers=workers, progress=progress)
+                    if len(broken) == total:
+                        raise TooManyBroken(f"all {total:,} images are broken:\n{_table(broken)}")
                     os.rename(aside, path)
-                    _sync(root)
+                    sync(root)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
                 cache = Cache(path)
-    _judge(cache.quarantine, len(source), max_broken)
+    if len(cache.quarantine) > max_broken * total:  # it stays, for a run that accepts more
+        share = len(cache.quarantine) / total
+        raise TooManyBroken(
+            f"{share:.2%} of the images are broken, more than data.max_broken={max_broken} accepts: {cache.report()}\n"
+            "Repair or remove them, or raise data.max_broken."
+        )
     return cache
-
-
-def quarantine_table(cache: Cache, most: int = 10) -> str:
-    """The images that were left out and why, as plain text of at most ``most`` rows; empty if none."""
-    broken = cache.quarantine
-    if not broken:
-        return ""
-    return f"{len(broken):,} of {len(cache) + len(broken):,} images are left out:\n{_table(broken, most)}"
 
 
 def _table(broken: list[tuple[str, str]], most: int = 10) -> str:
     width = max(len(name) for name, _ in broken[:most])
-    rows = [f"  {name:<{width}}  {reason}" for name, reason in broken[:most]]
-    return "\n".join(rows + [f"  ... and {len(broken) - most:,} more"] * (len(broken) > most))
-
-
-def _judge(broken: list[tuple[str, str]], total: int, max_broken: float) -> None:
-    if total == 0:
-        raise ValueError("the source has no images")
-    if len(broken) == total:
-        raise TooManyBroken(f"all {total:,} images are broken:\n{_table(broken)}")
-    if len(broken) > max_broken * total:
-        raise TooManyBroken(
-            f"{len(broken):,} of {total:,} images ({len(broken) / total:.2%}) are broken, more than "
-            f"data.max_broken={max_broken} accepts:\n{_table(broken)}\n"
-            "Repair or remove them, or raise data.max_broken."
-        )
+    return "\n".join(f"  {name:<{width}}  {reason}" for name, reason in broken[:most])
 
 
 def _existing(path: Path, key: str) -> Cache | None:
@@ -201,113 +174,14 @@ def _existing(path: Path, key: str) -> Cache | None:
     return cache if cache.key == key else None
 
 
-def _build(
-    source: Source, path: Path, workers: int | None, progress: Callable[[int, int], None] | None
-) -> list[tuple[str, str]]:
-    """Write everything into the new folder ``path``, durably; return the quarantine."""
-    total, done = len(source), 0
-    names: list[str] = []
-    labels: list[int] = []
-    shapes: list[tuple[int, int]] = []
-    quarantine: list[tuple[str, str]] = []
-    digest = hashlib.sha256()
-    path.mkdir()
-    try:
-        with open(path / "images.bin", "wb") as file, closing(_decoded(source, workers)) as images:
-            for done, image in enumerate(images, start=1):
-                if isinstance(image, Broken):
-                    quarantine.append((source.name(done - 1), str(image)))
-                else:
-                    names.append(source.name(done - 1))
-                    labels.append(source.label(done - 1))
-                    shapes.append(image.shape[1:])
-                    digest.update(np.array(image.shape[1:], dtype="<i8").tobytes())
-                    digest.update(image.data)
-                    file.write(image.data)
-                if progress is not None and (done % CHUNK == 0 or done == total):
-                    progress(done, total)
-            _flush(file)
-        digest.update(np.array(labels, dtype="<i8").tobytes())
-        digest.update(json.dumps(source.classes).encode())
-        for name, array in (("labels", labels), ("shapes", shapes)):
-            with open(path / f"{name}.npy", "wb") as file:
-                np.save(file, np.array(array, dtype=np.int64))
-                _flush(file)
-        with open(path / "names.json", "wb") as file:
-            file.write(json.dumps(names).encode())
-            _flush(file)
-        manifest: dict[str, Any] = {
-            "key": source.key,
-            "classes": source.classes,
-            "n": len(names),
-            "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
-            "quarantine": quarantine,
-            "digest": digest.hexdigest(),
-            "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
-        }
-        with open(path / "manifest.json", "wb") as file:
-            file.write(json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode())
-            _flush(file)
-        _sync(path)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk is full after {done:,} of {total:,} images: make room, or move paths.cache",
-            str(path.parent),
-        ) from error
-    return quarantine
-
-
-def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Broken]:
-    """Every image of the source, or why not, in its order."""
-
-    def chunk(start: int) -> list[np.ndarray | Broken]:
-        return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
-
-    starts = range(0, len(source), CHUNK)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers == 0:
-        for start in starts:
-            yield from chunk(start)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        waiting: deque[Future[list[np.ndarray | Broken]]] = deque()
-        for start in starts:
-            waiting.append(pool.submit(chunk, start))
-            if len(waiting) > 2 * workers:  # bounds the memory
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _attempt(source: Source, index: int) -> np.ndarray | Broken:
-    try:
-        image = source.decode(index)
-    except Broken as broken:
-        return broken
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
-    return np.ascontiguousarray(image)
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / "manifest.json").read_bytes())
-    if manifest.pop("seal") != _seal(manifest):
+    if manifest.pop("seal") != seal(manifest):
         raise ValueError("manifest.json was changed")
     for name, size in manifest["bytes"].items():
         if (path / name).stat().st_size != size:
             raise ValueError(f"{name} is not of {size:,} bytes")
     return manifest
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -317,23 +191,9 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process is making the cache %s; waiting for it", path.with_suffix(""))
+            log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
             fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)  # also for copies that a fork took with it
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -30,11 +30,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch.nn.functional import interpolate
 
+from sturdy.data.colour import RGB, from_cmyk, from_pillow
+from sturdy.data.source import Broken
+
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
-LIMIT = 100_000_000  # pixels; a header that promises more is refused before anything is decoded
+MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
 
 Crop = Literal["center", "random"]
-Colour = tuple[int, int, int]
 
 ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> (swap rows and columns, then flip y, then flip x)
@@ -48,7 +50,6 @@ UPRIGHT = {
     8: (True, True, False),
 }
 
-
 OPENERS: dict[re.Pattern[bytes], type[ImageFile]] = {
     re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
     re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
@@ -56,12 +57,7 @@ OPENERS: dict[re.Pattern[bytes], type[ImageFile]] = {
     re.compile(rb"GIF8[79]a"): GifImageFile,
     re.compile(rb"II[*+]\0|MM\0[*+]"): TiffImageFile,
 }
-ADOBE = b"\xff\xee\x00\x0eAdobe"  # the marker in a JPEG
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
-
-
-class Broken(Exception):
-    """An image that cannot be used; the message is a short plain reason."""
+ADOBE = b"\xff\xee\x00\x0eAdobe"  # the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
 
 
 class _Quiet:
@@ -94,33 +90,30 @@ def decode(
     *,
     size: int,
     crop: Crop = "center",
-    background: Colour = (255, 255, 255),
-    limit: int = LIMIT,
+    background: RGB = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decode one image, uint8 ``(3, h, w)``, RGB; colour profiles are not applied.
-
-    Of up to 16 bits a channel the high 8 are kept. Floats and 32-bit integers have no agreed white: it is the
-    first of 1, 255 and 65535 that no pixel exceeds, else the brightest pixel; what is below 0 is black.
+    """Decode one image, uint8 ``(3, h, w)``, RGB; see ``colour`` for what becomes of other kinds of pixels.
 
     Args:
         data: the file's content, or its path. The format is told from the content, never from the suffix.
         size: of the short side, in pixels; smaller images are scaled up.
         crop: ``"center"`` cuts to ``(3, size, size)``; ``"random"`` leaves the long side uncut.
         background: what shows through transparent pixels.
-        limit: most pixels an image may have, before and after the resize.
+        max_pixels: most pixels an image may have, before and after the resize.
 
     Raises:
         Broken: the file is damaged, too large, not an image, or not to be read.
         OSError, MemoryError: as they come, when the machine is at fault and not the file (a failing disk).
     """
-    content = data if isinstance(data, bytes) else read(data, most=16 * limit)
+    content = data if isinstance(data, bytes) else read(data, most=16 * max(max_pixels, MAX_PIXELS))
     if not content:
         raise Broken("empty")
     if content.startswith(b"\xff\xd8\xff"):
-        pixels, (height, width), orientation = _jpeg(content, size, limit)
+        pixels, (height, width), orientation = _jpeg(content, size, max_pixels)
     else:
-        pixels, (height, width), orientation = _other(content, background, limit)
-    pixels = _resize(pixels, height, width, size, limit)
+        pixels, (height, width), orientation = _other(content, background, max_pixels)
+    pixels = _resize(pixels, height, width, size, max_pixels)
     swap, flip_y, flip_x = UPRIGHT.get(orientation, (False, False, False))
     if swap:
         pixels = pixels.transpose(0, 2, 1)
@@ -131,7 +124,7 @@ def decode(
     return np.ascontiguousarray(pixels)
 
 
-def read(path: str | os.PathLike[str], *, most: int = 16 * LIMIT) -> bytes:
+def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
     """The bytes of a regular file of at most ``most`` bytes; pipes, sockets and devices are never opened."""
     try:
         status = os.stat(path)
@@ -149,27 +142,25 @@ def read(path: str | os.PathLike[str], *, most: int = 16 * LIMIT) -> bytes:
             errno.EPERM: "permission denied",
             errno.ELOOP: "link to itself",
         }
-        if error.errno not in reasons:
-            raise
+        if error.errno not in reasons:  # the machine's fault; a failing read does not tell of which file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise Broken(reasons[error.errno]) from None
 
 
 Opened = tuple[np.ndarray, tuple[int, int], int]  # pixels (h, w, 3), (h, w) of the file, EXIF orientation
 
 
-def _jpeg(content: bytes, size: int, limit: int) -> Opened:
+def _jpeg(content: bytes, size: int, max_pixels: int) -> Opened:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        _allow(height, width, limit)
+        _allow(height, width, max_pixels)
         space = "CMYK" if space in ("CMYK", "YCCK") else "RGB"
         # decoded at n/8 of its size where that leaves the short side at least twice the target
         pixels = simplejpeg.decode_jpeg(content, space, min_height=2 * size, min_width=2 * size)
     except ValueError as error:
         raise Broken(_reason(error)) from None
     if space == "CMYK":
-        # 255 is no ink where Adobe's marker is (as everybody writes it), full ink where it is not
-        ink = pixels if ADOBE in content else 255 - pixels
-        pixels = ((ink[..., :3].astype(np.uint16) * ink[..., 3:] + 127) // 255).astype(np.uint8)
+        pixels = from_cmyk(pixels if ADOBE in content else 255 - pixels)
     orientation = 1
     if b"Exif\0" in content or b"tiff:Orientation" in content:
         with QUIET, contextlib.suppress(Exception):  # damaged metadata say nothing, and the pixels are sound
@@ -177,73 +168,43 @@ def _jpeg(content: bytes, size: int, limit: int) -> Opened:
     return pixels, (height, width), orientation
 
 
-def _other(content: bytes, background: Colour, limit: int) -> Opened:
+def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
     opener = next((opener for magic, opener in OPENERS.items() if magic.match(content)), None)
     if opener is None:
         raise Broken("not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
     with QUIET:
         try:
             image = opener(io.BytesIO(content))
-            _allow(image.height, image.width, limit)
+            _allow(image.height, image.width, max_pixels)
             opener(io.BytesIO(content)).verify()  # the checksums of a PNG, which load does not read
             image.load()
             orientation = image.getexif().get(ORIENTATION, 1)  # after load: a TIFF is upright by then
-            pixels = _rgb(image, background)
+            pixels = from_pillow(image, background)
         except (Broken, MemoryError):
             raise
         except Image.DecompressionBombError:  # some plugins look at the size first
-            raise Broken(f"over the limit of {limit / 1e6:,.0f} megapixels") from None
+            raise Broken(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
         except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
             raise Broken(_reason(error)) from None
     return pixels, pixels.shape[:2], orientation
 
 
-def _rgb(image: Image.Image, background: Colour) -> np.ndarray:
-    """Any of Pillow's modes to uint8 ``(h, w, 3)``."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return np.repeat(_grey(image)[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        base = Image.new("RGB", image.size, background)
-        base.paste(image, mask=image.getchannel("A"))
-        return np.array(base)
-    try:
-        return np.array(image.convert("RGB"))
-    except ValueError:
-        raise Broken(f"colour mode {image.mode} is not supported") from None
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """More than 8 bits of grey to 8, ``(h, w)``."""
-    values = np.array(image)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
-    if image.mode.startswith("I;16"):
-        grey = (values >> (tags.get(BITS_PER_SAMPLE, (16,))[0] - 8)).astype(np.uint8)
-    else:
-        brightest = values.max()
-        if not np.isfinite(values).all():
-            raise Broken("pixels that are not finite")
-        white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
-        grey = np.rint(values.clip(0) * np.float64(255 / white)).astype(np.uint8)
-    return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
-
-
-def _resize(pixels: np.ndarray, height: int, width: int, size: int, limit: int) -> np.ndarray:
+def _resize(pixels: np.ndarray, height: int, width: int, size: int, max_pixels: int) -> np.ndarray:
     """``(h, w, 3)`` to ``(3, h', w')``, the short side ``size``, in the proportions ``height : width``."""
     short = min(height, width)
     height, width = ((2 * side * size + short) // (2 * short) for side in (height, width))  # the nearest pixel
-    _allow(height, width, limit, " after the resize")
+    _allow(height, width, max_pixels, " after the resize")
     x = torch.from_numpy(pixels).permute(2, 0, 1)  # strides stay as they are: the fast layout
     if x.shape[1:] != (height, width):
         x = interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0]
     return x.numpy()
 
 
-def _allow(height: int, width: int, limit: int, when: str = "") -> None:
+def _allow(height: int, width: int, max_pixels: int, when: str = "") -> None:
     if height < 1 or width < 1:
         raise Broken("no pixels")
-    if height * width > limit:
-        raise Broken(f"{height * width / 1e6:,.0f} megapixels{when} is over the limit of {limit / 1e6:,.0f}")
+    if height * width > max_pixels:
+        raise Broken(f"{height * width / 1e6:,.0f} megapixels{when} is over the limit of {max_pixels / 1e6:,.0f}")
 
 
 def _reason(error: Exception) -> str:

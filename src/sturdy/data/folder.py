@@ -10,15 +10,17 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sturdy.data.decode import DECODER, LIMIT, Colour, Crop, decode
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode
+from sturdy.data.options import colour, one_of, whole
 
 SUFFIXES = frozenset({b".bmp", b".gif", b".jfif", b".jpe", b".jpeg", b".jpg", b".png", b".tif", b".tiff", b".webp"})
+HIDDEN = b"/"  # counted beside the suffixes; no suffix is like it
 
 
 class Folder:
@@ -32,13 +34,13 @@ class Folder:
         root: the folder.
         size: of the decoded short side, in pixels.
         crop: ``"center"`` gives ``(3, size, size)``, ``"random"`` leaves the long side uncut.
-        background: what shows through transparent pixels, RGB from 0 to 255.
+        background: what shows through transparent pixels: a colour's name, or red, green and blue up to 255.
         labels: whether top-level folders are classes.
-        limit: most pixels an image may have; one with more is broken.
+        max_pixels: most pixels an image may have; one with more is broken.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
-        ValueError: it has no images, or its layout does not fit ``labels``.
+        ValueError: it has no images, its layout does not fit ``labels``, or an option is out of its range.
     """
 
     def __init__(
@@ -47,15 +49,28 @@ class Folder:
         root: str | os.PathLike[str],
         size: int = 64,
         crop: Crop = "center",
-        background: Colour = (255, 255, 255),
+        background: str | Sequence[int] = "white",
         labels: bool | Literal["auto"] = "auto",
-        limit: int = LIMIT,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if not os.fspath(root):
+            raise ValueError("data.root is empty: give the folder of your images")
         self.root = Path(root).expanduser().absolute()
-        self.size, self.crop, self.limit = size, crop, limit
-        self.background: Colour = (int(background[0]), int(background[1]), int(background[2]))
+        one_of("data.crop", crop, get_args(Crop))
+        one_of("data.labels", labels, ("auto", True, False))
+        self.options: dict[str, Any] = {
+            "size": whole("data.image_size", size),
+            "crop": crop,
+            "background": colour("data.background", background),
+            "max_pixels": whole("data.max_pixels", max_pixels),
+        }
+        if size * size > max_pixels:
+            raise ValueError(f"data.image_size={size} makes pictures of more than data.max_pixels={max_pixels:,}")
         if not self.root.exists():
-            raise FileNotFoundError(f"data.root={printable(self.root)} does not exist")
+            there = next(folder for folder in self.root.parents if folder.exists())
+            raise FileNotFoundError(
+                f"data.root={printable(self.root)} does not exist; the way there ends at {printable(there)}"
+            )
         if not self.root.is_dir():
             raise NotADirectoryError(f"data.root={printable(self.root)} is a file, not a folder of images")
 
@@ -72,7 +87,7 @@ class Folder:
         self._ends = np.cumsum([0, *(len(name) for name, _ in found)])
 
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((DECODER, size, crop, self.background, bool(classes), limit)).encode())
+        digest.update(repr((DECODER, self.options, bool(classes))).encode())
         for name, status in found:
             digest.update(name + b"\0" + status)
         self.key = digest.hexdigest()
@@ -91,7 +106,7 @@ class Folder:
     def decode(self, index: int) -> np.ndarray:
         """The image, uint8 ``(3, h, w)``; raises ``Broken``."""
         path = os.path.join(os.fspath(self.root), os.fsdecode(self._name(index)))
-        return decode(path, size=self.size, crop=self.crop, background=self.background, limit=self.limit)
+        return decode(path, **self.options)
 
     def _name(self, index: int) -> bytes:
         index = range(len(self))[index]
@@ -135,9 +150,15 @@ def _walk(root: bytes, others: Counter[bytes]) -> Iterator[tuple[bytes, bytes]]:
     waiting = [(root, b"", frozenset({(status.st_dev, status.st_ino)}))]
     while waiting:
         folder, prefix, above = waiting.pop()
-        with os.scandir(folder) as entries:
+        try:
+            scan = os.scandir(folder)
+        except PermissionError as error:  # a whole class silently missing would be worse than an end
+            what = "data.root holds a folder that may not be read; change its permissions or move it away"
+            raise PermissionError(error.errno, what, printable(folder)) from None
+        with scan as entries:
             for entry in entries:
                 if entry.name.startswith(b"."):
+                    others[HIDDEN] += 1
                     continue
                 suffix = os.path.splitext(entry.name)[1].lower()
                 try:
@@ -159,9 +180,8 @@ def _walk(root: bytes, others: Counter[bytes]) -> Iterator[tuple[bytes, bytes]]:
 
 def _nothing(root: Path, others: Counter[bytes]) -> str:
     looked = " ".join(sorted(suffix.decode() for suffix in SUFFIXES))
-    counts = [
-        f"{count:,} {printable(suffix) if suffix else 'without a suffix'}" for suffix, count in others.most_common(8)
-    ]
+    special = {b"": "without a suffix", HIDDEN: "hidden by a dot in front"}
+    counts = [f"{count:,} {special.get(suffix) or printable(suffix)}" for suffix, count in others.most_common(8)]
     return (
         f"no images under {printable(root)} (data.root): looked for {looked} in it and its folders, "
         f"and found {', '.join(counts) if counts else 'no files at all'}"

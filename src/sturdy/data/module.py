@@ -6,9 +6,9 @@ Workers are given positions, not indices; what is random about an image (its cro
 position. So neither the number of workers nor what they had prefetched when the process died changes anything.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sturdy.data.cache import Cache, Source, open_cache
+from sturdy.data.cache import Cache, open_cache
+from sturdy.data.decode import MAX_PIXELS, Crop
+from sturdy.data.folder import Folder
+from sturdy.data.options import one_of, share, whole
 from sturdy.data.order import Order
+from sturdy.data.progress import Progress
+from sturdy.data.source import Source
 from sturdy.randomness import Draws
 
 
@@ -31,33 +36,43 @@ class Batch(NamedTuple):
 
 
 class Images(Dataset[Batch]):
-    """The images at given positions, cropped to ``size`` and flipped by the draws of each position."""
+    """The images at given positions, ``size`` by ``size``.
 
-    def __init__(self, cache: Cache, order: Order, *, first: int, size: int, seed: int, flip: bool) -> None:
-        self.cache, self.order, self.first, self.size, self.seed, self.flip = (
-            cache,
-            order,
-            first,
-            size,
-            seed,
-            flip,
-        )
+    With a ``seed`` they are cropped, and mirrored if ``flip``, by the draws of each position; without one nothing
+    is random about them and crops are central.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        order: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        *,
+        first: int,
+        size: int,
+        seed: int | None = None,
+        flip: bool = False,
+    ) -> None:
+        self.cache, self.order, self.first, self.size, self.seed, self.flip = cache, order, first, size, seed, flip
         self.split = Order(len(cache), 0, purpose="split")  # which images are held out depends on no seed
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
         """The batch at ``positions``, ``(b,)``; without workers or loaders this is all there is to it."""
         indices = self.split(self.first + self.order(positions))
+        labels = torch.from_numpy(self.cache.labels[indices])
+        if self.seed is None:
+            return Batch(torch.from_numpy(self._pixels(indices, None)), labels, positions)
         draws = Draws(self.seed, positions.tolist())
         image = torch.from_numpy(self._pixels(indices, draws))
         if self.flip:
             flipped = draws.uniform("flip") < 0.5
             image[flipped] = image[flipped].flip(-1)
-        return Batch(image, torch.from_numpy(self.cache.labels[indices]), positions)
+        return Batch(image, labels, positions)
 
-    def _pixels(self, indices: NDArray[np.int64], draws: Draws) -> NDArray[np.uint8]:
+    def _pixels(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.uint8]:
         if self.cache.uniform and self.cache.image(0).shape[1:] == (self.size, self.size):
             return self.cache.gather(indices)
-        corners = draws.uniform("crop", (2,)).numpy()
+        centre = np.nextafter(np.full((len(indices), 2), 0.5), 0)  # just below: of two middles the first
+        corners = centre if draws is None else draws.uniform("crop", (2,)).numpy()
         out = np.empty((len(indices), 3, self.size, self.size), np.uint8)
         for row, index, corner in zip(out, indices, corners, strict=True):
             image = self.cache.image(int(index))
@@ -79,11 +94,9 @@ class Endless(Sampler[NDArray[np.int64]]):
             position += self.batch_size
 
 
-class InSequence:
-    """The identity order: held-out images always come in the same sequence."""
-
-    def __call__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        return positions
+def in_sequence(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of the held-out images: always the same."""
+    return positions
 
 
 class ImageData(L.LightningDataModule):
@@ -100,7 +113,9 @@ class ImageData(L.LightningDataModule):
         max_broken: largest share of broken images that is tolerated.
         cache: directory of decoded images.
         seed: the run's seed.
-        root: where the source looks; here only so that ``data.root=DIR`` is short to type.
+
+    Raises:
+        ValueError: an option is out of its range; the message names its key.
     """
 
     def __init__(
@@ -112,38 +127,44 @@ class ImageData(L.LightningDataModule):
         shards: int = 1,
         num_workers: int = 0,
         flip: bool = False,
-        crop: str = "center",
         holdout: float = 0.1,
         max_broken: float = 0.01,
         cache: str | Path = ".cache",
         seed: int = 0,
-        root: str | None = None,
     ) -> None:
         super().__init__()
-        if shards < 1 or batch_size % shards:
+        self.source, self.cache_root, self.seed = source, Path(cache), seed
+        self.image_size = whole("data.image_size", image_size)
+        self.batch_size = whole("data.batch_size", batch_size)
+        self.num_workers = whole("data.num_workers", num_workers, least=0)
+        self.flip = one_of("data.flip", flip, (True, False))
+        self.holdout = share("data.holdout", holdout)
+        self.max_broken = share("data.max_broken", max_broken)
+        if batch_size % whole("data.shards", shards):
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
-        if not 0 < holdout < 1:
-            raise ValueError(f"data.holdout={holdout} is a share of the images; it must lie between 0 and 1")
-        self.source, self.image_size, self.batch_size, self.num_workers = (
-            source,
-            image_size,
-            batch_size,
-            num_workers,
-        )
-        self.flip, self.holdout, self.max_broken, self.seed = flip, holdout, max_broken, seed
-        self.cache_root = Path(cache)
+        if holdout in (0, 1):
+            raise ValueError(f"data.holdout={holdout} leaves no image to validate on, or none to train on")
         self.entry = (0, 0)  # (step, position) the run was entered at
 
-    def open(self, **progress: Any) -> Cache:
-        """Decode what is not yet decoded; afterwards ``classes``, ``digest`` and the loaders are there.
+    def open(self) -> Cache:
+        """Decode what is not yet decoded, telling how far it is where that takes more than seconds.
+
+        Afterwards ``classes``, ``digest`` and the loaders are there, and ``cache.report()`` tells what was left out.
 
         Raises:
-            ValueError: if there are too few images to hold any out.
+            ValueError: if there are too few images to hold any out, too many broken ones, or too small ones.
+            OSError: if they cannot be read, or the cache cannot be written.
         """
-        self.cache = open_cache(self.source, root=self.cache_root, max_broken=self.max_broken, **progress)
-        self.held_out = round(len(self.cache) * self.holdout)
-        if not 0 < self.held_out < len(self.cache):
-            raise ValueError(f"of {len(self.cache)} images data.holdout={self.holdout} holds out {self.held_out}")
+        with Progress("preparing images") as progress:
+            self.cache = open_cache(self.source, root=self.cache_root, max_broken=self.max_broken, progress=progress)
+        n = len(self.cache)
+        if n < 2:
+            raise ValueError("there is one image only: at least two are needed, one to train on and one held out")
+        if (smallest := self.cache.shapes.min()) < self.image_size:
+            raise ValueError(
+                f"the source gives images of {smallest} pixels, fewer than data.image_size={self.image_size}"
+            )
+        self.held_out = min(max(1, round(n * self.holdout)), n - 1)
         self.classes, self.digest = self.cache.classes, self.cache.digest
         return self.cache
 
@@ -155,13 +176,13 @@ class ImageData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         order = Order(len(self.cache) - self.held_out, self.seed)
-        images = self._images(order, self.held_out, flip=self.flip)
+        images = Images(self.cache, order, first=self.held_out, size=self.image_size, seed=self.seed, flip=self.flip)
         return self._loader(images, Endless(self.position, self.batch_size))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         size = self.batch_size
         batches = [np.arange(i, min(i + size, self.held_out)) for i in range(0, self.held_out, size)]
-        return self._loader(self._images(InSequence(), 0, flip=False), batches)
+        return self._loader(Images(self.cache, in_sequence, first=0, size=self.image_size), batches)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """To float32 in [-1, 1], on the device, so that bytes travel."""
@@ -173,9 +194,6 @@ class ImageData(L.LightningDataModule):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.entry = (state["step"], state["position"])
 
-    def _images(self, order: Any, first: int, *, flip: bool) -> Images:
-        return Images(self.cache, order, first=first, size=self.image_size, seed=self.seed, flip=flip)
-
     def _loader(self, images: Images, batches: Any) -> DataLoader[Batch]:
         return DataLoader(
             images,
@@ -186,3 +204,18 @@ class ImageData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # workers' seeds come from here, not from the default generator
         )
+
+
+def folder_data(
+    *,
+    root: str,
+    image_size: int = 64,
+    crop: Crop = "center",
+    background: str | Sequence[int] = "white",
+    labels: bool | Literal["auto"] = "auto",
+    max_pixels: int = MAX_PIXELS,
+    **stream: Any,
+) -> ImageData:
+    """``ImageData`` of a ``Folder``, the options of both side by side: short to type, and each said once."""
+    options: dict[str, Any] = {"crop": crop, "background": background, "labels": labels, "max_pixels": max_pixels}
+    return ImageData(Folder(root=root, size=image_size, **options), image_size=image_size, **stream)

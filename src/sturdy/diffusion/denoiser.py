@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
             label: ``(b,)`` int64 in [0, num_classes]; None means the null label.
 
         Raises:
-            ValueError: a label out of range or of another shape, or a backbone that changes the shape.
+            ValueError: a label out of range (on the CPU) or of another shape, or a backbone that changes the shape.
         """
         prediction = self.backbone(x_t, t, self._labels(label, x_t))
         if prediction.shape != x_t.shape:
@@ -63,8 +63,8 @@ class Denoiser(nn.Module):
             return torch.full(x_t.shape[:1], self.num_classes, dtype=torch.int64, device=x_t.device)
         if label.shape != x_t.shape[:1]:
             raise ValueError(f"label has shape {tuple(label.shape)}; {len(x_t)} images need ({len(x_t)},)")
-        # One synchronisation: on a GPU an embedding's own complaint would take the whole process down.
-        if (wrong := label[(label < 0) | (label > self.num_classes)]).numel():
+        # Not on a GPU, where reading the answer would stall every call; there the embedding asserts on the device.
+        if label.is_cpu and (wrong := label[(label < 0) | (label > self.num_classes)]).numel():
             raise ValueError(
                 f"label {wrong[0].item()} is out of range: with num_classes={self.num_classes} classes are 0 "
                 f"to {self.num_classes - 1}, then comes the null label; set num_classes to that of the data"

@@ -69,7 +69,7 @@ def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float],
         case "best":
             return _best(store, scores, mode)
         case _:
-            return _at(Path(ckpt_path))
+            return _at(Path(str(ckpt_path)))
 
 
 def judge(entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:
@@ -116,6 +116,8 @@ def _at(path: Path) -> Entry:
         return Entry(state, _step_of(state), {}, on_purpose=True)
     try:
         manifest = read_manifest(state.parent)
+        if state.name not in manifest["files"]:
+            raise Corrupt(f"{state.name} is not in its {MANIFEST}")
     except Corrupt as reason:
         raise Refused(f"ckpt_path={path} does not verify: {reason}. Choose another checkpoint") from None
     return Entry(state, manifest["step"], manifest, on_purpose=True)
@@ -124,5 +126,5 @@ def _at(path: Path) -> Entry:
 def _step_of(state: Path) -> int:
     try:
         return int(load_state(state)["global_step"])
-    except Exception as error:
-        raise Refused(f"ckpt_path={state} is not a checkpoint that can be loaded safely: {error}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise Refused(f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint") from None

@@ -68,7 +68,7 @@ def compare(then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str],
     changed = {
         k: f"{k}: {_show(then['config'], k)} -> {_show(now.config, k)}"
         for k in sorted(then["config"].keys() | now.config.keys())
-        if then["config"].get(k) != now.config.get(k) and not _matches(k, ignore)
+        if then["config"].get(k, ...) != now.config.get(k, ...) and not _matches(k, ignore)  # null is not nothing
     }
     refusals = [line for k, line in changed.items() if not _matches(k, rounding)]
     if then["data"] != now.data:

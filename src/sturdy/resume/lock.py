@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sturdy.resume.durable import make_directory
+
 
 class AlreadyRunning(Exception):
     """Another live process trains in this run directory."""
@@ -23,11 +25,11 @@ def lock(directory: Path) -> Any:
     Raises:
         AlreadyRunning: with the holder's host, pid and start time.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     file = (directory / ".lock").open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # POSIX allows either
         file.seek(0)
         raise AlreadyRunning(
             f"{directory} is in use by {_describe(file.read())}. Wait for it, stop it, or give this run another "

@@ -1,30 +1,50 @@
 """A signal means: save at the end of this step, and leave with a code that says "run me again".
 
-The handler only sets a flag. SIGINT a second time stops at once, without saving.
+    before training    nothing to save: leave where the signal arrives
+    while it runs      only remember it, for the loop to ask at a step's end
+
+SIGINT after a signal stops at once, without saving. A signal that the process was started to ignore (``nohup``, a
+shell's background job) is left ignored.
 """
 
+import os
 import signal
 from types import FrameType
 
 RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command will continue
+AT_ONCE = 128 + signal.SIGINT  # as a shell counts a death by Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-class Preempted(Exception):
-    """The run was asked to stop and has saved; run the same command to continue."""
+class Preempted(BaseException):
+    """The run was asked to stop and has nothing unsaved; run the same command to continue.
+
+    Like KeyboardInterrupt no Exception: on its way out nobody shall take it for an error of his own.
+    """
 
 
 class Preemption:
-    """Remembers the first signal heard since ``listen``; ``None`` while there was none."""
+    """Hears signals from ``listen`` on; ``signal`` is the first one heard, ``None`` while there was none."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.training = False
+        self.process = os.getpid()
+        self.heeded = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
-    def listen(self) -> None:
-        """Install the handlers; to be called after the Trainer has installed its own."""
-        for number in SIGNALS:
+    def listen(self, *, training: bool) -> None:
+        """Install the handlers; for training once more, because the Trainer installs some of its own."""
+        self.training = training
+        for number in self.heeded:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the next Ctrl-C stops now
+        if os.getpid() != self.process:  # a worker that heard what its group was told: its parent decides
+            signal.signal(number, signal.SIG_DFL)  # the next one is meant for it
+        elif self.signal is None:
+            self.signal = signal.Signals(number)
+            if not self.training:
+                raise Preempted(f"{self.signal.name}: nothing was trained yet")
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # should even that take too long
+            raise SystemExit(AT_ONCE)

@@ -11,15 +11,18 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sturdy.resume.durable import durable, fsync_directory, make_directory
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +56,11 @@ class Store:
         self.directory = Path(directory)
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending, verified or not."""
+        """Steps that have a checkpoint, ascending, verified or not; other names are none of ours."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(m[1]) for p in self.directory.iterdir() if (m := NAME.fullmatch(p.name)))
+        names = [(int(m[1]), p) for p in self.directory.iterdir() if (m := NAME.fullmatch(p.name))]
+        return sorted(step for step, p in names if p.name == name_of(step) and p.is_dir())
 
     def path(self, step: int) -> Path:
         """The directory of the checkpoint of ``step``."""
@@ -77,16 +81,23 @@ class Store:
         final = self.path(step)
         if final.exists():
             raise FileExistsError(f"{final} exists, and checkpoints are never overwritten")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         aside = self.directory / f".{name_of(step)}.{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        size, sha256 = _write_state(aside / STATE, state)
-        body = {"format": FORMAT, "step": step, "files": {STATE: {"bytes": size, "sha256": sha256}}}
-        manifest = body | {"time": time.time()} | facts
-        _write(aside / MANIFEST, json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode())
-        fsync_directory(aside)
-        os.rename(aside, final)
+        try:
+            with durable(aside / STATE) as file:
+                torch.save(dict(state), file)  # type: ignore[arg-type]
+            files = {STATE: {"bytes": file.size, "sha256": file.sha256.hexdigest()}}
+            body = {"format": FORMAT, "step": step, "files": files, "time": time.time()} | facts
+            manifest = json.loads(json.dumps(body))  # as it will be read again
+            with durable(aside / MANIFEST) as file:
+                file.write(json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode())
+            fsync_directory(aside)
+            os.rename(aside, final)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its room back
+            raise
         fsync_directory(self.directory)
         return final
 
@@ -96,10 +107,7 @@ class Store:
         Raises:
             Corrupt: with the file and the reason.
         """
-        manifest = read_manifest(self.path(step))
-        if manifest.get("step") != step:
-            raise Corrupt(f"{MANIFEST} belongs to step {manifest.get('step')}")
-        return manifest
+        return read_manifest(self.path(step))
 
     def last(self) -> dict[str, Any] | None:
         """The manifest of the newest checkpoint that verifies; None if there is no checkpoint at all.
@@ -124,9 +132,11 @@ class Store:
     def abandon(self, after: int, to: Path) -> list[int]:
         """Move the checkpoints newer than ``after`` to the directory ``to``, newest first; returns their steps."""
         newer = [step for step in reversed(self.steps()) if step > after]
+        if newer:
+            make_directory(to)
         for step in newer:  # newest first: a kill in between leaves the beginning of the branch, not a hole
-            to.mkdir(parents=True, exist_ok=True)
             os.rename(self.path(step), to / name_of(step))
+            fsync_directory(to)
             fsync_directory(self.directory)
         return newer
 
@@ -136,7 +146,7 @@ class Store:
             if step not in keep:
                 aside = self.directory / f".pruned-{name_of(step)}"
                 os.rename(self.path(step), aside)  # so that a kill leaves no half-deleted checkpoint
-                shutil.rmtree(aside)
+                shutil.rmtree(aside, ignore_errors=True)  # what cannot be deleted now, `sweep` tries again
 
     def sweep(self) -> None:
         """Remove what killed writers left; only the one live run of the directory (see ``lock``) may call it."""
@@ -145,9 +155,13 @@ class Store:
 
     def _quarantine(self, step: int, reason: str) -> None:
         there = self.directory / "quarantine" / f"{name_of(step)}.{int(time.time() * 1e6)}"
-        there.parent.mkdir(exist_ok=True)
-        os.rename(self.path(step), there)
-        _write(there.with_name(there.name + ".reason.txt"), (reason + "\n").encode())
+        make_directory(there.parent)
+        try:
+            os.rename(self.path(step), there)
+        except FileNotFoundError:
+            return  # a live run pruned it while this process was reading
+        with durable(there.with_name(there.name + ".reason.txt")) as file:
+            file.write((reason + "\n").encode())
         log.warning("checkpoint %s does not verify (%s); moved to %s", name_of(step), reason, there)
 
 
@@ -161,11 +175,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads((directory / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        newer, step = manifest["format"] > FORMAT, manifest["step"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupt(f"{MANIFEST} cannot be read: {error!r}") from None
     if seal != _seal(manifest):
         raise Corrupt(f"{MANIFEST} has changed since it was written")
-    if manifest["format"] > FORMAT:
+    if (name := NAME.fullmatch(directory.name)) and int(name[1]) != step:
+        raise Corrupt(f"{MANIFEST} belongs to step {step}")
+    if newer:
         raise Corrupt(f"{MANIFEST} has format {manifest['format']}, written by a newer version; update sturdy")
     for name, (size, sha256) in files.items():
         try:
@@ -181,8 +198,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A ``state.ckpt`` as tensors and primitives; a pickle that holds anything else is refused unexecuted."""
-    return torch.load(path, map_location=map_location, weights_only=True)
+    """A ``state.ckpt`` as tensors and primitives.
+
+    Raises:
+        ValueError: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ValueError(f"{path} is broken, or holds more than tensors and primitives and might run code") from None
 
 
 def assert_primitive(value: Any, where: str) -> None:
@@ -196,46 +220,6 @@ def assert_primitive(value: Any, where: str) -> None:
             assert_primitive(v, f"{where}[{i}]")
     elif not isinstance(value, Tensor | str | bytes | int | float | bool | None):
         raise TypeError(f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only")
-
-
-def fsync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class _Hashing:
-    """A file that hashes what is written, so that a checkpoint is never read back to be summed."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write_state(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
-    with path.open("wb") as file:
-        hashing = _Hashing(file)
-        torch.save(dict(state), hashing)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    return hashing.size, hashing.sha256.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.randomness import reseed
@@ -15,7 +15,7 @@ from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
 
 PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate")
-TRUSTED = ("sturdy.", "torch.optim.")
+TRUSTED = ("sturdy.backbone.", "sturdy.diffusion.", "sturdy.training.ema.", "sturdy.training.optim.", "torch.optim.")
 
 
 def build(config: Mapping[str, Any]) -> DiffusionModule:
@@ -53,7 +53,7 @@ def rebuild(path: str | Path) -> DiffusionModule:
         raise ValueError(f"{path} holds no config; it was not written by this project")
     for name in PARTS:
         for target in _targets(config.get(name)):
-            if not target.startswith(TRUSTED):
+            if not _trusted(target):
                 raise ValueError(
                     f"{path} asks for {target} as its {name}, which is not code of this project and is not run. If you "
                     f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
@@ -63,10 +63,21 @@ def rebuild(path: str | Path) -> DiffusionModule:
     return module
 
 
+def _trusted(target: str) -> bool:
+    """Whether it is a class of ours or an optimizer: not a function, and nothing that our modules only import."""
+    if not target.startswith(TRUSTED):
+        return False
+    try:
+        found = get_object(target)
+    except (ImportError, ValueError, AttributeError):
+        return False
+    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
+
+
 def _targets(node: Any) -> list[str]:
     if isinstance(node, Mapping):
         own = [str(node["_target_"])] if "_target_" in node else []
         return own + [t for value in node.values() for t in _targets(value)]
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):
         return [t for value in node for t in _targets(value)]
     return []

@@ -3,14 +3,16 @@
 Picture ``k`` of seed ``s`` starts from noise that is a function of ``(s, k)``, at every batch size.
 """
 
+import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL import Image
 
-from sturdy.diffusion.denoiser import Guided
+from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import sample
 from sturdy.evaluation.grids import grid, save_png, to_uint8
 from sturdy.randomness import Draws, key
@@ -30,9 +32,10 @@ def draw(cfg: DictConfig, overrides: list[str]) -> int:
             raise Refused(f"ckpt_path={cfg.ckpt_path} names no checkpoint to sample from; use last or a path")
         module = rebuild(entry.state).to(cfg.device).eval()
         labels = chosen(cfg.sample.label, list((module.config or {})["classes"]), cfg.sample.n)
-        denoiser = Guided(module.ema.model, cfg.guidance.scale)  # type: ignore[arg-type]
+        model = cast(Denoiser, module.ema.model)
+        denoiser = model if labels is None else Guided(model, cfg.guidance.scale)
     except (ValueError, Refused, NothingVerifies) as error:
-        print(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 2
     sampler, size = instantiate(cfg.sampler), (module.config or {})["data"]["image_size"]
     out, pictures = Path(cfg.sample.out or run / "pictures"), []

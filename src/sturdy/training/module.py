@@ -69,7 +69,8 @@ class DiffusionModule(L.LightningModule):
             reseed(self.seed, "shard", self.global_step, shard)
             loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions)).mean()
             tree.push([*self._gradients(loss), loss.detach()])
-        *gradients, loss = (total / self.shards for total in tree.sum())
+        *gradients, loss = total = tree.sum()
+        torch._foreach_div_(total, self.shards)
         return {"loss": loss, "grad_norm": self._optimizer_step(gradients)}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -82,16 +83,28 @@ class DiffusionModule(L.LightningModule):
         return self.make_optimizer(parameter_groups(self.denoiser))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizer state by parameter name, and the config that rebuilds this module."""
+        """Optimizer state by parameter name, and the config that rebuilds this module.
+
+        Raises:
+            FloatingPointError: if the weights have diverged; the checkpoints before they did are worth more.
+        """
+        if not all(p.isfinite().all() for p in self.denoiser.parameters()):
+            raise FloatingPointError(
+                f"the weights are not finite at step {self.global_step}, and are not saved. See train/grad_norm in "
+                f"metrics.csv; lower optimizer.lr or clip, and continue with ckpt_path=last"
+            )
         optimizer = self.optimizers(use_pl_optimizer=False)
         names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
         checkpoint["optimizer_states"] = [state_by_name(s, names) for s in checkpoint["optimizer_states"]]
         checkpoint["config"] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Optimizer state by index; its options are those of the config, which may have changed on purpose."""
         if "optimizer_states" in checkpoint:
             names = names_in_order(self, parameter_groups(self.denoiser))
-            checkpoint["optimizer_states"] = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
+            groups = self.configure_optimizers().state_dict()["param_groups"]
+            states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
 
     def _shards(self, batch: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
         x0, label, positions = batch

@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from sturdy.resume.entry import Entry, Refused, find_entry, judge
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, fingerprint
 from sturdy.resume.lock import AlreadyRunning, lock
-from sturdy.resume.preemption import RESUMABLE, Preempted
+from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
 from sturdy.resume.store import NothingVerifies, Store, load_state
 from sturdy.resume.writer import StoreIO
 from sturdy.training.attempt import CONSOLE, describe_attempt, start_attempt
+from sturdy.training.branch import leave_branch
 from sturdy.training.build import build
 from sturdy.training.callbacks.preempt import Preempt
 from sturdy.training.callbacks.record import Record
@@ -38,6 +39,13 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except (Refused, AlreadyRunning, NothingVerifies, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as stopped:
+        again = "Run the same command" if cfg.ckpt_path in ("auto", "last") else "Use ckpt_path=auto"
+        (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
+        return RESUMABLE
 
 
 class Unfit(Exception):
@@ -63,8 +71,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         AlreadyRunning: if another process trains in its directory.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
-    if cfg.trainer.devices not in (1, "auto", "1"):
-        raise Unfit(f"trainer.devices={cfg.trainer.devices}: this version trains in one process; use trainer.devices=1")
+    preemption = Preemption()
+    preemption.listen(training=False)
+    check_settings(cfg)
     home = Path(cfg.paths.runs) / cfg.name
     held = lock(home)  # until this process ends
     store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
@@ -81,25 +90,38 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     guarantee = judge(entry, now, **config["resume"]) if entry else None
     attempt = start_attempt(home)
     describe_attempt(attempt, config, overrides, now.stack)
+    if report := data.cache.report():
+        CONSOLE.warning(report)
     CONSOLE.info(banner(cfg, data, entry, guarantee))
     if entry and entry.step >= cfg.trainer.max_steps:
         return 0
     with unfit():
         module = build(config)
+        try_out(module, data.image_size)
     if entry:
         leave_branch(home, store, metrics, entry)
     elif cfg.init_from:
         with unfit():
             init_from(module, cfg.init_from)
-    trainer = make_trainer(cfg, store, metrics, now)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
-    except Preempted as stopped:
-        CONSOLE.info(f"{stopped}. Run the same command to continue.")
-        return RESUMABLE
+    trainer = make_trainer(cfg, store, metrics, now, preemption)
+    trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
     CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     held.close()
     return 0
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
+    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
+        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+            raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
+    if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
+        raise Unfit(
+            f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "
+            f"whose history a step is not a function of, and weights kept in 16 bits lose the small steps of the EMA"
+        )
+    if cfg.trainer.devices not in (1, "auto", "1"):
+        raise Unfit(f"trainer.devices={cfg.trainer.devices}: this version trains in one process; use trainer.devices=1")
 
 
 def settle(cfg: DictConfig, entry: Entry | None) -> None:
@@ -114,13 +136,16 @@ def settle(cfg: DictConfig, entry: Entry | None) -> None:
 def open_data(cfg: DictConfig) -> Any:
     """The data module with its cache open; its classes go into the config, for the backbone to know."""
     data = instantiate(cfg.data)
-    cache = data.open()
-    if cache.quarantine:
-        lines = [f"    {name}: {reason}" for name, reason in cache.quarantine[:10]]
-        CONSOLE.warning("\n".join([f"{len(cache.quarantine)} broken images are left out:", *lines]))
+    data.open()
     cfg.classes = list(data.classes)
     cfg.num_classes = len(data.classes)
     return data
+
+
+def try_out(module: DiffusionModule, size: int) -> None:
+    """One picture goes through before training, for its size may not fit the backbone; raises what that says."""
+    with torch.no_grad():
+        module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
 
 
 def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None) -> str:
@@ -138,20 +163,6 @@ def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee
     }[guarantee.level]
     reasons = "".join(f"\n    {reason}" for reason in guarantee.reasons)
     return f"{title}; resumed from step {entry.step}, to step {cfg.trainer.max_steps} ({promise}){reasons}"
-
-
-def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry) -> None:
-    """Cut the record back to the entry, and move newer checkpoints away so that ``auto`` never returns to them."""
-    inside = entry.state.parent.parent.resolve() == store.directory.resolve()
-    number = 1 + sum(1 for _ in (run / "abandoned").glob("*"))
-    there = run / "abandoned" / f"{number:03}"
-    left = store.abandon(entry.step if inside else -1, there)
-    cut = metrics.cut(entry.step)
-    if left:
-        CONSOLE.info(f"checkpoints newer than step {entry.step} were moved to {there}: {left}")
-        branch = MetricsFile(there / metrics.path.name)
-        for row in cut:
-            branch.log_metrics({k: float(v) for k, v in row.items() if k != "step" and v}, int(row["step"]))
 
 
 def init_from(module: DiffusionModule, path: str) -> None:
@@ -178,7 +189,9 @@ def init_from(module: DiffusionModule, path: str) -> None:
     CONSOLE.info(f"initialised from the EMA weights of {file}")
 
 
-def make_trainer(cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint) -> L.Trainer:
+def make_trainer(
+    cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint, preemption: Preemption
+) -> L.Trainer:
     """Lightning's Trainer, with what this project holds fixed about it."""
 
     def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -186,16 +199,19 @@ def make_trainer(cfg: DictConfig, store: Store, metrics: MetricsFile, now: Finge
 
     callbacks: list[Callback] = [
         Record(metrics),
+        Preempt(preemption),  # before those that take their time after a step
         *instantiate(cfg.callbacks, _convert_="all").values(),
-        Preempt(),
     ]
-    loggers = [metrics, *instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else [metrics]
+    with unfit():
+        mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else []
+    for mirror in mirrors:
+        mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return instantiate(
         settings,
         callbacks=callbacks,
-        logger=loggers,
+        logger=[metrics, *mirrors],
         plugins=[StoreIO(store, facts)],
         max_epochs=-1,
         check_val_every_n_epoch=None,  # validation is by step

@@ -1,6 +1,8 @@
 """When a checkpoint is written and which are kept; how one is written is the store's."""
 
+import math
 import time
+from collections.abc import Iterable
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -11,7 +13,7 @@ from sturdy.training.loggers.metrics_file import MetricsFile
 
 
 class Checkpoint(ModelCheckpoint):
-    """Saves every N steps, every T minutes, when the monitored metric is the best so far, and at the last step.
+    """Saves every N steps, every T minutes, when the monitored metric is among the best so far, and at the last step.
 
     Lightning's own triggers exclude each other and its deletions know nothing of a store, so only its name, place
     in the Trainer and configuration are used.
@@ -19,7 +21,7 @@ class Checkpoint(ModelCheckpoint):
     Args:
         every_n_train_steps: None for never.
         every_n_minutes: None for never.
-        monitor: a column of ``metrics.csv``; ``mode`` says whether small (``min``) or large (``max``) is good.
+        monitor: a metric of the validation; ``mode`` says whether small (``min``) or large (``max``) is good.
         keep_last, keep_best: number of checkpoints kept, newest and best.
         keep_every: steps divisible by it are kept for good.
     """
@@ -37,12 +39,15 @@ class Checkpoint(ModelCheckpoint):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.checkpoint.mode={mode} must be min or max")
-        if keep_last < 1:
-            raise ValueError(f"callbacks.checkpoint.keep_last={keep_last} must be at least 1")
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(
+                f"callbacks.checkpoint.keep_last={keep_last} must be at least 1, and keep_best={keep_best} at least 0"
+            )
         super().__init__(monitor=monitor, mode=mode, save_top_k=-1, filename="step-{step:08d}/state")
         self.every, self.minutes = every_n_train_steps, every_n_minutes
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.saved_at = time.monotonic()
+        self.scores: dict[int, float] = {}  # the monitored metric by step, where it is finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
@@ -54,6 +59,9 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_at = time.monotonic()
+        self.scores = {k: v for k, v in self.metrics.column(self.monitor or "").items() if math.isfinite(v)}
+        if trainer.global_step:
+            self.save(trainer)  # entered from another place: from now on this run has something of its own to continue
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:  # type: ignore[override]
         step = trainer.global_step
@@ -63,10 +71,10 @@ class Checkpoint(ModelCheckpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        scores = self.metrics.column(self.monitor or "")
-        best = (min if self.mode == "min" else max)(scores.values(), default=None)
-        if self.keep_best and trainer.global_step < trainer.max_steps and best is not None:
-            if scores.get(trainer.global_step) == best:
+        step, score = trainer.global_step, float(trainer.callback_metrics.get(self.monitor or "", math.nan))
+        if math.isfinite(score):
+            self.scores[step] = score
+            if step in self._best(self.scores) and step < trainer.max_steps:
                 self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -92,8 +100,11 @@ class Checkpoint(ModelCheckpoint):
         pass
 
     def _kept(self) -> set[int]:
-        steps, sign = self.store.steps(), 1 if self.mode == "min" else -1
-        scores = self.metrics.column(self.monitor or "")
-        best = sorted((s for s in steps if s in scores), key=lambda s: sign * scores[s])[: self.keep_best]
+        steps = self.store.steps()
         every = [s for s in steps if self.keep_every and s % self.keep_every == 0]
-        return {*steps[-self.keep_last :], *best, *every}
+        return {*steps[-self.keep_last :], *self._best(steps), *every}
+
+    def _best(self, steps: Iterable[int]) -> list[int]:
+        """The ``keep_best`` of ``steps`` with the best scores."""
+        sign = 1 if self.mode == "min" else -1
+        return sorted((s for s in steps if s in self.scores), key=lambda s: sign * self.scores[s])[: self.keep_best]

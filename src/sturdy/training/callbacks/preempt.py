@@ -10,17 +10,24 @@ from sturdy.training.callbacks.checkpoint import Checkpoint
 
 
 class Preempt(Callback):
-    """Listens for signals while training runs; ``preemption.signal`` tells which one was heard."""
+    """Leaves when ``preemption`` heard a signal; to stand before callbacks that take their time after a step."""
 
-    def __init__(self) -> None:
-        self.preemption = Preemption()
+    def __init__(self, preemption: Preemption | None = None) -> None:
+        self.preemption = preemption or Preemption()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.preemption.listen()
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.preemption.listen(training=True)
+        # Only validation and sampling evaluate the average, and between two steps: it can be left at any layer.
+        pl_module.ema.model.backbone.register_forward_pre_hook(lambda *_: self.leave(trainer))
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.leave(trainer)
+
+    def leave(self, trainer: L.Trainer) -> None:
+        """Save and raise ``Preempted`` if a signal was heard; after the last step there is only the rest to do."""
         if self.preemption.signal is None or trainer.global_step >= trainer.max_steps:
             return
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # a validation begins again, with all its batches
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoint):
                 callback.save(trainer)

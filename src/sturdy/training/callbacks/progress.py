@@ -19,10 +19,12 @@ class Progress(Callback):
 
     def __init__(self, *, refresh: float = 0.5, line_every: float = 10.0) -> None:
         self.refresh, self.line_every = refresh, line_every
+        self.window: deque[tuple[float, int]] = deque(maxlen=50)
+        self.bar: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.terminal = sys.stdout.isatty()
-        self.window: deque[tuple[float, int]] = deque([(time.monotonic(), trainer.global_step)], maxlen=50)
+        self.window = deque([(time.monotonic(), trainer.global_step)], maxlen=50)
         self.losses: list[Any] = []
         self.shown = time.monotonic()
         if self.terminal:
@@ -51,7 +53,7 @@ class Progress(Callback):
         self.window.clear()  # the rate is that of training
         self.window.append((time.monotonic(), trainer.global_step))
         text = f"step {trainer.global_step}  val/loss {trainer.callback_metrics['val/loss']:.4f}"
-        self.bar.console.print(text, highlight=False) if self.terminal else print(text, flush=True)
+        self.bar.console.print(text, highlight=False) if self.bar else print(text, flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close_bar()
@@ -68,7 +70,7 @@ class Progress(Callback):
         self.bar.start()
 
     def _close_bar(self) -> None:
-        if getattr(self, "bar", None):
+        if self.bar:
             self.bar.stop()
 
 

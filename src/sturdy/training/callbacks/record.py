@@ -1,23 +1,25 @@
-"""Writes what the steps and validations measured into ``metrics.csv`` and the loggers that mirror it.
+"""Writes what the steps and validations measured into ``metrics.csv`` and, row by row, into its mirrors.
 
 Values stay tensors on the device until ``trainer.log_every_n_steps`` steps are together, so that no step waits for the
 one before it; they are all written before a checkpoint of their step is.
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.training.loggers.metrics_file import MetricsFile, text
+from sturdy.training.loggers.mirror import Mirror
 
 
 class Record(Callback):
     """Records every step's ``train/*`` and every validation's ``val/*`` under the number of steps done.
 
     Args:
-        file: ``metrics.csv``; cut back to the entered step before the run begins.
+        file: ``metrics.csv``; the other loggers get its rows as they are read back from it.
     """
 
     def __init__(self, file: MetricsFile) -> None:
@@ -26,8 +28,13 @@ class Record(Callback):
         self.images, self.since = 0, 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A validation that a kill interrupted is run again, so that no row is missing."""
+        """Fill up the mirrors; a validation that a kill interrupted is run again, so that no row is missing."""
         step, every = trainer.global_step, trainer.val_check_interval
+        self.file.cut(step)  # a run killed before its first checkpoint left rows, too
+        pictures = {int(p.stem[5:]): p for p in self.file.path.parent.glob("samples/step-*.png")}
+        for mirror in trainer.loggers:
+            if isinstance(mirror, Mirror):
+                mirror.refill(self.file.rows(), pictures)
         if step and step % int(every) == 0 and step not in self.file.column("val/loss"):
             _validate(trainer)
         self.since = time.perf_counter()
@@ -43,8 +50,7 @@ class Record(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.flush(trainer)
         values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, trainer.global_step)
+        self.write(trainer, trainer.global_step, values)
         self.since, self.images = time.perf_counter(), 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
@@ -63,11 +69,14 @@ class Record(Callback):
             values = {f"train/{k}": float(v) for k, v in outputs.items()}
             if step == last:
                 values["train/images_per_second"] = self.images / (time.perf_counter() - self.since)
-            self.file.log_metrics(values, step)
-            if step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-                for logger in trainer.loggers[1:]:
-                    logger.log_metrics(values, step)
+            self.write(trainer, step, values)
         self.pending, self.images, self.since = [], 0, time.perf_counter()
+
+    def write(self, trainer: L.Trainer, step: int, values: Mapping[str, float]) -> None:
+        """Write one row; rounded first, so that a mirror filled up from the file holds the same."""
+        values = {k: float(text(v)) for k, v in values.items()}
+        for logger in trainer.loggers:  # the file is one of them
+            logger.log_metrics(values, step)
 
 
 def _validate(trainer: L.Trainer) -> None:

@@ -18,7 +18,7 @@ class Samples(Callback):
 
     Args:
         directory: ``runs/<name>/samples``.
-        sampler, guidance: how the pictures are drawn.
+        sampler, guidance: how the pictures are drawn; without classes there is no guidance.
         image_size: height and width.
         every_n_steps: None for never.
         n: number of pictures; classes take turns, so with ``n`` a multiple of them columns are classes.
@@ -35,13 +35,8 @@ class Samples(Callback):
         n: int = 48,
         seed: int = 0,
     ) -> None:
-        self.directory, self.sampler, self.image_size, self.guidance = (
-            Path(directory),
-            sampler,
-            image_size,
-            guidance,
-        )
-        self.every, self.n, self.seed = every_n_steps, n, seed
+        self.directory, self.sampler, self.guidance = Path(directory), sampler, guidance
+        self.image_size, self.every, self.n, self.seed = image_size, every_n_steps, n, seed
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw_if_due(trainer, pl_module)  # the grid of this step, if a kill came before it
@@ -66,6 +61,7 @@ class Samples(Callback):
         draws = Draws(key(self.seed, "samples"), range(self.n))
         noise = draws.normal("start", (3, self.image_size, self.image_size)).to(module.device)
         classes = denoiser.num_classes
+        guided = Guided(denoiser, self.guidance) if classes else denoiser
         label = torch.arange(self.n, device=module.device) % classes if classes else None
-        pictures = sample(self.sampler, Guided(denoiser, self.guidance), noise, label, draws)
+        pictures = sample(self.sampler, guided, noise, label, draws)
         return grid(pictures, columns=classes if 1 < classes <= 16 else None)

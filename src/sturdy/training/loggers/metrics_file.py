@@ -14,10 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 
 class MetricsFile(Logger):
-    """Rows ``step, name, name, ...`` in ``path``; an empty cell is a metric that this row does not have.
-
-    Values are written with nine digits, which give a float32 back exactly.
-    """
+    """Rows ``step, name, name, ...`` in ``path``; an empty cell is a metric that this row does not have."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -37,7 +34,7 @@ class MetricsFile(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row; a metric that is new widens the table."""
-        row = {"step": str(step)} | {k: f"{float(v):.9g}" for k, v in metrics.items() if k != "epoch"}
+        row = {"step": str(step)} | {k: text(v) for k, v in metrics.items() if k != "epoch"}
         if new := [k for k in row if k not in self.columns]:
             rows = self.rows()
             self.columns += new
@@ -86,3 +83,8 @@ class MetricsFile(Logger):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, self.path)
+
+
+def text(value: float) -> str:
+    """``value`` as it is written: with nine digits, which give a float32 back exactly."""
+    return f"{float(value):.9g}"

@@ -1,0 +1,145 @@
+"""Writing a cache: everything a source decodes, durably, into a new folder.
+
+images.bin   the pixels of image after image        labels.npy, shapes.npy, names.json   one entry an image
+quarantine.txt   what was left out and why           manifest.json   what the files must be, sealed by a hash
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from sturdy.data.source import Broken, Source
+
+CHUNK = 16  # images a worker decodes at a time
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def build(
+    source: Source, path: Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[str, str]]:
+    """Write everything into the new folder ``path``, durably; see ``open_cache``.
+
+    Returns:
+        The quarantine: names and reasons of the broken images.
+    """
+    total, done = len(source), 0
+    names: list[str] = []
+    labels: list[int] = []
+    shapes: list[tuple[int, int]] = []
+    quarantine: list[tuple[str, str]] = []
+    digest = hashlib.sha256()
+    tell = progress or (lambda done, total: None)
+    path.mkdir()
+    try:
+        tell(0, total)
+        with _durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
+            for done, image in enumerate(images, start=1):
+                if isinstance(image, Broken):
+                    quarantine.append((source.name(done - 1), str(image)))
+                else:
+                    names.append(source.name(done - 1))
+                    labels.append(source.label(done - 1))
+                    shapes.append(image.shape[1:])
+                    digest.update(np.array(image.shape[1:], dtype="<i8").tobytes())
+                    digest.update(image.data)
+                    file.write(image.data)
+                if done % CHUNK == 0 or done == total:
+                    tell(done, total)
+        digest.update(np.array(labels, dtype="<i8").tobytes())
+        digest.update(json.dumps(source.classes).encode())
+        for name, array in (("labels", labels), ("shapes", shapes)):
+            with _durable(path / f"{name}.npy") as file:
+                np.save(file, np.array(array, dtype=np.int64))
+        with _durable(path / "names.json") as file:
+            file.write(json.dumps(names).encode())
+        with _durable(path / "quarantine.txt") as file:
+            file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
+        manifest: dict[str, Any] = {
+            "key": source.key,
+            "classes": source.classes,
+            "n": len(names),
+            "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
+            "quarantine": quarantine,
+            "digest": digest.hexdigest(),
+            "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
+        }
+        with _durable(path / "manifest.json") as file:
+            file.write(json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
+        sync(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full after {done:,} of {total:,} images: make room, or move paths.cache",
+            str(path.parent),
+        ) from error
+    return quarantine
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """The hash that tells whether a manifest is as it was written."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def sync(folder: Path) -> None:
+    """Make the names in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _durable(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, whose content is on the disk when the block ends."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Broken, None, None]:
+    """Every image of the source, or why not, in its order."""
+
+    def chunk(start: int) -> list[np.ndarray | Broken]:
+        return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
+
+    starts = range(0, len(source), CHUNK)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers == 0:
+        for start in starts:
+            yield from chunk(start)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        waiting: deque[Future[list[np.ndarray | Broken]]] = deque()
+        for start in starts:
+            waiting.append(pool.submit(chunk, start))
+            if len(waiting) > 2 * workers:  # bounds the memory
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(source: Source, index: int) -> np.ndarray | Broken:
+    try:
+        image = source.decode(index)
+    except Broken as broken:
+        return broken
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
+    return np.ascontiguousarray(image)

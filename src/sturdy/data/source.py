@@ -1,0 +1,29 @@
+"""What a source of images is, and how it says that one of them cannot be used."""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Broken(Exception):
+    """An image that cannot be used; the message is a short plain reason."""
+
+
+class Source(Protocol):
+    """A finite collection of images that can be decoded one by one, from several threads at once."""
+
+    classes: tuple[str, ...]
+    """Label ``k`` is ``classes[k]``; empty when unlabelled."""
+    key: str
+    """Changes whenever ``decode`` or ``label`` of any index could give something else."""
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> int:
+        """The number of the class, 0 when unlabelled."""
+
+    def name(self, index: int) -> str:
+        """What to call the image in messages and tables."""
+
+    def decode(self, index: int) -> np.ndarray:
+        """The image, uint8 ``(3, h, w)``; raises ``Broken`` with the reason."""

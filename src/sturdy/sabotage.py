@@ -1,0 +1,53 @@
+"""Train with one mechanism taken away, as a control: python -m sturdy.sabotage order train.py experiment=cars
+
+Whoever compares runs after kills must notice each of these; if not, he compares nothing.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from itertools import count
+
+
+def order() -> None:
+    """The stream of positions begins anew at every start of the process."""
+    import sturdy.data.module as module
+
+    class Restarting(module.Endless):
+        def __init__(self, start: int, batch_size: int) -> None:
+            super().__init__(0, batch_size)
+
+    module.Endless = Restarting  # type: ignore[misc]
+
+
+def noise() -> None:
+    """Noise, times and label drop from generators numbered by how many were asked for since the process started."""
+    from sturdy import randomness
+
+    calls = count()
+
+    def generators(self: randomness.Draws, purpose: str) -> Iterator[randomness.torch.Generator]:
+        return (randomness.generator(self.seed, purpose, next(calls)) for _ in self.positions)
+
+    randomness.Draws.generators = generators  # type: ignore[method-assign]
+
+
+def dropout() -> None:
+    """Dropout from the default generator as it stands."""
+    import sturdy.training.module as module
+
+    module.reseed = lambda *parts: None
+
+
+BREAK: dict[str, Callable[[], None]] = {"order": order, "noise": noise, "dropout": dropout}
+
+
+def main(ways: dict[str, Callable[[], None]]) -> None:
+    """Sabotage as the first word says, then run the script of the second with the others."""
+    _, way, *sys.argv = sys.argv
+    ways[way]()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(BREAK)

@@ -1,0 +1,131 @@
+"""Weights & Biases, in ``runs/<name>/wandb``: offline unless a key is configured, and it never asks for one.
+
+A run keeps its id in its directory. Online, a resumed run goes on where the server's history ends. Offline, each start
+writes a segment that begins with all rows so far and replaces the segments of the starts before; ``wandb sync``
+uploads it. A branch that was left (``abandoned/``) stays a run of its own.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sturdy.training.attempt import CONSOLE
+from sturdy.training.loggers.mirror import Mirror
+
+CLOUD = ("api.wandb.ai", "api.forge.coreweave.com")  # the service's own hosts, by its older and its newer name
+
+
+class Wandb(Mirror):
+    """Rows, sample grids and the resolved config as a run of Weights & Biases, with our step as its step.
+
+    Args:
+        directory: ``runs/<name>``.
+        project, entity, run_name: where and as what the run is shown; ``entity`` None is the key's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: str | Path,
+        project: str = "sturdy",
+        entity: str | None = None,
+        run_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.directory, self.project, self.entity, self.run_name = Path(directory).resolve(), project, entity, run_name
+        self.run: Any = None
+        self.older: list[Path] = []
+
+    def start(self) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no telemetry; read when wandb is imported
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; a preempted run must not wait for a network
+        import wandb
+
+        silent = wandb.Settings(silent=True, console="off", init_timeout=30)
+        mode = wandb.setup(silent).settings.mode
+        if mode == "online" and "WANDB_MODE" not in os.environ and not has_key():
+            mode = "offline"
+        run_id = self._run_id()
+        self.older = [*self.directory.glob(f"wandb/offline-run-*-{run_id}*")]
+
+        def init(mode: Any) -> Any:
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=self.run_name,
+                dir=self.directory,
+                id=run_id,
+                mode=mode,
+                resume=None if mode in ("offline", "dryrun") else "allow",  # a segment replaces what was uploaded
+                config=self.config,
+                allow_val_change=True,
+                settings=silent,
+            )
+
+        try:
+            self.run = init(mode)
+        except wandb.Error as error:
+            CONSOLE.warning(f"wandb is not reached, so this start is recorded offline: {error}")
+            wandb.teardown()  # its service still holds the id
+            wandb.setup(silent)
+            self.run = init("offline")
+        self.first = self.run.starting_step  # the server has the steps before it, and keeps them
+        self.segment = Path(self.run.dir).parent
+        where = f"offline; to upload, wandb sync {self.segment}" if self.run.offline else self.run.url
+        CONSOLE.info(f"wandb: {where or mode}")
+
+    def write(self, step: int, values: Mapping[str, float], pictures: Mapping[str, list[str]]) -> None:
+        import wandb
+
+        if step < self.first:
+            return
+        images = {key: [wandb.Image(path) for path in paths] for key, paths in pictures.items()}
+        self.run.log({**values, **images}, step=step, commit=True)
+        if self.older:
+            length = _length(self.segment)
+            self._remove([old for old in self.older if _length(old) <= length])
+
+    def close(self, finished: bool) -> None:
+        if self.run:
+            self.run.finish(exit_code=0 if finished else 1)
+            self.run = None
+            self._remove(self.older)
+
+    def _run_id(self) -> str:
+        """Made once for the run, and once more for each branch it left: what was uploaded cannot be rewound."""
+        branch = sum(1 for _ in self.directory.glob("abandoned/*"))
+        file = self.directory / "wandb" / f"id-{branch}"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_suffix(".tmp")
+            aside.write_text(secrets.token_hex(4))
+            os.replace(aside, file)
+        return file.read_text()
+
+    def _remove(self, segments: list[Path]) -> None:
+        self.older = [old for old in self.older if old not in segments]
+        for segment in segments:
+            shutil.rmtree(segment, ignore_errors=True)
+
+
+def has_key() -> bool:
+    """Whether a key is configured, in the environment or in netrc for wandb's host."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    base = os.environ.get("WANDB_BASE_URL")
+    hosts = (urlsplit(base).netloc,) if base else CLOUD
+    try:
+        known = netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
+    except (OSError, NetrcParseError):
+        return False
+    return any(host in known for host in hosts)
+
+
+def _length(segment: Path) -> int:
+    """Bytes of a segment's rows on disk; wandb holds back up to 32 KiB."""
+    return sum(file.stat().st_size for file in segment.glob("run-*.wandb"))

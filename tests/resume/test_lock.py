@@ -1,0 +1,87 @@
+"""Two real processes on one run directory: one of them trains."""
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from sturdy.resume.lock import AlreadyRunning, lock
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(directory, ready):
+    held = lock(directory)
+    ready.send(os.getpid())
+    time.sleep(60)
+    held.close()
+
+
+def hold_with_a_child(directory, ready):
+    held = lock(directory)
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    ready.send(child)
+    time.sleep(60)
+    held.close()
+
+
+def start(target, directory):
+    ours, theirs = FORK.Pipe()
+    process = FORK.Process(target=target, args=(directory, theirs))
+    process.start()
+    return process, ours.recv()
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def test_a_second_process_is_told_who_the_first_is_and_gets_in_when_it_is_killed(tmp_path):
+    first, pid = start(hold, tmp_path / "run")
+    try:
+        for _ in range(2):  # to be refused must not take the lock away
+            with pytest.raises(AlreadyRunning) as error:
+                lock(tmp_path / "run")
+        assert f"process {pid} on {socket.gethostname()}" in str(error.value)
+        assert re.search(r"started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", str(error.value))
+        assert "name=..." in str(error.value)
+        lock(tmp_path / "another run").close()
+    finally:
+        kill(first)
+    lock(tmp_path / "run").close()
+
+
+def test_a_link_to_the_directory_is_the_directory(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    first, _ = start(hold, tmp_path / "run")
+    try:
+        with pytest.raises(AlreadyRunning):
+            lock(tmp_path / "link")
+    finally:
+        kill(first)
+
+
+def test_children_of_a_killed_process_do_not_hold_it(tmp_path):
+    first, child = start(hold_with_a_child, tmp_path)
+    try:
+        with pytest.raises(AlreadyRunning):
+            lock(tmp_path)
+        kill(first)
+        os.kill(child, 0)  # it is still alive
+        lock(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_closed_lock_is_free(tmp_path):
+    lock(tmp_path).close()
+    other, _ = start(hold, tmp_path)
+    kill(other)

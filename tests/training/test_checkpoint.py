@@ -1,0 +1,88 @@
+"""Which checkpoints a run has at its end, in real fits."""
+
+import pytest
+import torch
+from tiny_module import Stream, batch, fit, make, save, trainer
+from torch.utils.data import DataLoader
+
+from sturdy.resume.store import Store
+from sturdy.training.callbacks.checkpoint import Checkpoint
+from sturdy.training.callbacks.record import Record
+from sturdy.training.loggers.metrics_file import MetricsFile
+
+NAN, INF = float("nan"), float("inf")
+
+
+def run(directory, scores, *, steps=9, entry=None, **settings):
+    """Validate every second step, with the given ``scores`` one after another; returns the steps that are kept."""
+    module, metrics, values = make(), MetricsFile(directory / "metrics.csv"), iter(scores)
+    module.validation_step = lambda *_: module.log("val/loss", torch.tensor(next(values)), on_epoch=True, logger=False)
+    t = trainer(
+        directory / "checkpoints",
+        steps,
+        Record(metrics),
+        Checkpoint(every_n_minutes=None, **settings),
+        logger=metrics,
+        enable_checkpointing=True,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=2,
+    )
+    start = int(entry.parent.name.removeprefix("step-")) if entry else 0
+    validation = DataLoader([batch(0)], batch_size=None)
+    t.fit(module, DataLoader(Stream(start), batch_size=None), validation, ckpt_path=entry, weights_only=True)
+    store = Store(directory / "checkpoints")
+    assert all(store.verify(step) for step in store.steps())
+    return store.steps()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"every_n_train_steps": 3, "keep_last": 1}, [6, 9]),  # the best, and the end
+        ({"every_n_train_steps": 3, "keep_last": 1, "keep_best": 0}, [9]),
+        ({"every_n_train_steps": 3, "keep_last": 2, "keep_best": 2}, [6, 8, 9]),
+        ({"every_n_train_steps": 1, "keep_last": 3, "keep_best": 1}, [6, 7, 8, 9]),
+        ({"every_n_train_steps": 1, "keep_last": 1, "keep_best": 1, "keep_every": 4}, [4, 6, 8, 9]),
+        ({"every_n_train_steps": None, "keep_last": 1, "keep_best": 1}, [6, 9]),
+        ({"every_n_train_steps": None, "keep_last": 1, "keep_best": 1, "mode": "max"}, [4, 9]),
+        ({"every_n_train_steps": None, "keep_last": 1, "keep_best": 0}, [9]),
+    ],
+)
+def test_the_newest_the_best_and_every_nth_are_kept(settings, kept, tmp_path):
+    """The first score is NaN and must neither be best nor hide what is."""
+    assert run(tmp_path, [NAN, 3.0, 1.0, 2.0], **settings) == kept
+
+
+def test_without_a_finite_score_the_newest_are_kept(tmp_path):
+    assert run(tmp_path, [NAN, INF, -INF, NAN], every_n_train_steps=1, keep_last=2, keep_best=2) == [8, 9]
+
+
+def test_the_best_so_far_outlives_a_restart(tmp_path):
+    assert run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1) == [2, 5]
+    entry = Store(tmp_path / "checkpoints").state(5)
+    assert run(tmp_path, [2.0, 4.0], steps=9, entry=entry, every_n_train_steps=3, keep_last=1) == [2, 9]
+
+
+def test_a_run_entered_from_elsewhere_keeps_its_entry_from_the_start(tmp_path):
+    t, _ = fit(make(), tmp_path / "other" / "checkpoints", steps=3)
+    kept = run(tmp_path / "mine", [1.0], steps=5, entry=save(t), every_n_train_steps=None, keep_last=5, keep_best=0)
+    assert kept == [3, 5]
+
+
+def test_time_is_a_reason_to_save(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    checkpoint = Checkpoint(every_n_train_steps=None, every_n_minutes=0, keep_last=9)
+    t = trainer(tmp_path / "checkpoints", 3, Record(metrics), checkpoint, logger=metrics, enable_checkpointing=True)
+    t.fit(make(), DataLoader(Stream(0), batch_size=None))
+    assert Store(tmp_path / "checkpoints").steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"mode": "small"}, "min or max"), ({"keep_last": 0}, "at least 1"), ({"keep_best": -1}, "keep_best=-1")],
+)
+def test_settings_that_make_no_sense_are_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        Checkpoint(**settings)

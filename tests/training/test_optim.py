@@ -1,0 +1,83 @@
+"""Learning rates in closed form, and the optimizer's state by name and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from sturdy.training.optim import Constant, Linear, names_in_order, parameter_groups, state_by_index, state_by_name
+
+
+def test_constant_warms_up_and_stays():
+    rate = Constant(warmup=4)
+    assert [rate(step) for step in (0, 1, 2, 3, 4, 1000)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert Constant(warmup=0)(0) == 1
+
+
+def test_linear_warms_up_and_comes_down_to_its_end():
+    rate = Linear(max_steps=10, warmup=2, end=0.2)
+    assert [rate(step) for step in (0, 1, 2)] == [0.5, 1, 1]
+    assert rate(6) == pytest.approx(0.6)
+    assert rate(10) == rate(11) == pytest.approx(0.2)
+    assert Linear(max_steps=5, warmup=5)(4) == 1
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 2))
+
+
+def trained(steps=3, **options):
+    model = network()
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2, **options)
+    for step in range(steps):
+        model(torch.full((2, 3, 4, 4), float(step + 1))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_only_matrices_and_kernels_decay():
+    model = network()
+    decayed, plain = parameter_groups(model)
+    assert [p.ndim for p in decayed["params"]] == [4, 2]
+    assert {p.ndim for p in plain["params"]} == {1}
+    assert plain["weight_decay"] == 0
+    model[0].requires_grad_(False)
+    assert sum(len(g["params"]) for g in parameter_groups(model)) == 4
+
+
+def test_state_by_name_and_back_is_exact():
+    model, optimizer = trained(amsgrad=True)
+    names = names_in_order(model, optimizer.param_groups)
+    assert names == ["0.weight", "3.weight", "0.bias", "1.weight", "1.bias", "3.bias"]
+    state = optimizer.state_dict()
+    named = state_by_name(copy.deepcopy(state), names)
+    assert set(named["state"]) == set(names)
+    assert named["param_groups"][0]["params"] == ["0.weight", "3.weight"]
+
+    other = torch.optim.AdamW(parameter_groups(network()), lr=1e-2, amsgrad=True)
+    other.load_state_dict(state_by_index(named, names))
+    again = other.state_dict()
+    assert again["param_groups"] == state["param_groups"]
+    assert again["state"].keys() == state["state"].keys()
+    assert all(torch.equal(again["state"][i][k], v) for i, values in state["state"].items() for k, v in values.items())
+
+
+def test_an_order_of_its_own_is_no_matter():
+    """What the name is for: the same parameters, numbered otherwise."""
+    model, optimizer = trained()
+    named = state_by_name(optimizer.state_dict(), names_in_order(model, optimizer.param_groups))
+    names = sorted(names_in_order(model, optimizer.param_groups))
+    state = state_by_index(named, names)["state"]
+    for i, name in enumerate(names):
+        assert torch.equal(state[i]["exp_avg"], optimizer.state[dict(model.named_parameters())[name]]["exp_avg"])
+
+
+def test_the_state_of_another_network_is_refused_by_name():
+    model, optimizer = trained()
+    names = names_in_order(model, optimizer.param_groups)
+    named = state_by_name(optimizer.state_dict(), names)
+    with pytest.raises(ValueError, match=r"of another network.*: 3\.bias, 4\.bias"):
+        state_by_index(named, [n.replace("3.bias", "4.bias") for n in names])

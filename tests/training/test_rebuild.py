@@ -1,0 +1,88 @@
+"""From a composed config to a module, and back from a checkpoint alone, which must not choose what is executed."""
+
+import copy
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_module import fit, save
+
+from runs import ROOT, SMALL
+from sturdy.resume.store import load_state
+from sturdy.training.build import build, rebuild
+
+
+@pytest.fixture(scope="module")
+def config():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [*SMALL, "data.shards=2"])
+    cfg.num_classes = 3
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """A module after two steps, and its checkpoint."""
+    module = build(config)
+    t, _ = fit(module, tmp_path_factory.mktemp("run"))
+    return module, save(t)
+
+
+def test_weights_are_a_function_of_the_seed(config):
+    a, b, c = build(config), build(config), build(config | {"seed": 1})
+    assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+    assert not all(torch.equal(v, c.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_a_checkpoint_alone_gives_the_module_back(trained, tmp_path):
+    module, path = trained
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes(path.read_bytes())
+    again = rebuild(alone)
+    state = module.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
+    assert again.config == module.config
+    x, t, label = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 3])
+    assert torch.equal(again.ema.model(x, t, label), module.ema.model(x, t, label))
+    assert not torch.equal(again.ema.model(x, t, label), build(module.config).ema.model(x, t, label))
+
+
+FOREIGN = [
+    "os.system",
+    "sturdy.resume.store.os.system",  # through a module of ours
+    "sturdy.diffusion.target.torch.os.system",
+    "torch.optim.optimizer.functools.partial",  # a class
+    "torch.optim.adamw.torch.os.system",
+    "sturdy.training.build.rebuild",
+    "sturdy.diffusion.target.option",  # a function of ours
+    "sturdy.diffusion.target.Nothing",
+    "sturdy_evil.run",
+]
+
+
+@pytest.mark.parametrize(
+    ("foreign", "place"), [(f, "nested") for f in FOREIGN] + [("os.system", p) for p in ("itself", "a list", "a tuple")]
+)
+def test_foreign_code_in_the_config_is_refused_and_not_run(foreign, place, trained, tmp_path):
+    _, path = trained
+    file = tmp_path / "touched"
+    node = {"_target_": foreign, "_args_": [f"touch {file}"]}
+    state = load_state(path)
+    schedule = copy.deepcopy(state["config"]["schedule"])
+    extra = {"nested": {"a": node}, "a list": [[node]], "a tuple": (node,), "itself": None}[place]
+    state["config"]["schedule"] = schedule | {"extra": extra} if extra else node
+    evil = tmp_path / "evil.ckpt"
+    torch.save(state, evil)
+    with pytest.raises(ValueError, match="is not code of this project") as error:
+        rebuild(evil)
+    assert f"asks for {foreign} as its schedule" in str(error.value)
+    assert not file.exists()
+
+
+def test_a_checkpoint_without_a_config_is_named(tmp_path):
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ValueError, match=r"other\.ckpt holds no config"):
+        rebuild(path)

@@ -1,0 +1,151 @@
+"""A real signal, wherever it arrives: nothing is lost, the exit code says so, the same command goes on bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import command, differences, train
+from sturdy.resume.preemption import AT_ONCE, RESUMABLE, SIGNALS, Preempted, Preemption
+from sturdy.resume.store import Store
+
+SIGNALLED = str(Path(__file__).with_name("signalled.py"))
+
+
+def struck(tmp, name, place, number, *overrides, **options):
+    """The run of ``command``, with a signal at ``place``."""
+    python, _, *words = command(tmp, name, *overrides)
+    words = [python, SIGNALLED, place, number, *words]
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+
+
+def steps(tmp, name):
+    return Store(tmp / "runs" / name / "checkpoints").steps()
+
+
+def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
+    """One run, stopped while its data are decoded, in a step, in a validation and in a grid, by each signal once."""
+    train(tmp_path, "whole")
+    fresh = [f"paths.cache={tmp_path / 'another'}"]
+    for place, number, step, overrides in (
+        ("decoding", "SIGHUP", None, fresh),
+        ("step", "SIGTERM", 2, []),
+        ("validation", "SIGINT", 4, []),
+        ("sampling", "SIGUSR1", 6, []),
+    ):
+        done = struck(tmp_path, "stopped", place, number, *overrides)
+        assert done.returncode == RESUMABLE, done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert f"{number}: {f'saved step {step}' if step else 'nothing was trained yet'}." in done.stdout
+        assert "Run the same command to continue" in done.stdout
+        assert steps(tmp_path, "stopped")[-1:] == ([step] if step else [])
+    assert "resumed from step 6, to step 12 (bitwise" in train(tmp_path, "stopped").stdout
+    assert differences(tmp_path, "whole", "stopped") == []
+    pictures = [sorted((tmp_path / "runs" / name / "samples").iterdir()) for name in ("whole", "stopped")]
+    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]] == ["step-00000006.png", "step-00000012.png"]
+    for a, b in zip(*pictures, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("number", [s.name for s in SIGNALS])
+def test_during_import_it_is_the_signals_own_death(number, tmp_path):
+    done = struck(tmp_path, "run", "import", number)
+    assert done.returncode == -signal.Signals[number]
+    assert done.stdout + done.stderr == ""
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_stops_at_once_without_a_word(tmp_path):
+    done = struck(tmp_path, "run", "step, twice", "SIGINT")
+    assert done.returncode == AT_ONCE == 130, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert steps(tmp_path, "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_whole_group_does_not_kill_the_data_workers(number, tmp_path):
+    """As a terminal's Ctrl-C, or a cluster's manager: the workers outlive the step that is to be finished."""
+    done = struck(tmp_path, "run", "step, group", number, "data.num_workers=2", start_new_session=True)
+    assert done.returncode == RESUMABLE, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert steps(tmp_path, "run") == [2]
+
+
+@pytest.mark.slow
+def test_after_the_last_step_the_rest_is_finished(tmp_path):
+    done = struck(tmp_path, "run", "last validation", "SIGTERM")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(tmp_path, "run")[-1] == 12
+
+
+@pytest.mark.slow
+def test_nohup_is_respected(tmp_path):
+    done = struck(tmp_path, "run", "step", "SIGHUP", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def preemption():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield Preemption()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_training_it_leaves_where_it_is(number, preemption):
+    preemption.listen(training=False)
+    with pytest.raises(Preempted, match=number.name):
+        signal.raise_signal(number)
+    assert not issubclass(Preempted, Exception), "an `except Exception` would take it for an error"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_training_it_is_remembered(number, preemption):
+    preemption.listen(training=True)
+    signal.raise_signal(number)
+    signal.raise_signal(signal.SIGTERM)  # a second one changes nothing
+    assert preemption.signal is number
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_sigint_after_a_signal_stops_at_once(first, preemption):
+    preemption.listen(training=True)
+    signal.raise_signal(first)
+    with pytest.raises(SystemExit) as exit:
+        signal.raise_signal(signal.SIGINT)
+    assert exit.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a third time it must not wait for anything"
+
+
+def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
+    preemption.listen(training=False)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert preemption.signal is None
+
+
+def test_what_was_ignored_stays_ignored():
+    code = (
+        "import signal; from sturdy.resume.preemption import Preemption\n"
+        "p = Preemption(); p.listen(training=False); signal.raise_signal(signal.SIGHUP); print(p.signal)\n"
+        "signal.raise_signal(signal.SIGTERM)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    assert done.stdout == "None\n"
+    assert "Preempted: SIGTERM" in done.stderr
