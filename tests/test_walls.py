@@ -10,6 +10,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from runs import ROOT
+from sturdy.signatures import unknown_arguments
 
 SOURCE = ROOT / "src" / "sturdy"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -154,6 +155,7 @@ def test_a_config_parses_and_what_it_names_exists(file):
     assert isinstance(config, DictConfig | ListConfig)
     for target in targets(OmegaConf.to_container(config)):
         assert callable(get_object(target)), target
+    assert list(unknown_arguments(OmegaConf.to_container(config))) == []
 
 
 def test_every_room_of_conf_is_reached():

@@ -1,6 +1,7 @@
 """What the user is told: near misses, refused keys, refusals of a changed run; by the text."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from runs import ROOT, command, train
+from sturdy.door import check_composed
+from sturdy.resume.preemption import SIGNALS
 from sturdy.training.build import rebuild
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.run import train as train_in_process
@@ -48,6 +51,25 @@ def test_mistakes_and_help_import_neither_torch_nor_lightning():
         assert not imported & {"torch", "lightning", "sturdy.training.run"}
 
 
+GROUPS = ("data", "debug", "experiment", "logger", "trainer")
+
+
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("choice", OPTIONS)
+def test_every_option_composes_to_what_its_classes_take(choice):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        check_composed(compose("train", [choice, *(["data.root=."] if choice == "data=folder" else [])]))
+
+
+def test_an_experiment_goes_with_ones_own_images():
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["experiment=cars", "data=folder", "data.root=."])
+    check_composed(cfg)
+    assert cfg.backbone.width == 160
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A directory with the finished run ``run``, and what its start said."""
@@ -81,7 +103,7 @@ REFUSALS = {
     "name=other trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5 must be a whole number of steps"],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],
-    "name=other data.image_size=18": ["make data.image_size a multiple of"],
+    "name=other data.image_size=17": ["make data.image_size a multiple of"],
     "name=other backbone.head_dim=7": ["backbone.head_dim=7 does not divide"],
     "name=other target=velocity schedule=linear": ["velocity"],
     "name=other objective.label_drop=3": ["objective.label_drop=3"],
@@ -89,6 +111,16 @@ REFUSALS = {
 }
 
 
+@pytest.fixture
+def own_handlers():
+    """Whatever a run in this process does to signal handlers is undone."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
 def test_refusals_name_what_to_do_and_touch_nothing(run, capsys, monkeypatch):
     """In this process, through the very functions that the door calls: imports would take most of the time."""
     tmp, _ = run

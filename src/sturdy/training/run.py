@@ -98,12 +98,12 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     with unfit():
         module = build(config)
         try_out(module, data.image_size)
+        trainer = make_trainer(cfg, store, metrics, now, preemption)
     if entry:
         leave_branch(home, store, metrics, entry)
     elif cfg.init_from:
         with unfit():
             init_from(module, cfg.init_from)
-    trainer = make_trainer(cfg, store, metrics, now, preemption)
     trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
     CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     held.close()
@@ -202,8 +202,7 @@ def make_trainer(
         Preempt(preemption),  # before those that take their time after a step
         *instantiate(cfg.callbacks, _convert_="all").values(),
     ]
-    with unfit():
-        mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else []
+    mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else []
     for mirror in mirrors:
         mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
