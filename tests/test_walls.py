@@ -155,7 +155,7 @@ def test_a_config_parses_and_what_it_names_exists(file):
     assert isinstance(config, DictConfig | ListConfig)
     for target in targets(OmegaConf.to_container(config)):
         assert callable(get_object(target)), target
-    assert list(unknown_arguments(OmegaConf.to_container(config))) == []
+    assert list(unknown_arguments(OmegaConf.to_container(config), f"{file.parent.name}.")) == []
 
 
 def test_every_room_of_conf_is_reached():
