@@ -35,6 +35,11 @@ def grid(images: Tensor, *, columns: int | None = None, tile: int = 64, gap: int
     return sheet
 
 
+def class_columns(n: int, classes: int) -> int | None:
+    """Columns of a grid of ``n`` pictures whose classes take turns, so that a column is a class; None for any number."""
+    return classes * max(1, round(math.sqrt(n) / classes)) if 1 < classes <= 16 else None
+
+
 def save_png(image: Image.Image, path: Path) -> None:
     """Write ``path`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import sample
-from sturdy.evaluation.grids import grid, save_png, to_uint8
+from sturdy.evaluation.grids import class_columns, grid, save_png, to_uint8
 from sturdy.randomness import Draws, key
 from sturdy.resume.entry import Refused, find_entry
 from sturdy.resume.store import NothingVerifies, Store
@@ -48,7 +48,8 @@ def draw(cfg: DictConfig, overrides: list[str]) -> int:
         for k, picture in zip(numbers, to_uint8(batch), strict=True):
             save_png(Image.fromarray(picture.numpy()), out / f"{k:06d}.png")
         pictures.append(batch)
-    save_png(grid(torch.cat(pictures)), out / "grid.png")
+    classes = 0 if cfg.sample.label is not None else len((module.config or {})["classes"])
+    save_png(grid(torch.cat(pictures), columns=class_columns(cfg.sample.n, classes)), out / "grid.png")
     print(f"{cfg.sample.n} pictures from step {entry.step} of {run} are in {out}; grid.png shows all")
     return 0
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
-from sturdy.evaluation.grids import grid, save_png
+from sturdy.evaluation.grids import class_columns, grid, save_png
 from sturdy.randomness import Draws, key
 
 
@@ -21,7 +21,7 @@ class Samples(Callback):
         sampler, guidance: how the pictures are drawn; without classes there is no guidance.
         image_size: height and width.
         every_n_steps: None for never.
-        n: number of pictures; classes take turns, so with ``n`` a multiple of them columns are classes.
+        n: number of pictures; classes take turns, so a column of the grid is a class.
     """
 
     def __init__(
@@ -64,4 +64,4 @@ class Samples(Callback):
         guided = Guided(denoiser, self.guidance) if classes else denoiser
         label = torch.arange(self.n, device=module.device) % classes if classes else None
         pictures = sample(self.sampler, guided, noise, label, draws)
-        return grid(pictures, columns=classes if 1 < classes <= 16 else None)
+        return grid(pictures, columns=class_columns(self.n, classes))
