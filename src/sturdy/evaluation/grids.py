@@ -36,7 +36,7 @@ def grid(images: Tensor, *, columns: int | None = None, tile: int = 64, gap: int
 
 
 def class_columns(n: int, classes: int) -> int | None:
-    """Columns of a grid of ``n`` pictures whose classes take turns, so that a column is a class; None for any number."""
+    """Columns for ``n`` pictures whose classes take turns, so that a column is a class; None if any number will do."""
     return classes * max(1, round(math.sqrt(n) / classes)) if 1 < classes <= 16 else None
 
 
