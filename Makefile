@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow lint format clean
+.PHONY: status help train test test-slow bench lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,10 @@ test: $(VENV)/ready ## all tests but the slow campaigns
 test-slow: $(VENV)/ready ## the slow campaigns
 	$(BIN)/python -m pytest -m slow
 
+bench: $(VENV)/ready ## what saving costs training, and starting again; minutes, on a quiet machine
+	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/starting.py
+
 lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,6 +30,9 @@ lint: $(VENV)/ready ## ruff and mypy
 format: $(VENV)/ready ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+status: $(VENV)/ready ## what the checkpoints of a run hold: make status RUN=cars
+	$(BIN)/python -m sturdy.resume status runs/$(or $(RUN),cars)
 
 clean: ## remove caches, never runs
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info

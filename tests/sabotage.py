@@ -1,10 +1,13 @@
 """``python sabotage.py HOW train.py ...``: the real door with one thing broken, or with death at a chosen place.
 
 The deaths are SIGKILL, from inside, where no watcher could aim: in the middle of a validation or of a save.
+``poison:17,40`` makes the images of each batch NaN that holds position 17 or 40; ``strike`` and ``die`` come as the
+batch with the last of the positions was computed, and as its skip is recorded.
 """
 
 import os
 import signal
+import sys
 
 from sturdy.sabotage import BREAK, main
 
@@ -38,5 +41,65 @@ def in_samples() -> None:
     samples.save_png = die
 
 
+def poison(*positions: str, then=lambda: None) -> None:
+    """Prints the step and the first position of each batch, as it comes."""
+    from sturdy.training.module import DiffusionModule
+
+    training_step, poisoned = DiffusionModule.training_step, [int(p) for p in positions]
+
+    def sick(self, batch, batch_idx):
+        print(f"batch {self.global_step + 1}: {batch.positions[0]}")
+        if any(p in batch.positions for p in poisoned):
+            batch = batch._replace(image=batch.image * float("nan"))
+        outputs = training_step(self, batch, batch_idx)
+        if poisoned[-1] in batch.positions:
+            then()
+        return outputs
+
+    DiffusionModule.training_step = sick
+
+
+def poison_and_signal(*positions: str) -> None:
+    poison(*positions, then=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def poison_and_die_before_the_skip(*positions: str) -> None:
+    poison(*positions)
+    _at_the_last_skip(positions, "replace")
+
+
+def poison_and_die_after_the_skip(*positions: str) -> None:
+    poison(*positions)
+    _at_the_last_skip(positions, "fsync_directory")
+
+
+def _at_the_last_skip(positions, name) -> None:
+    """Die where the skip of the last position would be renamed into place, or right after."""
+    import sturdy.resume.skips as skips
+
+    add = skips.Skips.add
+
+    def dying(self, skip):
+        if skip.position <= int(positions[-1]) < skip.position + skip.size:
+            if name == "replace":
+                skips.os = type("os", (), {"fsync": os.fsync, "replace": die})
+            else:
+                skips.fsync_directory = die
+        add(self, skip)
+
+    skips.Skips.add = dying
+
+
+WAYS = {
+    "die-in-validation": in_validation,
+    "die-in-save": in_save,
+    "die-in-samples": in_samples,
+    "poison": poison,
+    "poison-and-signal": poison_and_signal,
+    "poison-and-die-before-the-skip": poison_and_die_before_the_skip,
+    "poison-and-die-after-the-skip": poison_and_die_after_the_skip,
+}
+
 if __name__ == "__main__":
-    main(BREAK | {"die-in-validation": in_validation, "die-in-save": in_save, "die-in-samples": in_samples})
+    sys.stdout.reconfigure(line_buffering=True)
+    main(BREAK | WAYS)

@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
+from typing import Any
 
 
 def order() -> None:
@@ -14,10 +15,10 @@ def order() -> None:
     import sturdy.data.module as module
 
     class Restarting(module.Endless):
-        def __init__(self, start: int, batch_size: int) -> None:
-            super().__init__(0, batch_size)
+        def __init__(self, start: int, *rest: Any) -> None:
+            super().__init__(0, *rest)
 
-    module.Endless = Restarting  # type: ignore[misc]
+    module.Endless = Restarting  # type: ignore[assignment,misc]
 
 
 def noise() -> None:
@@ -39,13 +40,14 @@ def dropout() -> None:
     module.reseed = lambda *parts: None
 
 
-BREAK: dict[str, Callable[[], None]] = {"order": order, "noise": noise, "dropout": dropout}
+BREAK: dict[str, Callable[..., None]] = {"order": order, "noise": noise, "dropout": dropout}
 
 
-def main(ways: dict[str, Callable[[], None]]) -> None:
-    """Sabotage as the first word says, then run the script of the second with the others."""
-    _, way, *sys.argv = sys.argv
-    ways[way]()
+def main(ways: dict[str, Callable[..., None]]) -> None:
+    """Sabotage as the first word says (``way`` or ``way:argument,argument``), then run the script of the second."""
+    _, word, *sys.argv = sys.argv
+    way, _, arguments = word.partition(":")
+    ways[way](*filter(None, arguments.split(",")))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

@@ -6,7 +6,8 @@ Workers are given positions, not indices; what is random about an image (its cro
 position. So neither the number of workers nor what they had prefetched when the process died changes anything.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -82,16 +83,30 @@ class Images(Dataset[Batch]):
 
 
 class Endless(Sampler[NDArray[np.int64]]):
-    """Positions of batch after batch from ``start`` on, without an end."""
+    """Positions of batch after batch, without an end.
 
-    def __init__(self, start: int, batch_size: int) -> None:
-        self.start, self.batch_size = start, batch_size
+    Args:
+        start: the first position, where ``step`` steps are done.
+        skips: batches to leave out, as ``(steps done before, first position, size)``; one that does not come by
+            like this is of another branch of the run, and changes nothing.
+    """
+
+    def __init__(self, start: int, batch_size: int, step: int = 0, skips: Iterable[tuple[int, int, int]] = ()) -> None:
+        self.start, self.batch_size, self.step = start, batch_size, step
+        self.left_out: list[tuple[int, int]] = []
+        for at, position, size in sorted(skips):
+            if at >= step and position == self.first(at):
+                self.left_out.append((at, size))
+
+    def first(self, step: int) -> int:
+        """The first position of the batch that is taken after ``step`` steps."""
+        left_out = sum(size for at, size in self.left_out if at <= step)
+        return self.start + (step - self.step) * self.batch_size + left_out
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        position = self.start
-        while True:
-            yield np.arange(position, position + self.batch_size)
-            position += self.batch_size
+        for step in count(self.step):
+            first = self.first(step)
+            yield np.arange(first, first + self.batch_size)
 
 
 def in_sequence(positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,6 +160,7 @@ class ImageData(L.LightningDataModule):
         if holdout in (0, 1):
             raise ValueError(f"data.holdout={holdout} leaves no image to validate on, or none to train on")
         self.entry = (0, 0)  # (step, position) the run was entered at
+        self.skips: Sequence[tuple[int, int, int]] = ()  # batches to leave out, as of ``Endless``
 
     def open(self) -> Cache:
         """Decode what is not yet decoded, telling how far it is where that takes more than seconds.
@@ -170,14 +186,21 @@ class ImageData(L.LightningDataModule):
 
     @property
     def position(self) -> int:
-        """Samples handed out to the optimizer so far."""
+        """Positions behind the optimizer so far; handed out, or left out."""
         step, position = self.entry
-        return position + (self.trainer.global_step - step) * self.batch_size  # type: ignore[union-attr]
+        stream = Endless(position, self.batch_size, step, self.skips)
+        return stream.first(self.trainer.global_step - 1) + self.batch_size  # type: ignore[union-attr]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         order = Order(len(self.cache) - self.held_out, self.seed)
         images = Images(self.cache, order, first=self.held_out, size=self.image_size, seed=self.seed, flip=self.flip)
-        return self._loader(images, Endless(self.position, self.batch_size))
+        step = self.trainer.global_step  # type: ignore[union-attr]
+        return self._loader(images, Endless(self.position, self.batch_size, step, self.skips))
+
+    def names(self, positions: NDArray[np.int64]) -> list[str]:
+        """What to call the training images at ``positions`` in a report."""
+        order, split = Order(len(self.cache) - self.held_out, self.seed), Order(len(self.cache), 0, purpose="split")
+        return [self.cache.name(int(i)) for i in split(self.held_out + order(positions))]
 
     def val_dataloader(self) -> DataLoader[Batch]:
         size = self.batch_size

@@ -12,7 +12,7 @@ PARTS = ("state_dict", "optimizer_states", "global_step")  # what training compu
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], parts: Iterable[str] = PARTS) -> list[str]:
     """Names of the tensors and numbers under ``parts`` that differ between two ``state.ckpt``, or are in one only."""
     left, right = (_leaves({part: state.get(part) for part in parts}) for state in (a, b))
-    return sorted(k for k in left.keys() | right.keys() if not _same(left.get(k), right.get(k)))
+    return sorted(k for k in left.keys() | right.keys() if not _same(left.get(k, ...), right.get(k, ...)))
 
 
 def first_divergence(a: Iterable[Mapping[str, str]], b: Iterable[Mapping[str, str]]) -> tuple[int, str] | None:

@@ -40,7 +40,7 @@ def make_directory(directory: Path) -> None:
     if not directory.is_dir():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-        fsync_directory(directory.parent)
+    fsync_directory(directory.parent)  # even if it is there: who made it may have been killed before doing so
 
 
 def fsync_directory(directory: Path) -> None:

@@ -78,9 +78,10 @@ def judge(entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: It
     Raises:
         Refused: with the difference, if the trajectory changed and the entry was not named on purpose.
     """
-    if "fingerprint" not in entry.manifest:
-        return Guarantee("refused", [f"{entry.state} has no manifest beside it: its origin is unknown"])
-    guarantee = compare(entry.manifest["fingerprint"], now, ignore=ignore, rounding=rounding)
+    if "fingerprint" in entry.manifest:
+        guarantee = compare(entry.manifest["fingerprint"], now, ignore=ignore, rounding=rounding)
+    else:
+        guarantee = Guarantee("refused", [f"{entry.state} has no manifest with a fingerprint: its origin is unknown"])
     if guarantee.level == "refused" and not entry.on_purpose:
         lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:20])
         more = f"\n    ... and {len(guarantee.reasons) - 20} more" if len(guarantee.reasons) > 20 else ""

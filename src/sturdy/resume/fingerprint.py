@@ -12,6 +12,7 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def compare(then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str],
         ignore: config keys (with all below them; ``*`` matches) that cannot change a weight.
         rounding: config keys that change rounding or dropout masks, not samples, noise or times.
     """
+    then = {"config": {}, "data": "nothing", "source": {}, "stack": {}} | dict(then)  # other versions may lack some
     changed = {
         k: f"{k}: {_show(then['config'], k)} -> {_show(now.config, k)}"
         for k in sorted(then["config"].keys() | now.config.keys())
@@ -99,8 +101,9 @@ def stack() -> dict[str, str]:
     }
 
 
+@cache
 def source_hashes() -> dict[str, str]:
-    """SHA-256 of each of our own source files, by name."""
+    """SHA-256 of each of our own source files, by name; as this process has found them when it first asked."""
     root = Path(sturdy.__file__).parent
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]

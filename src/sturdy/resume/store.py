@@ -7,13 +7,14 @@ A checkpoint is immutable. The newest one that verifies is "last"; one that does
 loading is always ``weights_only=True``: no checkpoint can execute code.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from sturdy.resume.durable import durable, fsync_directory, make_directory
 
 log = logging.getLogger(__name__)
 
+DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 FORMAT = 1
 STATE = "state.ckpt"
 MANIFEST = "manifest.json"
@@ -36,8 +38,12 @@ class Corrupt(Exception):
     """A checkpoint that does not verify; the message says what is wrong with which file."""
 
 
+class Unloadable(ValueError):
+    """A file that is broken, or holds more than tensors and primitives; nothing of it was executed."""
+
+
 class NothingVerifies(Exception):
-    """There were checkpoints, and none of them verifies."""
+    """There are checkpoints, and none that this version can use."""
 
 
 def name_of(step: int) -> str:
@@ -149,9 +155,14 @@ class Store:
                 shutil.rmtree(aside, ignore_errors=True)  # what cannot be deleted now, `sweep` tries again
 
     def sweep(self) -> None:
-        """Remove what killed writers left; only the one live run of the directory (see ``lock``) may call it."""
-        for stray in self.directory.glob(".*step-*"):
-            shutil.rmtree(stray, ignore_errors=True)
+        """Remove what killed writers left, and make durable what they had no time to.
+
+        Only the one live run of the directory (see ``lock``) may call it.
+        """
+        if self.directory.is_dir():
+            for stray in self.directory.glob(".*step-*"):
+                shutil.rmtree(stray, ignore_errors=True)
+            fsync_directory(self.directory)
 
     def _quarantine(self, step: int, reason: str) -> None:
         there = self.directory / "quarantine" / f"{name_of(step)}.{int(time.time() * 1e6)}"
@@ -170,20 +181,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
     Raises:
         Corrupt: with the file and the reason.
+        NothingVerifies: if a newer version wrote it.
+        OSError: if it cannot be read for a reason that says nothing about the checkpoint.
     """
     try:
+        if not stat.S_ISREG((directory / MANIFEST).stat().st_mode):
+            raise Corrupt(f"{MANIFEST} cannot be read: it is no regular file")  # a FIFO would be waited for
         manifest = json.loads((directory / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
         newer, step = manifest["format"] > FORMAT, manifest["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _verdict(MANIFEST, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupt(f"{MANIFEST} cannot be read: {error!r}") from None
     if seal != _seal(manifest):
         raise Corrupt(f"{MANIFEST} has changed since it was written")
     if (name := NAME.fullmatch(directory.name)) and int(name[1]) != step:
         raise Corrupt(f"{MANIFEST} belongs to step {step}")
     if newer:
-        raise Corrupt(f"{MANIFEST} has format {manifest['format']}, written by a newer version; update sturdy")
+        raise NothingVerifies(f"{directory} has format {manifest['format']}, of a newer version; update sturdy")
     for name, (size, sha256) in files.items():
         try:
             found = (directory / name).stat().st_size
@@ -193,7 +210,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     raise Corrupt(f"{name} has changed since it was written (its SHA-256 differs)")
         except OSError as error:
-            raise Corrupt(f"{name} cannot be read: {error.strerror}") from None
+            raise _verdict(name, error) from None
     return manifest
 
 
@@ -201,12 +218,14 @@ def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """A ``state.ckpt`` as tensors and primitives.
 
     Raises:
-        ValueError: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
+        Unloadable: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
     """
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        raise ValueError(f"{path} is broken, or holds more than tensors and primitives and might run code") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # a broken pickle raises whatever it likes
+        raise Unloadable(f"{path} is broken, or holds more than tensors and primitives and might run code") from None
 
 
 def assert_primitive(value: Any, where: str) -> None:
@@ -220,6 +239,11 @@ def assert_primitive(value: Any, where: str) -> None:
             assert_primitive(v, f"{where}[{i}]")
     elif not isinstance(value, Tensor | str | bytes | int | float | bool | None):
         raise TypeError(f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only")
+
+
+def _verdict(name: str, error: OSError) -> Exception:
+    """A file that is gone or has bad sectors is damage; no permission or a network that is away is not."""
+    return Corrupt(f"{name} cannot be read: {error.strerror}") if error.errno in DAMAGE else error
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

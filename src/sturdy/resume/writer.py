@@ -1,34 +1,132 @@
-"""Lightning's saves and loads, carried out by the store.
+"""Lightning's saves and loads, carried out by the store; inside ``with``, while training goes on.
 
-Whatever asks the Trainer for a checkpoint ends here; the path it names, ``.../step-00000500/state.ckpt``, is committed
-as a whole directory with its manifest, or not at all.
+    training:   copy the state into host buffers, go on         (one memory copy)
+    writer:     commit the copy to the store, then delete what need not be kept
+
+At most one save is being written and one waits for it. A third waits for the first to be durable, and training with
+it: no checkpoint that was asked for is left out, and memory is bounded by two copies. A copy is allocated once, by the
+writer too, because touching new memory takes longer than copying; and reused. An error that may pass (a full or failing
+disk) is tried again, aloud; then it stops the training at its next step. ``with`` is never left before the last save is
+durable.
 """
 
-from collections.abc import Callable, Mapping
+import errno
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
 
-from sturdy.resume.store import Store, load_state
+from sturdy.resume.durable import fsync_directory
+from sturdy.resume.store import Store, assert_primitive, load_state
+
+log = logging.getLogger(__name__)
+
+MAY_PASS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT}
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds between attempts
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the older ones are whole."""
+
+
+class Buffers:
+    """Host memory for one copy of a state, allocated once: tensors of one shape, type and layout are taken in turn."""
+
+    def __init__(self) -> None:
+        self.pool: dict[Any, list[Tensor]] = {}
+
+    def copy(self, state: Any) -> Any:
+        """``state`` with its tensors copied, complete when this returns; valid until the next ``copy``."""
+        taken: Counter[Any] = Counter()
+
+        def copied(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                kind = (value.dtype, value.shape, value.stride(), value.is_cuda)
+                buffers = self.pool.setdefault(kind, [])
+                if taken[kind] == len(buffers):  # the layout stays: loaded optimizer state is used in the one it has
+                    buffers.append(torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False))
+                taken[kind] += 1
+                return buffers[taken[kind] - 1].copy_(value.detach(), non_blocking=value.is_cuda)
+            if isinstance(value, Mapping):
+                return {k: copied(v) for k, v in value.items()}
+            if isinstance(value, list | tuple | set):
+                return type(value)([copied(v) for v in value])
+            return value
+
+        copy = copied(state)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copy
 
 
 class StoreIO(CheckpointIO):
-    """A CheckpointIO plugin on ``store``.
+    """A CheckpointIO plugin on ``store``. Inside ``with`` it saves in the background, outside before it returns.
 
     Args:
         facts: what goes into the manifest of a checkpoint beside its step (position, fingerprint).
+        pauses: seconds before each further attempt of a save that failed for a reason that may pass.
+
+    Attributes:
+        before_commit, after_commit: called by the writer, before and after each save.
     """
 
-    def __init__(self, store: Store, facts: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-        self.store, self.facts = store, facts
+    def __init__(
+        self,
+        store: Store,
+        facts: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        *,
+        pauses: Sequence[float] = PAUSES,
+    ) -> None:
+        self.store, self.facts, self.pauses = store, facts, pauses
+        self.before_commit: Callable[[], None] = lambda: None
+        self.after_commit: Callable[[], None] = lambda: None
+        self.free: queue.LifoQueue[Buffers] = queue.LifoQueue()  # the second are used, and allocated, if a save waits
+        for _ in range(2):
+            self.free.put(Buffers())
+        self.asked: queue.SimpleQueue[tuple[Buffers, Callable[[], object]] | None] = queue.SimpleQueue()
+        self.error: Exception | None = None
+        self.thread: threading.Thread | None = None
+
+    def reserve(self, state: Any) -> None:
+        """Let the writer allocate memory for tensors like those in ``state``, so that no save waits for that."""
+        if self.thread:
+            buffers = self.free.get()
+            self.asked.put((buffers, partial(buffers.copy, state)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Commit ``checkpoint`` under its step."""
+        """Take a copy of ``checkpoint``, to be committed under its step.
+
+        Raises:
+            TypeError: if anything in it is neither a tensor nor a primitive.
+            SaveFailed: if an earlier save failed.
+            OSError: outside ``with``, if this one fails.
+        """
         step = checkpoint["global_step"]
         if Path(path) != self.store.state(step):
             raise ValueError(f"a checkpoint of step {step} belongs at {self.store.state(step)}, not at {path}")
-        self.store.commit(step, checkpoint, **self.facts(checkpoint))
+        assert_primitive(checkpoint, "the checkpoint")
+        facts = dict(self.facts(checkpoint))
+        if self.thread is None:
+            return self._save(checkpoint, facts)
+        buffers = self.free.get()  # here a third save waits
+        try:
+            self.check()
+            self.asked.put((buffers, partial(self._save, buffers.copy(checkpoint), facts)))
+        except BaseException:
+            self.free.put(buffers)
+            raise
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
@@ -38,3 +136,87 @@ class StoreIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Deleting is the store's (``Store.prune``), and never a side effect of a save."""
+
+    def check(self) -> None:
+        """Raise what went wrong in the writer; to be called every step, it costs nothing."""
+        if self.error:
+            raise SaveFailed(
+                f"a checkpoint could not be written: {self.error}. The older ones in {self.store.directory} are whole; "
+                f"mend the cause and run the same command again"
+            ) from self.error
+
+    def close(self) -> None:
+        """Return when every save asked for is durable.
+
+        Raises:
+            SaveFailed: if one is not.
+        """
+        if self.thread:
+            self.asked.put(None)
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def __enter__(self) -> "StoreIO":
+        self.thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if isinstance(error, SystemExit):
+                raise error
+            self.close()
+        except SystemExit as told:  # to stop at once, before or while it waited
+            if self.free.qsize() < 2:
+                _exit(told.code)
+            raise
+        except SaveFailed:
+            if not isinstance(error, Exception):  # else that is what stopped the training, and this was logged
+                raise
+
+    def _write(self) -> None:
+        while (job := self.asked.get()) is not None:
+            buffers, action = job
+            try:
+                if self.error is None:
+                    action()
+            except Exception as error:  # told at training's next step
+                self.error = error
+            self.free.put(buffers)
+
+    def _save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        step = state["global_step"]
+        for attempt, pause in enumerate((*self.pauses, None)):
+            try:
+                self.before_commit()
+                if attempt and step in self.store.steps():
+                    fsync_directory(self.store.directory)  # it was renamed, but its name was not durable
+                else:
+                    self.store.commit(step, state, **facts)
+                break
+            except Exception as error:
+                cause = next((e for e in _chain(error) if isinstance(e, OSError)), error)
+                if pause is None or getattr(cause, "errno", None) not in MAY_PASS:
+                    log.error("saving step %d failed: %s", step, cause)
+                    raise cause from None
+                log.warning("saving step %d failed: %s; trying again in %g s", step, cause, pause)
+                time.sleep(pause)
+        try:
+            self.after_commit()
+        except OSError as error:
+            log.warning("step %d is saved, but what need not be kept could not be deleted: %s", step, error)
+
+
+def _exit(code: Any) -> None:
+    """End the process without the interpreter's end, which a thread inside torch.save turns into an abort."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else bool(code))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and those it came from: torch buries what the disk said under an error of its own."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -2,16 +2,20 @@
 
 import json
 import logging
+import os
 import platform
+import re
 import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 CONSOLE = logging.getLogger("sturdy")
@@ -43,7 +47,7 @@ def start_attempt(run: Path) -> Path:
     CONSOLE.propagate = False
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-        logging.getLogger(library).addHandler(file)
+        logging.getLogger(library).handlers = [file]
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     return directory
@@ -62,8 +66,22 @@ def describe_attempt(
         "platform": platform.platform(),
         "git": _git(),
         "stack": dict(stack),
+        "hardware": _hardware(),
+        "packages": dict(sorted((d.name, d.version) for d in metadata.distributions())),
     }
     (directory / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def _hardware() -> dict[str, Any]:
+    """Processor, memory in GiB, and the GPUs by name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cpus": os.cpu_count(),
+        "memory": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def _git() -> dict[str, Any]:

@@ -17,10 +17,10 @@ from sturdy.training.loggers.metrics_file import MetricsFile
 log = logging.getLogger(__name__)
 
 
-def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry) -> None:
-    """Make ``entry`` the end of the run in directory ``run``; a crash in here loses nothing."""
-    inside = entry.state.parent.parent.resolve() == store.directory.resolve()
-    last = entry.step if inside else -1  # a checkpoint from elsewhere has none of this run before it
+def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry | None) -> None:
+    """Make ``entry``, or nothing, the end of the run in directory ``run``; a crash in here loses nothing."""
+    inside = entry and entry.state.parent.parent.resolve() == store.directory.resolve()
+    last = entry.step if entry and inside else -1  # a checkpoint from elsewhere has none of this run before it
     later = [picture for picture in (run / "samples").glob("step-*.png") if int(picture.stem[5:]) > last]
     if newer := [step for step in store.steps() if step > last]:
         there = run / "abandoned" / f"{_next_number(run / 'abandoned'):03}"

@@ -63,6 +63,29 @@ def rebuild(path: str | Path) -> DiffusionModule:
     return module
 
 
+def init_from(module: DiffusionModule, path: str) -> None:
+    """Start from the EMA weights of another run's checkpoint.
+
+    Raises:
+        ValueError: if they do not fit the network, naming the first parameters that differ.
+    """
+    file = Path(path) / "state.ckpt" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ValueError(f"init_from={path} is not there; give a checkpoint's directory or its state.ckpt")
+    state, prefix = load_state(file), "ema.model."
+    weights = {k.removeprefix(prefix): v for k, v in state.get("state_dict", {}).items() if k.startswith(prefix)}
+    own = module.denoiser.state_dict()
+    odd = [
+        k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape
+    ]
+    if odd:
+        raise ValueError(
+            f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}"
+        )
+    module.denoiser.load_state_dict(weights)
+    module.ema.model.load_state_dict(weights)
+
+
 def _trusted(target: str) -> bool:
     """Whether it is a class of ours or an optimizer: not a function, and nothing that our modules only import."""
     if not target.startswith(TRUSTED):

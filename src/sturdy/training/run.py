@@ -3,6 +3,7 @@
 fresh or resumed or finished or refused  <-  (config, data, source, stack) against the store
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,11 +22,13 @@ from sturdy.resume.entry import Entry, Refused, find_entry, judge
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, fingerprint
 from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
-from sturdy.resume.store import NothingVerifies, Store, load_state
-from sturdy.resume.writer import StoreIO
+from sturdy.resume.skips import Diverged, Skip, Skips
+from sturdy.resume.store import NothingVerifies, Store, Unloadable
+from sturdy.resume.writer import SaveFailed, StoreIO
 from sturdy.training.attempt import CONSOLE, describe_attempt, start_attempt
 from sturdy.training.branch import leave_branch
-from sturdy.training.build import build
+from sturdy.training.build import build, init_from
+from sturdy.training.callbacks.guard import Guard
 from sturdy.training.callbacks.preempt import Preempt
 from sturdy.training.callbacks.record import Record
 from sturdy.training.loggers.metrics_file import MetricsFile
@@ -36,10 +39,10 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     """``run`` with what the user can mend told in a line instead of a traceback; returns the exit code."""
     try:
         return run(cfg, overrides)
-    except (Refused, AlreadyRunning, NothingVerifies, Unfit) as error:
+    except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, SaveFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted as stopped:
@@ -75,16 +78,60 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     preemption.listen(training=False)
     check_settings(cfg)
     home = Path(cfg.paths.runs) / cfg.name
-    held = lock(home)  # until this process ends
-    store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
-    store.sweep()
-    monitor = cfg.callbacks.checkpoint
-    entry = find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
+    held = lock(home)
+    with unfit():
+        skips = Skips(home / "skips.jsonl")
+    cfg = cfg.copy()  # the caller's still tells what was asked for
+    while True:
+        try:
+            code = enter(cfg, overrides, home, skips, preemption)
+            held.close()
+            return code
+        except Diverged as bad:
+            skip = bad.skip
+        gc.collect()  # the trainer that diverged goes now, with its workers and its memory on the device
+        leave_out(skip, skips, cfg.callbacks.guard.max_skips)
+        if preemption.signal:
+            raise Preempted(f"{preemption.signal.name}: went back to the last checkpoint")
+        preemption.listen(training=False)
+        cfg.ckpt_path = "auto" if cfg.ckpt_path in ("auto", None) else "last"
 
+
+def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
+    """Record ``skip``, for the run to be entered again before it; or give up.
+
+    Raises:
+        FloatingPointError: with the report, if ``max_skips`` batches were left out before.
+        SaveFailed: if it cannot be recorded.
+    """
+    if (n := len(skips.entries)) >= max_skips:
+        report = "\n".join(f"    {s}\n        images {', '.join(s.images)}" for s in (*skips.entries, skip))
+        raise FloatingPointError(
+            f"training diverged {n + 1} times, and callbacks.guard.max_skips={max_skips} batches may be left out:\n"
+            f"{report}\nLook at these images. Or lower optimizer.lr or clip, and continue with ckpt_path=last and a "
+            f"larger callbacks.guard.max_skips"
+        )
+    try:
+        skips.add(skip)
+    except OSError as error:
+        raise SaveFailed(
+            f"{skips.path} could not be written: {error}. Mend that and run the same command again"
+        ) from None
+    CONSOLE.warning(f"{skip}\nback to the last checkpoint; this batch is left out, {skips.path} names its images")
+
+
+def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preemption: Preemption) -> int:
+    """Find where the run is entered, say so, and train to its end; arguments and results as of ``run``."""
+    store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
+    monitor = cfg.callbacks.checkpoint
+    with unfit():  # a disk that is away
+        store.sweep()
+        entry = find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
     settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
     with unfit():
         data = open_data(cfg)
+    data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     now = fingerprint(config, data.digest)
     guarantee = judge(entry, now, **config["resume"]) if entry else None
@@ -99,14 +146,13 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         module = build(config)
         try_out(module, data.image_size)
         trainer = make_trainer(cfg, store, metrics, now, preemption)
-    if entry:
-        leave_branch(home, store, metrics, entry)
-    elif cfg.init_from:
-        with unfit():
+        if cfg.init_from and not entry:
             init_from(module, cfg.init_from)
-    trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
+            CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
+    leave_branch(home, store, metrics, entry)
+    with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]  # left when the last save is durable
+        trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
     CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
-    held.close()
     return 0
 
 
@@ -165,30 +211,6 @@ def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee
     return f"{title}; resumed from step {entry.step}, to step {cfg.trainer.max_steps} ({promise}){reasons}"
 
 
-def init_from(module: DiffusionModule, path: str) -> None:
-    """Start from the EMA weights of another run's checkpoint.
-
-    Raises:
-        ValueError: if they do not fit the network, naming the first parameters that differ.
-    """
-    file = Path(path) / "state.ckpt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"init_from={path} is not there; give a checkpoint's directory or its state.ckpt")
-    prefix = "ema.model."
-    weights = {k.removeprefix(prefix): v for k, v in load_state(file)["state_dict"].items() if k.startswith(prefix)}
-    own = module.denoiser.state_dict()
-    odd = [
-        k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape
-    ]
-    if odd:
-        raise ValueError(
-            f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}"
-        )
-    module.denoiser.load_state_dict(weights)
-    module.ema.model.load_state_dict(weights)
-    CONSOLE.info(f"initialised from the EMA weights of {file}")
-
-
 def make_trainer(
     cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint, preemption: Preemption
 ) -> L.Trainer:
@@ -202,6 +224,7 @@ def make_trainer(
         Preempt(preemption),  # before those that take their time after a step
         *instantiate(cfg.callbacks, _convert_="all").values(),
     ]
+    callbacks.sort(key=lambda callback: not isinstance(callback, Guard))  # what is bad it sees before all others
     mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else []
     for mirror in mirrors:
         mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sturdy.resume.store import Store
 from sturdy.resume.writer import StoreIO
 from sturdy.training.loggers.metrics_file import MetricsFile
 
@@ -46,15 +45,17 @@ class Checkpoint(ModelCheckpoint):
         super().__init__(monitor=monitor, mode=mode, save_top_k=-1, filename="step-{step:08d}/state")
         self.every, self.minutes = every_n_train_steps, every_n_minutes
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
-        self.saved_at = time.monotonic()
+        self.saved_at, self.asked, self.reserved = time.monotonic(), -1, False
         self.scores: dict[int, float] = {}  # the monitored metric by step, where it is finite
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
         assert isinstance(io, StoreIO)
         assert isinstance(trainer.logger, MetricsFile)
-        self.store: Store = io.store
+        self.io, self.store = io, io.store
         self.metrics: MetricsFile = trainer.logger
+        io.before_commit = self.metrics.sync  # the record reaches at least as far as the newest checkpoint
+        io.after_commit = lambda: self.store.prune(self._kept())
         self.dirpath = str(self.store.directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,6 +65,10 @@ class Checkpoint(ModelCheckpoint):
             self.save(trainer)  # entered from another place: from now on this run has something of its own to continue
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:  # type: ignore[override]
+        self.io.check()  # what went wrong in the background stops the run now
+        if not self.reserved:  # only now the optimizer has its state
+            self.io.reserve([trainer.lightning_module.state_dict(), *(o.state_dict() for o in trainer.optimizers)])
+            self.reserved = True
         step = trainer.global_step
         late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         # The last step is saved at the end of training: a finished checkpoint has all its metrics and pictures.
@@ -84,13 +89,12 @@ class Checkpoint(ModelCheckpoint):
         self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
-        """Save this step unless it is there already, then delete what need not be kept."""
+        """Ask for a save of this step, unless it was saved already; what need not be kept is deleted after it."""
         step = trainer.global_step
-        if step in self.store.steps():
+        if step == self.asked or step in self.store.steps():
             return
         trainer.save_checkpoint(self.store.state(step))
-        self.saved_at = time.monotonic()
-        self.store.prune(self._kept())
+        self.asked, self.saved_at = step, time.monotonic()
 
     def state_dict(self) -> dict[str, object]:
         """None: what there is to know is in the store and in ``metrics.csv``."""
