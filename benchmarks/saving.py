@@ -25,7 +25,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from sturdy.resume.store import Store
 from sturdy.resume.writer import StoreIO
 
-WIDTH, ROUNDS = 512, 5
+WIDTH, ROUNDS = 512, 4
 ROWS = COPY, PLAIN, FSYNC, SYNC, ASYNC, AT_ONCE, FIRST, LATER, DURABLE = (
     "one copy in memory",
     "torch.save",

@@ -36,24 +36,23 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.DEVNULL)
 
 
-def last_row(metrics: Path) -> tuple[int, int]:
-    """The file that the record is in, for it is another one after a restart, and the last step in it."""
-    try:
-        file, lines = metrics.stat().st_ino, metrics.read_text().splitlines()
-    except FileNotFoundError:
-        return 0, 0
-    steps = [line.split(",")[0] for line in lines[1:]]
-    return file, max((int(step) for step in steps if step), default=0)
+def steps(metrics: Path) -> list[int]:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [int(line.split(",")[0]) for line in lines[1:] if line.split(",")[0]]
 
 
-def until(process: subprocess.Popen[bytes], metrics: Path, other_than: int, after: int) -> None:
-    """Return when ``metrics`` is another file than before, and holds a step ``after`` that one."""
-    while process.poll() is None:
-        file, step = last_row(metrics)
-        if file != other_than and step > after:
-            return
+def cut(metrics: Path, step: int) -> None:
+    """Drop the rows after ``step``, as the run will, so that the first one to come is seen."""
+    head, *rows = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(head + "".join(row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step))
+
+
+def until(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:
+    """Return when ``metrics`` holds ``step``."""
+    while max(steps(metrics), default=0) < step:
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended with code {process.returncode}")
         time.sleep(0.01)
-    raise SystemExit(f"the run ended with code {process.returncode}")
 
 
 def main() -> None:
@@ -63,17 +62,17 @@ def main() -> None:
     print(f"load {os.getloadavg()[0]:.1f}, {ROUNDS} rounds")
     process = start(directory)
     try:
-        until(process, metrics, 0, 6)
+        until(process, metrics, 6)
         for _ in range(ROUNDS):
-            file, _ = last_row(metrics)
             begin = time.perf_counter()
             process.send_signal(signal.SIGKILL)
             process.wait()
             entry = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
+            cut(metrics, entry)
             process = start(directory)
-            until(process, metrics, file, entry)
+            until(process, metrics, entry + 1)
             restarts.append(time.perf_counter() - begin)
-            until(process, metrics, file, entry + 6)
+            until(process, metrics, entry + 7)
             process.send_signal(signal.SIGSTOP)
             begin = time.perf_counter()
             subprocess.run([sys.executable, "-c", "import torch, lightning"], check=True)

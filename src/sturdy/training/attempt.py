@@ -45,6 +45,7 @@ def start_attempt(run: Path) -> Path:
     CONSOLE.handlers = [console, file]
     CONSOLE.setLevel(logging.INFO)
     CONSOLE.propagate = False
+    logging.raiseExceptions = False  # a full disk costs lines of the log, not a traceback for each
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
         logging.getLogger(library).handlers = [file]

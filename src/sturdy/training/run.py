@@ -42,7 +42,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, SaveFailed) as error:
+    except (FloatingPointError, SaveFailed, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Preempted as stopped:

@@ -54,8 +54,7 @@ class Record(Callback):
         self.since, self.images = time.perf_counter(), 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
-        self.flush(trainer)
-        self.file.sync()
+        self.flush(trainer)  # and the writer makes them durable before the checkpoint is
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.flush(trainer)
