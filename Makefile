@@ -13,7 +13,7 @@ train: $(VENV)/ready ## train on drawn cars; again continues
 	$(BIN)/python train.py experiment=cars
 
 test: $(VENV)/ready ## all tests but the slow campaigns
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(VENV)/ready ## the slow campaigns
 	$(BIN)/python -m pytest -m slow
