@@ -52,7 +52,7 @@ def pictures(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.mark.parametrize("mechanism", ["order", "dropout"])
+@pytest.mark.parametrize("mechanism", ["order", "noise", "dropout"])
 def test_control_without_the_mechanism_a_kill_is_noticed(mechanism, whole):
     undisturbed, killed = f"{mechanism}-undisturbed", f"{mechanism}-killed"
     train(whole, undisturbed, sabotage=mechanism)
