@@ -13,14 +13,15 @@ train: $(VENV)/ready ## train on drawn cars; again continues
 	$(BIN)/python train.py experiment=cars
 
 test: $(VENV)/ready ## all tests but the slow campaigns
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready ## the slow campaigns
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/ready ## what saving costs training, and starting again; minutes, on a quiet machine
+bench: $(VENV)/ready ## what saving, starting again and shards cost training; minutes, on a quiet machine
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
+	$(BIN)/python benchmarks/sharding.py
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff check .

