@@ -1,0 +1,90 @@
+"""A script behind the real door that starts quickly, does as it is told, and speaks train.py's exit codes."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+defaults:
+  - _self_
+  - override hydra/hydra_logging: none
+  - override hydra/job_logging: none
+name: mini
+seed: 0
+end: 0 # exit code
+wait: null # heard: for a signal, once, and then save; deaf: without listening; slow: a save that takes for ever
+paths:
+  runs: runs
+hydra:
+  run:
+    dir: .
+  output_subdir: null
+"""
+
+
+def project(tmp: Path) -> Path:
+    """Write the script and its configuration under ``tmp``; returns the script."""
+    shutil.copytree(ROOT / "conf" / "hydra", tmp / "conf" / "hydra", ignore=shutil.ignore_patterns("help"))
+    (tmp / "conf" / "train.yaml").write_text(CONFIG)
+    (tmp / "train.py").write_text(
+        "from pathlib import Path\nfrom sturdy.door import open_door\n"
+        "open_door(Path(__file__).resolve().parent / 'conf' / 'train.yaml', 'mini:main')\n"
+    )
+    return tmp / "train.py"
+
+
+def main(cfg, overrides):
+    """What the door calls; the run's directory tells each start, and the signal that was heard."""
+    from sturdy.resume.preemption import RESUMABLE, Preemption
+
+    home = Path(cfg.paths.runs, cfg.name)
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "starts").open("a") as file:
+        file.write(" ".join(overrides) + "\n")
+    if cfg.wait and not (home / "saved").exists():
+        preemption = Preemption()
+        if cfg.wait != "deaf":
+            preemption.listen(training=True)
+        (home / "pid.new").write_text(f"{os.getpid()} {os.getppid()}")
+        (home / "pid.new").rename(home / "pid")
+        end = time.monotonic() + 100  # it outlives no test for long
+        while not preemption.signal and time.monotonic() < end:
+            time.sleep(0.01)
+        assert preemption.signal
+        (home / "saved").write_text(preemption.signal.name)
+        while cfg.wait == "slow" and time.monotonic() < end:
+            time.sleep(0.01)
+        return RESUMABLE
+    return cfg.end
+
+
+def pids(home: Path) -> list[int]:
+    """Of a run that waits, and of the process that started it."""
+    return [int(pid) for pid in there(home / "pid").read_text().split()]
+
+
+def there(path: Path, lines: int = 0, seconds: float = 60.0) -> Path:
+    """``path``, as soon as it is there and has as many lines."""
+    end = time.monotonic() + seconds
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+    return path
+
+
+def starts(home: Path) -> int:
+    return len((home / "starts").read_text().splitlines()) if (home / "starts").exists() else 0
+
+
+def environment(*before: Path) -> dict[str, str]:
+    """With the tests' modules to import, and programs in ``before`` found first."""
+    path = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    programs = [*map(str, before), os.environ["PATH"]]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "PATH": os.pathsep.join(programs)}
+
+
+def command(script: Path, *words: str) -> list[str]:
+    return [sys.executable, str(script), "-m", *words]
