@@ -5,4 +5,4 @@ from pathlib import Path
 from sturdy.door import open_door
 
 if __name__ == "__main__":
-    open_door(Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.run:train")
+    open_door(Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.launch:train")

@@ -90,7 +90,17 @@ def _at_the_last_skip(positions, name) -> None:
     skips.Skips.add = dying
 
 
+def throw_on_usr2() -> None:
+    """SIGUSR2 is an exception, wherever the process is at that instant."""
+
+    def throw(number: int, frame: object) -> None:
+        raise RuntimeError("thrown by a test")
+
+    signal.signal(signal.SIGUSR2, throw)
+
+
 WAYS = {
+    "throw-on-usr2": throw_on_usr2,
     "die-in-validation": in_validation,
     "die-in-save": in_save,
     "die-in-samples": in_samples,

@@ -20,7 +20,10 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 MAY = {
     "randomness": set(),
     "signatures": set(),
-    "door": {"signatures"},
+    "command": {"signatures"},
+    "sweep": {"command", "resume"},
+    "slurm": {"command", "resume", "sweep"},
+    "door": {"command", "sweep", "slurm"},
     "prove": {"door", "resume"},
     "sabotage": {"randomness", "data", "training", "resume"},
     "diffusion": {"randomness"},
@@ -31,7 +34,7 @@ MAY = {
     "training": {"randomness", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
-HYDRA = {"door", "prove", "training"}
+HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}
 TORCH_ONLY = {"diffusion", "backbone", "randomness"}
 
 

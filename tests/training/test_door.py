@@ -15,8 +15,8 @@ from runs import ROOT, command, train
 from sturdy.door import check_composed
 from sturdy.resume.preemption import SIGNALS
 from sturdy.training.build import rebuild
+from sturdy.training.launch import train as train_in_process
 from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.run import train as train_in_process
 
 MISTAKES = {
     "data.batchsize=8": "there is no key 'data.batchsize'. Did you mean data.batch_size",
@@ -43,8 +43,8 @@ def test_mistakes_are_answered(word):
 
 
 def test_mistakes_and_help_import_neither_torch_nor_lightning():
-    for word in ("data.batchsize=8", "--help", "+trainer.foo=1"):
-        command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), word]
+    for words in ("data.batchsize=8", "--help", "+trainer.foo=1", "seed=0,1 -m data.batchsize=8"):
+        command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words.split()]
         lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr.splitlines()
         imported = {line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")}
         assert "hydra" in imported
@@ -98,7 +98,10 @@ REFUSALS = {
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
     "name=other ckpt_path=best": ["no checkpoint", "has a score yet"],
     "name=other init_from=nowhere": ["init_from=nowhere is not there"],
-    "name=other trainer.devices=2": ["trainer.devices=2", "one process"],
+    "name=other trainer.devices=0": ["trainer.devices=0 must be a number, or auto"],
+    "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
+    "name=other reduction=ring": ["reduction=ring must be tree, allreduce or null"],
+    "name=other restarts=-1": ["restarts=-1 must be a whole number"],
     "name=other trainer.precision=16-mixed": ["trainer.precision=16-mixed", "use 32-true or bf16-mixed"],
     "name=other trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5 must be a whole number of steps"],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],

@@ -14,7 +14,8 @@ from tiny_module import Stream, batch, make, trainer
 from torch.utils.data import DataLoader
 
 from runs import differences, kill_at, losses, train
-from sturdy.data.module import Endless, folder_data
+from sturdy.data.module import folder_data
+from sturdy.data.order import Endless
 from sturdy.resume.preemption import RESUMABLE, Preemption
 from sturdy.resume.skips import Diverged, Skips
 from sturdy.resume.store import Store, load_state
@@ -70,6 +71,7 @@ def test_bad_batches_are_left_out_and_all_later_ones_come_earlier(poisoned):
     assert all_finite(tmp, "whole")
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_a_skip_it_ends_in_the_same_bits(poisoned):
     """Killed where the last skip is recorded: once before it is there, once after; then late, and with a worker."""
     tmp, _ = poisoned

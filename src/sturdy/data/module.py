@@ -6,8 +6,7 @@ Workers are given positions, not indices; what is random about an image (its cro
 position. So neither the number of workers nor what they had prefetched when the process died changes anything.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from sturdy.data.cache import Cache, open_cache
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.options import one_of, share, whole
-from sturdy.data.order import Order
+from sturdy.data.order import Endless, Order
 from sturdy.data.progress import Progress
 from sturdy.data.source import Source
 from sturdy.randomness import Draws
@@ -82,33 +81,6 @@ class Images(Dataset[Batch]):
         return out
 
 
-class Endless(Sampler[NDArray[np.int64]]):
-    """Positions of batch after batch, without an end.
-
-    Args:
-        start: the first position, where ``step`` steps are done.
-        skips: batches to leave out, as ``(steps done before, first position, size)``; one that does not come by
-            like this is of another branch of the run, and changes nothing.
-    """
-
-    def __init__(self, start: int, batch_size: int, step: int = 0, skips: Iterable[tuple[int, int, int]] = ()) -> None:
-        self.start, self.batch_size, self.step = start, batch_size, step
-        self.left_out: list[tuple[int, int]] = []
-        for at, position, size in sorted(skips):
-            if at >= step and position == self.first(at):
-                self.left_out.append((at, size))
-
-    def first(self, step: int) -> int:
-        """The first position of the batch that is taken after ``step`` steps."""
-        left_out = sum(size for at, size in self.left_out if at <= step)
-        return self.start + (step - self.step) * self.batch_size + left_out
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for step in count(self.step):
-            first = self.first(step)
-            yield np.arange(first, first + self.batch_size)
-
-
 def in_sequence(positions: NDArray[np.int64]) -> NDArray[np.int64]:
     """The order of the held-out images: always the same."""
     return positions
@@ -155,12 +127,15 @@ class ImageData(L.LightningDataModule):
         self.flip = one_of("data.flip", flip, (True, False))
         self.holdout = share("data.holdout", holdout)
         self.max_broken = share("data.max_broken", max_broken)
-        if batch_size % whole("data.shards", shards):
+        self.shards = whole("data.shards", shards)
+        if batch_size % shards:
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
         if holdout in (0, 1):
             raise ValueError(f"data.holdout={holdout} leaves no image to validate on, or none to train on")
         self.entry = (0, 0)  # (step, position) the run was entered at
         self.skips: Sequence[tuple[int, int, int]] = ()  # batches to leave out, as of ``Endless``
+        self.rank, self.processes = 0, 1  # which consecutive part of every batch is computed here
+        self.limit_val: int | float = 1.0  # of the held-out batches: how many, or what share
 
     def open(self) -> Cache:
         """Decode what is not yet decoded, telling how far it is where that takes more than seconds.
@@ -195,7 +170,9 @@ class ImageData(L.LightningDataModule):
         order = Order(len(self.cache) - self.held_out, self.seed)
         images = Images(self.cache, order, first=self.held_out, size=self.image_size, seed=self.seed, flip=self.flip)
         step = self.trainer.global_step  # type: ignore[union-attr]
-        return self._loader(images, Endless(self.position, self.batch_size, step, self.skips))
+        size = self.batch_size // self.processes
+        part = slice(self.rank * size, (self.rank + 1) * size)
+        return self._loader(images, Endless(self.position, self.batch_size, step, self.skips, part))
 
     def names(self, positions: NDArray[np.int64]) -> list[str]:
         """What to call the training images at ``positions`` in a report."""
@@ -203,9 +180,14 @@ class ImageData(L.LightningDataModule):
         return [self.cache.name(int(i)) for i in split(self.held_out + order(positions))]
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        size = self.batch_size
-        batches = [np.arange(i, min(i + size, self.held_out)) for i in range(0, self.held_out, size)]
-        return self._loader(Images(self.cache, in_sequence, first=0, size=self.image_size), batches)
+        """The held-out images, a shard a batch: shards take turns over the processes, the last one comes more often
+        where they do not come out even, so that all processes have the same number of batches."""
+        size = self.batch_size // self.shards
+        limit = self.limit_val * (self.batch_size if isinstance(self.limit_val, int) else self.held_out)
+        end = min(self.held_out, max(1, round(limit)))
+        batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
+        mine = [batches[min(i + self.rank, len(batches) - 1)] for i in range(0, len(batches), self.processes)]
+        return self._loader(Images(self.cache, in_sequence, first=0, size=self.image_size), mine)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """To float32 in [-1, 1], on the device, so that bytes travel."""

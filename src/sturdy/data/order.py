@@ -1,4 +1,4 @@
-"""Which image falls at which position: a keyed permutation of the data set for every virtual epoch.
+"""Which positions a batch has, and which image falls at which: a keyed permutation for every virtual epoch.
 
     index(p) = permutation[seed, p // n](p % n)
 
@@ -7,10 +7,13 @@ until it lands below ``n`` (Black & Rogaway 2002). It is computed, not stored: O
 a billion images as at ten. There is no padding and no dropped tail, and a batch may span two epochs.
 """
 
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import count
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch.utils.data import Sampler
 
 from sturdy.randomness import key
 
@@ -65,3 +68,38 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+class Endless(Sampler[NDArray[np.int64]]):
+    """Positions of batch after batch, without an end.
+
+    Args:
+        start: the first position, where ``step`` steps are done.
+        skips: batches to leave out, as ``(steps done before, first position, size)``; one that does not come by
+            like this is of another branch of the run, and changes nothing.
+        part: what of each batch this process computes.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        batch_size: int,
+        step: int = 0,
+        skips: Iterable[tuple[int, int, int]] = (),
+        part: slice = slice(None),
+    ) -> None:
+        self.start, self.batch_size, self.step, self.part = start, batch_size, step, part
+        self.left_out: list[tuple[int, int]] = []
+        for at, position, size in sorted(skips):
+            if at >= step and position == self.first(at):
+                self.left_out.append((at, size))
+
+    def first(self, step: int) -> int:
+        """The first position of the batch that is taken after ``step`` steps."""
+        left_out = sum(size for at, size in self.left_out if at <= step)
+        return self.start + (step - self.step) * self.batch_size + left_out
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for step in count(self.step):
+            first = self.first(step)
+            yield np.arange(first, first + self.batch_size)[self.part]

@@ -107,7 +107,8 @@ def _promise(step: int, manifest: Mapping[str, Any]) -> str:
     config = _config(manifest)
     torch.set_num_threads(config.get("trainer.threads") or torch.get_num_threads())  # as the run would
     then = {"config": {}, "data": "", "source": {}, "stack": {}} | manifest.get("fingerprint", {})
-    guarantee = compare(then, Fingerprint(dict(config), then["data"], source_hashes(), stack()), ignore=(), rounding=())
+    here = stack() | {k: v for k, v in then["stack"].items() if k == "gradients"}  # that is of the processes to come
+    guarantee = compare(then, Fingerprint(dict(config), then["data"], source_hashes(), here), ignore=(), rounding=())
     reasons = "; ".join(guarantee.reasons[:10]) + ("; ..." if len(guarantee.reasons) > 10 else "")
     if guarantee.level == "refused":
         return f"the same command would refuse to resume from step {step}, and ckpt_path=last would do it: {reasons}"

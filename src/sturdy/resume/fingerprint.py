@@ -53,9 +53,15 @@ class Guarantee:
     reasons: list[str] = field(default_factory=list)
 
 
-def fingerprint(config: Mapping[str, Any], data: str) -> Fingerprint:
-    """The fingerprint of this process, with the resolved ``config`` and the data's digest."""
-    return Fingerprint(flatten(config), data, source_hashes(), stack())
+def fingerprint(config: Mapping[str, Any], data: str, gradients: str = "tree over 1 shards") -> Fingerprint:
+    """The fingerprint of this process.
+
+    Args:
+        config: resolved.
+        data: the data's digest.
+        gradients: how they are summed, as of ``sturdy.resume.reduction.describe``; the default is one process.
+    """
+    return Fingerprint(flatten(config), data, source_hashes(), stack() | {"gradients": gradients})
 
 
 def compare(then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:

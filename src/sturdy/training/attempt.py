@@ -29,20 +29,26 @@ EXPECTED = (
     r".*resuming from a checkpoint that ended before the epoch ended.*",
     r".*The dirpath has changed from.*",
     r".*GPU available but not used.*",
+    r".*sync_dist=True.*",  # the mean is over all processes already
     r"Found .* module.* in eval mode at the start of training.*",
 )
 
 
-def start_attempt(run: Path) -> Path:
-    """Make the next ``attempts/NNN`` and send the log there, as well as to the console."""
+def next_attempt(run: Path) -> Path:
+    """Make the next ``attempts/NNN``."""
     numbers = [int(p.name) for p in (run / "attempts").glob("*") if p.name.isdigit()]
     directory = run / "attempts" / f"{max(numbers, default=0) + 1:03}"
     directory.mkdir(parents=True)
-    file = logging.FileHandler(directory / "log.txt")
+    return directory
+
+
+def log_to(directory: Path, rank: int) -> None:
+    """Send the log there, and to the console; other processes than rank 0 only there, if they have something to say."""
+    file = logging.FileHandler(directory / (f"log-rank{rank}.txt" if rank else "log.txt"), delay=rank > 0)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
-    CONSOLE.handlers = [console, file]
+    CONSOLE.handlers = [file] if rank else [console, file]
     CONSOLE.setLevel(logging.INFO)
     CONSOLE.propagate = False
     logging.raiseExceptions = False  # a full disk costs lines of the log, not a traceback for each
@@ -51,7 +57,6 @@ def start_attempt(run: Path) -> Path:
         logging.getLogger(library).handlers = [file]
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
-    return directory
 
 
 def describe_attempt(

@@ -2,8 +2,9 @@
 
     gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0)
 
-A global batch is cut into V shards of constant shape. Each is computed after the default generator was reseeded from
-(seed, step, shard), and their gradients are summed on a fixed tree; so the bits depend on V and on nothing else.
+A global batch is cut into V shards of constant shape, of which each process has a consecutive part. Each is computed
+after the default generator was reseeded from (seed, step, shard), and their gradients are summed on a fixed tree; so
+the bits depend on V and on nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
-from sturdy.resume.reduction import Tree
+from sturdy.resume.reduction import Sum, Tree, alone
+from sturdy.resume.world import gather, rank, size
 from sturdy.training.ema import EMA
 from sturdy.training.optim import (
     LearningRate,
@@ -26,6 +28,7 @@ from sturdy.training.optim import (
     state_by_index,
     state_by_name,
 )
+from sturdy.training.strategies import full, local, shard_parameters, with_gradient
 
 
 class DiffusionModule(L.LightningModule):
@@ -62,22 +65,38 @@ class DiffusionModule(L.LightningModule):
         self.ema = ema(denoiser)
         self.objective, self.make_optimizer, self.learning_rate = objective, optimizer, learning_rate
         self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
+        self.sum: Sum = alone  # over processes
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         tree = Tree()
-        for shard, (x0, label, positions) in enumerate(self._shards(batch)):
+        for shard, x0, label, positions in self._shards(batch):
             reseed(self.seed, "shard", self.global_step, shard)
             loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions)).mean()
             tree.push([*self._gradients(loss), loss.detach()])
-        *gradients, loss = total = tree.sum()
+        *gradients, loss = total = self.sum(tree.sum())
         torch._foreach_div_(total, self.shards)
         return {"loss": loss, "grad_norm": self._optimizer_step(gradients)}
+
+    def on_validation_epoch_start(self) -> None:
+        self.held_out: dict[int, Tensor] = {}  # loss of each image, by the first position of its batch
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The EMA's loss, each held-out image always with the same noise and time, so that steps compare."""
         x0, label, positions = batch
-        loss = self.objective(cast(Denoiser, self.ema.model), x0, label, Draws(key(self.seed, "validation"), positions))
-        self.log("val/loss", loss.mean(), batch_size=len(x0), on_epoch=True, logger=False)
+        draws = Draws(key(self.seed, "validation"), positions)
+        self.held_out[int(positions[0])] = self.objective(cast(Denoiser, self.ema.model), x0, label, draws)
+
+    def on_validation_epoch_end(self) -> None:
+        """The mean over all held-out images in their order, whichever process computed which."""
+        computed: dict[int, Tensor] = {}
+        for part in gather({first: loss.float().cpu() for first, loss in self.held_out.items()}):
+            computed |= part
+        self.log("val/loss", torch.cat([computed[first] for first in sorted(computed)]).mean(), logger=False)
+
+    def configure_model(self) -> None:
+        """Lightning's place to cut parameters into parts; the average like what it averages."""
+        for network in (self.denoiser, self.ema.model):
+            shard_parameters(self, cast(Denoiser, network).backbone)
 
     def configure_optimizers(self) -> Optimizer:
         return self.make_optimizer(parameter_groups(self.denoiser))
@@ -88,7 +107,7 @@ class DiffusionModule(L.LightningModule):
         Raises:
             FloatingPointError: if the weights have diverged; the checkpoints before they did are worth more.
         """
-        if not all(p.isfinite().all() for p in self.denoiser.parameters()):
+        if not all(local(p).isfinite().all() for p in self.denoiser.parameters()):
             raise FloatingPointError(
                 f"the weights are not finite at step {self.global_step}, and are not saved. See train/grad_norm in "
                 f"metrics.csv; lower optimizer.lr or clip, and continue with ckpt_path=last"
@@ -106,17 +125,20 @@ class DiffusionModule(L.LightningModule):
             states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
 
-    def _shards(self, batch: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    def _shards(self, batch: Any) -> Iterator[tuple[int, Tensor, Tensor, Any]]:
+        """Those of this process, with their numbers."""
         x0, label, positions = batch
-        size = len(x0) // self.shards
-        for i in range(0, len(x0), size):
-            yield x0[i : i + size], label[i : i + size], positions[i : i + size]
+        mine = self.shards // size()
+        b = len(x0) // mine
+        for i in range(mine):
+            part = slice(i * b, (i + 1) * b)
+            yield rank() * mine + i, x0[part], label[part], positions[part]
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         """The gradient of ``loss`` by each parameter, taken out of ``.grad``, where the next would be added."""
         self.manual_backward(loss)
         parameters = list(self.denoiser.parameters())
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
         for p in parameters:
             p.grad = None
         return gradients
@@ -125,8 +147,8 @@ class DiffusionModule(L.LightningModule):
         """Clip, step and average; returns the norm of the gradient before clipping, ``()``."""
         optimizer, step = self.optimizers(), self.global_step
         for p, gradient in zip(self.denoiser.parameters(), gradients, strict=True):
-            p.grad = gradient
-        norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip)
+            p.grad = with_gradient(p, gradient)
+        norm = full(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip))
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]

@@ -1,67 +1,62 @@
 """One start of a run: find where to enter it, say so, build it, train.
 
 fresh or resumed or finished or refused  <-  (config, data, source, stack) against the store
+
+Every process of the run does this; what is found, decided or written, rank 0 finds, decides and writes.
 """
 
 import gc
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from sturdy.resume import world
 from sturdy.resume.entry import Entry, Refused, find_entry, judge
-from sturdy.resume.fingerprint import Fingerprint, Guarantee, fingerprint
+from sturdy.resume.fingerprint import Guarantee, fingerprint
 from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
+from sturdy.resume.reduction import describe
 from sturdy.resume.skips import Diverged, Skip, Skips
 from sturdy.resume.store import NothingVerifies, Store, Unloadable
-from sturdy.resume.writer import SaveFailed, StoreIO
-from sturdy.training.attempt import CONSOLE, describe_attempt, start_attempt
+from sturdy.resume.supervisor import die_with_parent
+from sturdy.resume.writer import SaveFailed
+from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.branch import leave_branch
 from sturdy.training.build import build, init_from
-from sturdy.training.callbacks.guard import Guard
-from sturdy.training.callbacks.preempt import Preempt
-from sturdy.training.callbacks.record import Record
+from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.module import DiffusionModule
+from sturdy.training.parts import how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+
+ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
     """``run`` with what the user can mend told in a line instead of a traceback; returns the exit code."""
+    die_with_parent()
     try:
         return run(cfg, overrides)
     except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except (FloatingPointError, SaveFailed, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if world.rank() == 0 or not isinstance(error, FloatingPointError):  # all found that
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except world.PeerLost as error:
+        CONSOLE.warning(f"process {world.rank()}: {error}")
         return 1
     except Preempted as stopped:
         again = "Run the same command" if cfg.ckpt_path in ("auto", "last") else "Use ckpt_path=auto"
-        (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
+        if world.rank() == 0:
+            (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
         return RESUMABLE
-
-
-class Unfit(Exception):
-    """Data or parts that cannot be built as configured; nothing was trained."""
-
-
-@contextmanager
-def unfit() -> Iterator[None]:
-    """Turn what building raises about its arguments into ``Unfit``, without Hydra's wrapping."""
-    try:
-        yield
-    except (InstantiationException, ValueError, OSError) as error:
-        raise Unfit(str(error.__cause__ or error)) from error
+    finally:
+        world.leave()
 
 
 def run(cfg: DictConfig, overrides: list[str]) -> int:
@@ -72,29 +67,47 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     Raises:
         Refused: if the run must not be entered like this; nothing was touched.
         AlreadyRunning: if another process trains in its directory.
+        PeerLost: if another process of this run is gone.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
     preemption = Preemption()
     preemption.listen(training=False)
-    check_settings(cfg)
+    world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
-    held = lock(home)
+    with world.ahead():
+        held = lock(home) if world.rank() == 0 else None
     with unfit():
         skips = Skips(home / "skips.jsonl")
     cfg = cfg.copy()  # the caller's still tells what was asked for
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:  # a person's start, and not an agent's
+        (home / ENTERED).unlink(missing_ok=True)
+    elif entered(home):
+        cfg.ckpt_path = onwards(cfg.ckpt_path)
     while True:
         try:
             code = enter(cfg, overrides, home, skips, preemption)
-            held.close()
+            if held:
+                held.close()
             return code
         except Diverged as bad:
             skip = bad.skip
         gc.collect()  # the trainer that diverged goes now, with its workers and its memory on the device
-        leave_out(skip, skips, cfg.callbacks.guard.max_skips)
-        if preemption.signal:
-            raise Preempted(f"{preemption.signal.name}: went back to the last checkpoint")
+        with world.ahead():
+            leave_out(skip, skips, cfg.callbacks.guard.max_skips)
+        if number := world.heard(preemption.signal or 0):
+            raise Preempted(f"{signal.Signals(number).name}: went back to the last checkpoint")
         preemption.listen(training=False)
-        cfg.ckpt_path = "auto" if cfg.ckpt_path in ("auto", None) else "last"
+        cfg.ckpt_path = onwards(cfg.ckpt_path)
+
+
+def onwards(ckpt_path: str | None) -> str:
+    """What to enter at once the run was entered at ``ckpt_path`` and has gone on from there."""
+    return "auto" if ckpt_path in ("auto", None) else "last"
+
+
+def entered(home: Path) -> bool:
+    """Whether a start since that of a person came so far that what there is to continue is its own."""
+    return (home / ENTERED).exists() and bool(Store(home / "checkpoints").steps())
 
 
 def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
@@ -111,6 +124,9 @@ def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
             f"{report}\nLook at these images. Or lower optimizer.lr or clip, and continue with ckpt_path=last and a "
             f"larger callbacks.guard.max_skips"
         )
+    if world.rank():
+        skips.entries.append(skip)
+        return
     try:
         skips.add(skip)
     except OSError as error:
@@ -123,80 +139,65 @@ def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
 def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preemption: Preemption) -> int:
     """Find where the run is entered, say so, and train to its end; arguments and results as of ``run``."""
     store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
-    monitor = cfg.callbacks.checkpoint
-    with unfit():  # a disk that is away
-        store.sweep()
-        entry = find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
-    settle(cfg, entry)
+
+    def find() -> Entry | None:
+        monitor = cfg.callbacks.checkpoint
+        with unfit():  # a disk that is away
+            store.sweep()
+            return find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
+
+    entry = world.decide(find)
+    with world.ahead():
+        settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
-    with unfit():
+    with world.ahead(), unfit():
         data = open_data(cfg)
     data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    now = fingerprint(config, data.digest)
-    guarantee = judge(entry, now, **config["resume"]) if entry else None
-    attempt = start_attempt(home)
-    describe_attempt(attempt, config, overrides, now.stack)
-    if report := data.cache.report():
-        CONSOLE.warning(report)
-    CONSOLE.info(banner(cfg, data, entry, guarantee))
+    now = fingerprint(config, data.digest, describe(cfg.data.shards, world.size(), how_summed(cfg)))
+    guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
+    attempt = world.decide(lambda: next_attempt(home))
+    log_to(attempt, world.rank())
+    if world.rank() == 0:
+        describe_attempt(attempt, config, overrides, now.stack)
+        if report := data.cache.report():
+            CONSOLE.warning(report)
+        CONSOLE.info(banner(cfg, data, entry, guarantee))
     if entry and entry.step >= cfg.trainer.max_steps:
         return 0
-    with unfit():
+    with world.ahead(), unfit():
         module = build(config)
         try_out(module, data.image_size)
-        trainer = make_trainer(cfg, store, metrics, now, preemption)
+        trainer = make_trainer(cfg, store, metrics, now, preemption, attempt)
         if cfg.init_from and not entry:
             init_from(module, cfg.init_from)
-            CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
-    leave_branch(home, store, metrics, entry)
-    with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]  # left when the last save is durable
-        trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
-    CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
+            if world.rank() == 0:
+                CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
+    module.sum = summing(cfg, module)
+    world.decide(lambda: leave_branch(home, store, metrics, entry))
+    if world.rank() == 0:
+        (home / ENTERED).touch()
+    preemption.listen(training=world.size() > 1)  # several leave together or not at all
+    try:
+        with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]  # left when the last save is durable
+            trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
+    except Preempted:
+        world.heard(0)  # a launcher takes the first that leaves for dead, and rank 0 has just saved
+        raise
+    except RuntimeError as error:
+        if world.lost(error):
+            raise world.PeerLost("lost another process of this run") from error
+        raise
+    if world.rank() == 0:
+        CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     return 0
-
-
-def check_settings(cfg: DictConfig) -> None:
-    """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
-    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
-        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
-            raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
-    if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
-        raise Unfit(
-            f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "
-            f"whose history a step is not a function of, and weights kept in 16 bits lose the small steps of the EMA"
-        )
-    if cfg.trainer.devices not in (1, "auto", "1"):
-        raise Unfit(f"trainer.devices={cfg.trainer.devices}: this version trains in one process; use trainer.devices=1")
-
-
-def settle(cfg: DictConfig, entry: Entry | None) -> None:
-    """Fill in what is decided at the first start and then belongs to the run: shards and threads."""
-    stored = entry.manifest.get("fingerprint", {}).get("config", {}) if entry else {}
-    if cfg.data.shards is None:
-        cfg.data.shards = stored.get("data.shards", 1)
-    if cfg.trainer.threads is None:
-        cfg.trainer.threads = stored.get("trainer.threads", len(os.sched_getaffinity(0)))
-
-
-def open_data(cfg: DictConfig) -> Any:
-    """The data module with its cache open; its classes go into the config, for the backbone to know."""
-    data = instantiate(cfg.data)
-    data.open()
-    cfg.classes = list(data.classes)
-    cfg.num_classes = len(data.classes)
-    return data
-
-
-def try_out(module: DiffusionModule, size: int) -> None:
-    """One picture goes through before training, for its size may not fit the backbone; raises what that says."""
-    with torch.no_grad():
-        module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
 
 
 def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None) -> str:
     """The one thing said before training: fresh, resumed or finished."""
     title = f"{cfg.name}: {len(data.cache)} images, {len(data.classes) or 'no'} classes"
+    if world.size() > 1:
+        title += f", {world.size()} processes"
     if entry is None:
         return f"{title}; fresh, to step {cfg.trainer.max_steps}"
     if entry.step >= cfg.trainer.max_steps:
@@ -209,36 +210,3 @@ def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee
     }[guarantee.level]
     reasons = "".join(f"\n    {reason}" for reason in guarantee.reasons)
     return f"{title}; resumed from step {entry.step}, to step {cfg.trainer.max_steps} ({promise}){reasons}"
-
-
-def make_trainer(
-    cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint, preemption: Preemption
-) -> L.Trainer:
-    """Lightning's Trainer, with what this project holds fixed about it."""
-
-    def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
-
-    callbacks: list[Callback] = [
-        Record(metrics),
-        Preempt(preemption),  # before those that take their time after a step
-        *instantiate(cfg.callbacks, _convert_="all").values(),
-    ]
-    callbacks.sort(key=lambda callback: not isinstance(callback, Guard))  # what is bad it sees before all others
-    mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger else []
-    for mirror in mirrors:
-        mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return instantiate(
-        settings,
-        callbacks=callbacks,
-        logger=[metrics, *mirrors],
-        plugins=[StoreIO(store, facts)],
-        max_epochs=-1,
-        check_val_every_n_epoch=None,  # validation is by step
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )

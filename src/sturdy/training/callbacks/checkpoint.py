@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sturdy.resume import world
 from sturdy.resume.writer import StoreIO
 from sturdy.training.loggers.metrics_file import MetricsFile
 
@@ -60,17 +61,19 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_at = time.monotonic()
-        self.scores = {k: v for k, v in self.metrics.column(self.monitor or "").items() if math.isfinite(v)}
+        column = world.decide(lambda: self.metrics.column(self.monitor or ""))
+        self.scores = {k: v for k, v in column.items() if math.isfinite(v)}
         if trainer.global_step:
             self.save(trainer)  # entered from another place: from now on this run has something of its own to continue
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:  # type: ignore[override]
         self.io.check()  # what went wrong in the background stops the run now
-        if not self.reserved:  # only now the optimizer has its state
+        if not self.reserved and trainer.is_global_zero and trainer.strategy.lightning_restore_optimizer:
+            # Only now the optimizer has its state.
             self.io.reserve([trainer.lightning_module.state_dict(), *(o.state_dict() for o in trainer.optimizers)])
             self.reserved = True
         step = trainer.global_step
-        late = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
+        late = self.minutes is not None and world.heard(time.monotonic() - self.saved_at >= 60 * self.minutes)
         # The last step is saved at the end of training: a finished checkpoint has all its metrics and pictures.
         if step < trainer.max_steps and ((self.every and step % self.every == 0) or late):
             self.save(trainer)
@@ -91,7 +94,7 @@ class Checkpoint(ModelCheckpoint):
     def save(self, trainer: L.Trainer) -> None:
         """Ask for a save of this step, unless it was saved already; what need not be kept is deleted after it."""
         step = trainer.global_step
-        if step == self.asked or step in self.store.steps():
+        if step == self.asked or world.decide(lambda: step in self.store.steps()):
             return
         trainer.save_checkpoint(self.store.state(step))
         self.asked, self.saved_at = step, time.monotonic()

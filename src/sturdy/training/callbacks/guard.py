@@ -7,6 +7,7 @@ is validated, sampled or saved. So nothing that is not finite ever gets into the
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
@@ -33,7 +34,9 @@ class Guard(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.unchecked.append((trainer.global_step, outputs, batch[2]))
+        b = len(batch[2])  # of each process
+        positions = np.arange(b * trainer.world_size) + int(batch[2][0]) - b * trainer.global_rank
+        self.unchecked.append((trainer.global_step, outputs, positions))
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.check(trainer)
 

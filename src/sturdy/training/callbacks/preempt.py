@@ -1,10 +1,12 @@
 """After a signal: save at the end of the step, then leave by raising ``Preempted``."""
 
+import signal
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sturdy.resume import world
 from sturdy.resume.preemption import Preempted, Preemption
 from sturdy.training.callbacks.checkpoint import Checkpoint
 
@@ -24,11 +26,11 @@ class Preempt(Callback):
         self.leave(trainer)
 
     def leave(self, trainer: L.Trainer) -> None:
-        """Save and raise ``Preempted`` if a signal was heard; after the last step there is only the rest to do."""
-        if self.preemption.signal is None or trainer.global_step >= trainer.max_steps:
+        """Save and raise ``Preempted`` if any process has heard a signal, unless only the end is left to do."""
+        if trainer.global_step >= trainer.max_steps or not (number := world.heard(self.preemption.signal or 0)):
             return
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # a validation begins again, with all its batches
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoint):
                 callback.save(trainer)
-        raise Preempted(f"{self.preemption.signal.name}: saved step {trainer.global_step}")
+        raise Preempted(f"{signal.Signals(number).name}: saved step {trainer.global_step}")

@@ -43,7 +43,8 @@ class Progress(Callback):
         loss = sum(float(x) for x in self.losses) / len(self.losses)
         self.losses = []
         seconds = (trainer.max_steps - step) / rate if rate else 0
-        text = f"loss {loss:.4f}  {rate * len(batch[0]):.0f} images/s  {_clock(seconds)} left"
+        images = rate * len(batch[0]) * trainer.world_size
+        text = f"loss {loss:.4f}  {images:.0f} images/s  {_clock(seconds)} left"
         if self.terminal:
             self.bar.update(self.task, completed=step, text=text)
         else:

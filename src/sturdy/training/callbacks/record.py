@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sturdy.resume import world
 from sturdy.training.loggers.metrics_file import MetricsFile, text
 from sturdy.training.loggers.mirror import Mirror
 
@@ -30,12 +31,16 @@ class Record(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fill up the mirrors; a validation that a kill interrupted is run again, so that no row is missing."""
         step, every = trainer.global_step, trainer.val_check_interval
-        self.file.cut(step)  # a run killed before its first checkpoint left rows, too
-        pictures = {int(p.stem[5:]): p for p in self.file.path.parent.glob("samples/step-*.png")}
-        for mirror in trainer.loggers:
-            if isinstance(mirror, Mirror):
-                mirror.refill(self.file.rows(), pictures)
-        if step and step % int(every) == 0 and step not in self.file.column("val/loss"):
+
+        def begin() -> bool:
+            self.file.cut(step)  # a run killed before its first checkpoint left rows, too
+            pictures = {int(p.stem[5:]): p for p in self.file.path.parent.glob("samples/step-*.png")}
+            for mirror in trainer.loggers:
+                if isinstance(mirror, Mirror):
+                    mirror.refill(self.file.rows(), pictures)
+            return step not in self.file.column("val/loss")
+
+        if world.decide(begin) and step and step % int(every) == 0:
             _validate(trainer)
         self.since = time.perf_counter()
 
@@ -43,7 +48,7 @@ class Record(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.pending.append((trainer.global_step, outputs))
-        self.images += len(batch[0])
+        self.images += len(batch[0]) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.flush(trainer)
 
@@ -74,7 +79,7 @@ class Record(Callback):
     def write(self, trainer: L.Trainer, step: int, values: Mapping[str, float]) -> None:
         """Write one row; rounded first, so that a mirror filled up from the file holds the same."""
         values = {k: float(text(v)) for k, v in values.items()}
-        for logger in trainer.loggers:  # the file is one of them
+        for logger in trainer.loggers if trainer.is_global_zero else ():  # the file is one of them
             logger.log_metrics(values, step)
 
 

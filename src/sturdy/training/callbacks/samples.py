@@ -11,6 +11,7 @@ from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
 from sturdy.evaluation.grids import class_columns, grid, save_png
 from sturdy.randomness import Draws, key
+from sturdy.resume import world
 
 
 class Samples(Callback):
@@ -47,13 +48,19 @@ class Samples(Callback):
     def _draw_if_due(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
         path = self.directory / f"step-{step:08d}.png"
-        if not self.every or not step or path.exists():
+        if not self.every or not step or (step % self.every and step != trainer.max_steps):
             return
-        if step % self.every == 0 or step == trainer.max_steps:
-            save_png(self.draw(module), path)
+        if world.decide(path.exists):
+            return
+        picture = self.draw(module)  # by all processes, since each may have a part of the network only
+
+        def keep() -> None:
+            save_png(picture, path)
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image("samples", [str(path)], step=step)
+
+        world.decide(keep)
 
     def draw(self, module: Any) -> Any:
         """The grid, with a class a column where there are classes."""

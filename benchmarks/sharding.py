@@ -1,0 +1,72 @@
+"""What shards and their sum cost: python benchmarks/sharding.py
+
+The same small DiT, the same batches of 32, one thread a process; images/s as the run's own record tells them, in turns.
+Prints medians, and ratios to the first line of each group.
+"""
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS, STEPS, EVERY = 3, 60, 10
+RUN = [
+    "trainer=cpu",
+    "trainer.threads=1",
+    f"trainer.max_steps={STEPS}",
+    f"trainer.val_check_interval={STEPS}",
+    f"trainer.log_every_n_steps={EVERY}",
+    "data.image_size=32",
+    "data.batch_size=32",
+    "data.source.n=100",
+    "backbone=dit",
+    "backbone.width=128",
+    "backbone.patch=4",
+    "backbone.depth=6",
+    "callbacks.checkpoint.every_n_train_steps=null",
+    "callbacks.samples.every_n_steps=null",
+]
+GROUPS = {
+    "one process": {f"data.shards={v}": [f"data.shards={v}"] for v in (1, 2, 4, 8)},
+    "two processes, data.shards=2": {
+        f"reduction={how}": ["trainer.devices=2", "data.shards=2", f"reduction={how}"] for how in ("allreduce", "tree")
+    },
+    "two processes, data.shards=8": {
+        f"reduction={how}": ["trainer.devices=2", "data.shards=8", f"reduction={how}"] for how in ("allreduce", "tree")
+    },
+}
+
+
+def rate(overrides: list[str], directory: Path) -> float:
+    """Median images/s of a run, its first lines left out."""
+    name = f"run-{len(list(directory.glob('run-*')))}"
+    words = [*RUN, *overrides, f"paths.runs={directory}", f"paths.cache={directory / 'cache'}", f"name={name}"]
+    subprocess.run([sys.executable, ROOT / "train.py", *words], check=True, stdout=subprocess.DEVNULL)
+    with (directory / name / "metrics.csv").open(newline="") as file:
+        rates = [float(r["train/images_per_second"]) for r in csv.DictReader(file) if r["train/images_per_second"]]
+    return statistics.median(rates[1:])
+
+
+def main() -> None:
+    rates: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as directory:
+        for _ in range(ROUNDS):
+            for group, ways in GROUPS.items():
+                for way, overrides in ways.items():
+                    rates[group, way].append(rate(overrides, Path(directory)))
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; images/s, median of {ROUNDS} runs")
+    for group, ways in GROUPS.items():
+        first = statistics.median(rates[group, next(iter(ways))])
+        print(group)
+        for way in ways:
+            median = statistics.median(rates[group, way])
+            print(f"    {way:22} {median:7.1f}   step time x {first / median:.2f}")
+
+
+if __name__ == "__main__":
+    main()

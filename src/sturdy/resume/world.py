@@ -1,0 +1,159 @@
+"""The processes that compute one run together: rank 0 decides and writes, and what one has heard all know.
+
+A launcher (our supervisor, torchrun, srun) tells each process its rank; without one there is a single process, and
+nothing here does anything. What is agreed on travels between CPUs, so that no step waits for a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+
+from sturdy.resume.preemption import RESUMABLE
+from sturdy.resume.supervisor import launched
+
+T = TypeVar("T")
+LONG = timedelta(days=7)  # a process may wait for one that decodes images; what hangs is found by the watchdog
+
+
+class PeerLost(Exception):
+    """Another process of this run is gone; the launcher ends this one, too, and starts all of them again."""
+
+
+def join(accelerator: str = "cpu") -> None:
+    """Meet the other processes that the launcher has started; alone, do nothing."""
+    launcher = environment()
+    if launcher is None or launcher.world_size() == 1 or dist.is_initialized():
+        return
+    gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
+    with peers():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            init_method=f"tcp://{launcher.main_address}:{launcher.main_port}",
+            rank=launcher.global_rank(),
+            world_size=launcher.world_size(),
+            timeout=LONG,
+        )
+
+
+def leave() -> None:
+    """Part from the others, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def environment() -> ClusterEnvironment | None:
+    """What the launcher tells about this process; None where there is none."""
+    if not launched():
+        return None
+    return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else SLURMEnvironment(auto_requeue=False)
+
+
+def rank() -> int:
+    """Of this process; 0 decides."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_size() -> int:
+    """Number of processes on this machine."""
+    if size() == 1:
+        return 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or size() // int(os.environ.get("SLURM_NNODES", "1")))
+
+
+@contextmanager
+def ahead() -> Iterator[None]:
+    """Rank 0 goes first, and the others when it is through; where it fails they leave quietly."""
+    if rank():
+        follow()
+    try:
+        yield
+    except BaseException:
+        if rank() == 0:
+            with suppress(PeerLost):
+                _tell(False)
+        raise
+    if rank() == 0:
+        _tell(True)
+
+
+def follow() -> None:
+    """Wait until rank 0 is through with what it does ``ahead``.
+
+    Raises:
+        SystemExit: if it failed; it has said why.
+    """
+    if not _tell(None):
+        raise SystemExit(RESUMABLE)
+
+
+def decide(action: Callable[[], T]) -> T:
+    """Do ``action`` in rank 0 only; what it returns, everywhere. Where it raises, the others leave quietly."""
+    if size() == 1:
+        return action()
+    told: list[T | None] = [None]
+    with ahead():
+        if rank() == 0:
+            told = [action()]
+    with peers():
+        dist.broadcast_object_list(told)
+    return told[0]  # type: ignore[return-value]
+
+
+def heard(number: int) -> int:
+    """The largest ``number`` that any process has; all must ask."""
+    if size() == 1:
+        return int(number)
+    told = torch.tensor(int(number))
+    with peers():
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
+
+
+def gather(value: T) -> list[T]:
+    """What each process has, by rank."""
+    if size() == 1:
+        return [value]
+    told: list[T | None] = [None] * size()
+    with peers():
+        dist.all_gather_object(told, value)
+    return told  # type: ignore[return-value]
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Turn the many ways in which a collective tells that a process is gone into ``PeerLost``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lost(error):
+            raise PeerLost("lost another process of this run") from error
+        raise
+
+
+def lost(error: BaseException) -> bool:
+    """Whether ``error`` tells that another process is gone."""
+    words = ("gloo/transport", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def _tell(good: bool | None) -> bool:
+    """Rank 0 tells all others whether it was ``good``."""
+    if size() == 1:
+        return True
+    told = [good]
+    with peers():
+        dist.broadcast_object_list(told)
+    return bool(told[0])

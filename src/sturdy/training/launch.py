@@ -1,0 +1,90 @@
+"""How a run is started: in this process, or in several, which a supervisor starts again when one of them dies.
+
+train.py  ->  one process and restarts=0, or a launcher has started it     ->  sturdy.training.run
+          ->  else                                                         ->  the supervisor, then train.py anew
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sturdy.resume.supervisor import launched, supervise
+
+MISTAKE = 2
+
+
+class Unfit(Exception):
+    """Settings, data or parts that cannot be used as configured; nothing was trained."""
+
+
+def train(cfg: DictConfig, overrides: list[str]) -> int:
+    """Train what ``cfg`` describes, in as many processes as it asks for; returns the exit code.
+
+    0 finished, 1 failed, 2 cannot be run like this, 75 stopped by a signal and saved, 130 stopped at once.
+    """
+    try:
+        check_settings(cfg)
+        n = devices(cfg)
+    except Unfit as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    if launched() or (n == 1 and not cfg.restarts):
+        from sturdy.training.run import train
+
+        return train(cfg, overrides)
+    from sturdy.resume.store import Store
+
+    store = Store(Path(cfg.paths.runs) / cfg.name / "checkpoints")
+    return supervise(
+        again(overrides), processes=n, restarts=cfg.restarts, progress=lambda: max(store.steps(), default=-1)
+    )
+
+
+def again(overrides: list[str]) -> list[str]:
+    """The command of this process, with the options of its interpreter and with ``overrides``."""
+    words = sys.orig_argv
+    before = words[1 : words.index(sys.argv[0])] if sys.argv[0] in words else []
+    return [sys.executable, *before, sys.argv[0], *overrides]
+
+
+def devices(cfg: DictConfig) -> int:
+    """How many processes ``trainer.devices`` means on this machine.
+
+    Raises:
+        Unfit: if it means none, or something only a launcher can do.
+    """
+    n: Any = cfg.trainer.devices
+    if str(n) in ("auto", "-1"):
+        if cfg.trainer.accelerator == "cpu":
+            return 1
+        import torch
+
+        return max(1, torch.cuda.device_count())
+    if not str(n).isdigit() or int(n) < 1:
+        raise Unfit(f"trainer.devices={n} must be a number, or auto. Choose among GPUs with CUDA_VISIBLE_DEVICES")
+    if cfg.trainer.num_nodes > 1 and not launched():
+        raise Unfit(
+            f"trainer.num_nodes={cfg.trainer.num_nodes}: start it on each machine with torchrun, or with srun; "
+            f"docs/running.md has the lines to copy"
+        )
+    return int(n)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
+    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
+        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+            raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
+    if not isinstance(cfg.restarts, int) or cfg.restarts < 0:
+        raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
+    if cfg.reduction not in (None, "tree", "allreduce"):
+        raise Unfit(f"reduction={cfg.reduction} must be tree, allreduce or null, which chooses")
+    if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
+        raise Unfit(
+            f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "
+            f"whose history a step is not a function of, and weights kept in 16 bits lose the small steps of the EMA"
+        )

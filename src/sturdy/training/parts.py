@@ -1,0 +1,138 @@
+"""The parts of one start, made from its config: what is settled at the first start, data, the sum, the Trainer."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from sturdy.resume import world
+from sturdy.resume.entry import Entry
+from sturdy.resume.fingerprint import Fingerprint
+from sturdy.resume.preemption import Preemption
+from sturdy.resume.reduction import AllReduce, Sum, alone, is_tree, sharded, tree
+from sturdy.resume.store import Store
+from sturdy.resume.supervisor import launched
+from sturdy.resume.writer import StoreIO
+from sturdy.training import strategies
+from sturdy.training.callbacks.guard import Guard
+from sturdy.training.callbacks.preempt import Preempt
+from sturdy.training.callbacks.record import Record
+from sturdy.training.callbacks.watchdog import Watchdog
+from sturdy.training.launch import Unfit
+from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.training.module import DiffusionModule
+
+
+@contextmanager
+def unfit() -> Iterator[None]:
+    """Turn what building raises about its arguments into ``Unfit``, without Hydra's wrapping."""
+    try:
+        yield
+    except (InstantiationException, ValueError, OSError) as error:
+        raise Unfit(str(error.__cause__ or error)) from error
+
+
+def settle(cfg: DictConfig, entry: Entry | None) -> None:
+    """Fill in what is decided at the first start and then belongs to the run: shards, their sum, and threads.
+
+    Raises:
+        Unfit: if the processes cannot have equal parts of a batch.
+    """
+    stored, w = entry.manifest.get("fingerprint", {}).get("config", {}) if entry else {}, world.size()
+    shards = stored.get("data.shards", w)
+    if cfg.data.shards is None:
+        cfg.data.shards = shards if shards % w == 0 else w
+    if cfg.data.shards % w or cfg.data.batch_size % cfg.data.shards:
+        raise Unfit(
+            f"data.batch_size={cfg.data.batch_size} cannot be cut into data.shards={cfg.data.shards} equal shards for "
+            f"{w} processes: shards must divide the batch, and the number of processes the shards"
+        )
+    if cfg.reduction is None:
+        kept = stored.get("reduction") if shards == cfg.data.shards else None
+        cfg.reduction = kept or ("allreduce" if cfg.data.shards == w > 1 else "tree")
+    if cfg.trainer.threads is None:
+        cfg.trainer.threads = stored.get("trainer.threads", max(1, len(os.sched_getaffinity(0)) // world.local_size()))
+
+
+def how_summed(cfg: DictConfig) -> str:
+    """Over processes: ``tree``, ``allreduce``, or as the strategy does it."""
+    if cfg.strategy._target_.endswith(".fsdp2"):
+        return "fsdp2"
+    return "tree" if cfg.reduction == "tree" and is_tree(cfg.data.shards, world.size()) else "allreduce"
+
+
+def summing(cfg: DictConfig, module: DiffusionModule) -> Sum:
+    """What ``how_summed`` says, for ``module``."""
+    if world.size() == 1:
+        return alone
+
+    def allreduce() -> Sum:
+        return AllReduce(module.denoiser.parameters(), overlap=cfg.data.shards == world.size())
+
+    return {"tree": lambda: tree, "fsdp2": lambda: sharded, "allreduce": allreduce}[how_summed(cfg)]()
+
+
+def open_data(cfg: DictConfig) -> Any:
+    """The data module with its cache open; its classes go into the config, for the backbone to know."""
+    data = instantiate(cfg.data)
+    data.rank, data.processes, data.limit_val = world.rank(), world.size(), cfg.trainer.limit_val_batches
+    data.open()
+    cfg.classes = list(data.classes)
+    cfg.num_classes = len(data.classes)
+    return data
+
+
+def try_out(module: DiffusionModule, size: int) -> None:
+    """One picture goes through before training, for its size may not fit the backbone; raises what that says."""
+    with torch.no_grad():
+        module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
+
+
+def make_trainer(
+    cfg: DictConfig, store: Store, metrics: MetricsFile, now: Fingerprint, preemption: Preemption, attempt: Path
+) -> L.Trainer:
+    """Lightning's Trainer, with what this project holds fixed about it."""
+
+    def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
+
+    wanted = [node for key, node in cfg.callbacks.items() if world.rank() == 0 or key != "progress"]
+    callbacks: list[Callback] = [
+        Record(metrics),
+        Preempt(preemption),  # before those that take their time after a step
+        *(instantiate(node, _convert_="all") for node in wanted),
+    ]
+    first = [callback for kind in (Watchdog, Guard) for callback in callbacks if isinstance(callback, kind)]
+    callbacks = first + [callback for callback in callbacks if callback not in first]  # time, then what is bad
+    for callback in first:
+        if isinstance(callback, Watchdog):
+            callback.directory, callback.armed = attempt, launched()
+    mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger and world.rank() == 0 else []
+    for mirror in mirrors:
+        mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+    settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    trainer: L.Trainer = instantiate(
+        settings | strategies.processes() | {"limit_val_batches": 1.0},
+        strategy=instantiate(cfg.strategy),
+        callbacks=callbacks,
+        logger=[metrics, *mirrors],
+        plugins=[StoreIO(store, facts), world.environment() or LightningEnvironment()],
+        max_epochs=-1,
+        check_val_every_n_epoch=None,  # validation is by step
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    strategies.keep_quiet(trainer)
+    return trainer

@@ -1,0 +1,105 @@
+"""``restarts=N``: the run finishes by itself whatever happens to either of its processes, and its bits are the same."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from runs import command, differences
+from worlds import SHARDED, finish
+
+PATIENT = [*SHARDED, "trainer.devices=2", "restarts=100"]
+WATCHED = ["callbacks.watchdog.at_least=4", "callbacks.watchdog.start=60", "callbacks.watchdog.pause=30"]
+
+
+class Supervised:
+    """A run of two processes under the supervisor, by the door."""
+
+    def __init__(self, tmp: Path, name: str, *overrides: str, sabotage: str = "") -> None:
+        self.metrics = tmp / "runs" / name / "metrics.csv"
+        self.log = tmp / f"{name}.out"
+        words = command(tmp, name, *overrides, base=PATIENT, sabotage=sabotage)
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(words, stdout=output, stderr=output)
+
+    def rank(self, number: int) -> int | None:
+        """The process id of a rank, if it lives now."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        for pid in " ".join(c.read_text() for c in children).split():
+            try:
+                if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    return int(pid)
+            except OSError:
+                continue
+        return None
+
+    def strike(self, rank: int, number: signal.Signals) -> bool:
+        """Whether there was one to send the signal to."""
+        try:
+            if pid := self.rank(rank):
+                os.kill(pid, number)
+                return True
+        except ProcessLookupError:
+            pass
+        return False
+
+    def until(self, step: int) -> None:
+        while self.process.poll() is None:
+            if self.metrics.exists() and any(r.startswith(f"{step},") for r in self.metrics.read_text().splitlines()):
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.log.read_text())
+
+    def wait(self) -> str:
+        """What it printed, once it has finished."""
+        code = self.process.wait(timeout=300)
+        output = self.log.read_text()
+        assert code == 0, output
+        assert "Traceback" not in output
+        assert "Warning" not in output
+        return output
+
+
+def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
+    finish(tmp_path, "one", 1)
+    run = Supervised(tmp_path, "two")
+    run.until(5)
+    run.strike(1, signal.SIGKILL)
+    output = run.wait()
+    assert "restart 1 of 100: process 1 was killed by SIGKILL; newest checkpoint is step" in output
+    assert "(bitwise" in output
+    assert differences(tmp_path, "one", "two") == []
+
+
+@pytest.mark.slow
+def test_thirty_faults_of_four_kinds_at_random_instants(tmp_path: Path) -> None:
+    """Told to stop, killed, stopped so that the other one hangs, or with an exception out of nowhere: either rank."""
+    long = ("trainer.max_steps=1500", "trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=50")
+    calm = ("callbacks.samples.every_n_steps=300",)
+    finish(tmp_path, "one", 1, *long, *calm)
+    kinds = (signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR2, signal.SIGTERM)
+    faults = [(kind, rank) for kind in kinds for rank in (0, 1)] * 4
+    rng = random.Random(int(os.environ.get("STURDY_SEED", "0")))
+    rng.shuffle(faults)
+    run = Supervised(tmp_path, "struck", *long, *calm, *WATCHED, sabotage="throw-on-usr2")
+    counts: dict[str, int] = {}
+    for kind, rank in faults:
+        time.sleep(rng.uniform(1, 15))  # start-up takes about half of it
+        if run.process.poll() is not None:
+            if run.process.returncode == 0:
+                break
+            run = Supervised(tmp_path, "struck", *long, *calm, *WATCHED, sabotage="throw-on-usr2")  # out of patience
+            continue
+        if run.strike(rank, kind):
+            counts[f"{kind.name} on {rank}"] = counts.get(f"{kind.name} on {rank}", 0) + 1
+    if run.process.wait(timeout=300):
+        run = Supervised(tmp_path, "struck", *long, *calm, *WATCHED)
+        run.process.wait(timeout=300)
+    print(counts)
+    assert run.process.returncode == 0, run.log.read_text()
+    assert sum(counts.values()) >= 20, counts
+    assert differences(tmp_path, "one", "struck") == []
