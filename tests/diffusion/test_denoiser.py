@@ -1,10 +1,10 @@
-"""The denoiser's labels, its state and precision, and the algebra of guidance."""
+"""The denoiser's labels, its state and precision, and what it hands to its backbone."""
 
 import pytest
 import torch
 from torch import nn
 
-from sturdy.diffusion import X0, Cosine, Denoiser, Guided, V
+from sturdy.diffusion import X0, Cosine, Denoiser, Preconditioned, V, VarianceExploding
 
 T = torch.tensor([0.1, 0.4, 0.7, 1.0])
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -94,39 +94,31 @@ def test_prediction_is_float32_under_autocast():
         assert denoiser.predict(X, T).dtype == denoiser(X, T).dtype == torch.float32
 
 
-@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.5, 1.0, 2.0, 7.5])
-def test_guidance_is_a_line_from_null_to_label(denoiser, scale):
-    null, conditional = denoiser(X, T), denoiser(X, T, LABEL)
-    guided = Guided(denoiser, scale)(X, T, LABEL)
-    assert torch.allclose(guided, (1 - scale) * null + scale * conditional, atol=1e-5)
+class Listening(nn.Module):
+    """A backbone that says zero and keeps what it was handed."""
+
+    def forward(self, x, t, label):
+        self.heard = x, t
+        return torch.zeros_like(x)
 
 
-@pytest.mark.parametrize(("scale", "rows"), [(1, 4), (0, 4), (2, 8)])
-def test_guidance_costs_one_call(denoiser, scale, rows):
-    Guided(denoiser, scale)(X, T, LABEL)
-    assert [asked for asked, _ in denoiser.backbone.asked] == [rows]
+def test_a_backbone_is_handed_x_and_t_themselves():
+    denoiser = Denoiser(Listening(), Cosine(), V())
+    denoiser(X, T)
+    assert denoiser.backbone.heard[0] is X
+    assert denoiser.backbone.heard[1] is T
 
 
-def test_guidance_at_its_ends_is_exact(denoiser):
-    assert torch.equal(Guided(denoiser, 1)(X, T, LABEL), denoiser(X, T, LABEL))
-    assert torch.equal(Guided(denoiser, 0)(X, T, LABEL), denoiser(X, T))
-    assert torch.equal(Guided(denoiser, 5)(X, T), denoiser(X, T))
-
-
-def test_guidance_in_x0_is_guidance_of_the_noise(denoiser):
-    """Ho & Salimans write it for eps; (x - alpha x_0) / sigma of the guided x_0 must agree."""
-    alpha, sigma = (c[:, None, None, None] for c in denoiser.schedule(T))
-
-    def noise(x0):
-        return (X - alpha * x0) / sigma
-
-    w = 2.0
-    paper = (1 + w) * noise(denoiser(X, T, LABEL)) - w * noise(denoiser(X, T))
-    assert torch.allclose(noise(Guided(denoiser, 1 + w)(X, T, LABEL)), paper, atol=1e-4)
-
-
-def test_guidance_without_classes_is_refused():
-    denoiser = Denoiser(Tinted(0), Cosine(), V())
-    with pytest.raises(ValueError, match=r"scale=2 needs labels, but num_classes=0; set scale=1"):
-        Guided(denoiser, 2)
-    assert torch.equal(Guided(denoiser, 1)(X, T), denoiser(X, T))
+@pytest.mark.parametrize("t", [0.0, 2.0**-24, 0.3, 1.0])
+def test_a_preconditioned_backbone_is_handed_unit_variance_and_a_finite_noise_level(t):
+    """With s = 0.5: x of variance s^2 + sigma^2 over its size, and log(sigma) / 4; and D is c_skip x."""
+    schedule, t = VarianceExploding(), torch.full((4,), t)
+    sigma = schedule(t)[1][0].item()
+    denoiser = Denoiser(Listening(), schedule, Preconditioned(sigma_data=0.5))
+    x0 = denoiser(X, t)
+    x, c_noise = denoiser.backbone.heard
+    assert torch.allclose(x, X / (0.25 + sigma**2) ** 0.5)
+    assert torch.allclose(x0, X * 0.25 / (0.25 + sigma**2))
+    assert c_noise.isfinite().all()
+    if sigma:
+        assert c_noise[0].item() == pytest.approx(torch.tensor(sigma).log().item() / 4, abs=1e-5)

@@ -1,5 +1,7 @@
 """The objective: its floor on Gaussian data, its weights, and that a sample depends on its position alone."""
 
+import math
+
 import pytest
 import torch
 from gaussian import PAIRS, SCHEDULES, TARGETS, posterior_mean, posterior_noise
@@ -11,13 +13,17 @@ from sturdy.diffusion import (
     Cosine,
     Denoiser,
     LogitNormal,
+    LogNormal,
     MinSNR,
     Noise,
     Objective,
+    Preconditioned,
     RectifiedFlow,
+    Sigmoid,
     Time,
     Uniform,
     V,
+    VarianceExploding,
     Velocity,
 )
 from sturdy.randomness import Draws
@@ -32,7 +38,7 @@ class At(Time):
     def __init__(self, t):
         self.t = t
 
-    def __call__(self, draws):
+    def __call__(self, draws, schedule):
         return torch.full((len(draws),), self.t)
 
 
@@ -93,20 +99,49 @@ def test_loss_is_the_equation(schedule, target):
         alpha, sigma = denoiser.schedule(t[i : i + 1])
         x_t = alpha * PICTURES[i : i + 1] + sigma * eps[i : i + 1]
         y = denoiser.target(PICTURES[i], eps[i], alpha, sigma)
-        error = denoiser.backbone(x_t, t[i : i + 1], LABEL[i : i + 1])[0] - y
+        x, time = denoiser.target.inputs(x_t, t[i : i + 1], denoiser.schedule)
+        error = denoiser.backbone(x, time, LABEL[i : i + 1])[0] - y
         assert loss[i].item() == pytest.approx(error.square().mean().item(), rel=1e-4)
 
 
 def test_min_snr_closed_forms():
-    alpha, sigma = Cosine()(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, sigma = Cosine()(t)
     snr = alpha.square() / sigma.square()
     clipped = snr.clamp(max=5)
     weight = MinSNR(gamma=5)
     for target, expected in [(Noise(), clipped / snr), (X0(), clipped), (V(), clipped / (snr + 1))]:
-        assert torch.allclose(weight(target, alpha, sigma), expected, rtol=1e-9)
-    alpha, sigma = 1 - alpha, alpha  # a straight line, where 1 + sigma / alpha = 1 / alpha
-    expected = (alpha / sigma).square().clamp(max=5) * sigma.square()
-    assert torch.allclose(weight(Velocity(), alpha, sigma), expected, rtol=1e-9)
+        assert torch.allclose(weight(target, Cosine(), t), expected, rtol=1e-9)
+    expected = ((1 - t) / t).square().clamp(max=5) * t.square()
+    assert torch.allclose(weight(Velocity(), RectifiedFlow(), t), expected, rtol=1e-9)
+
+
+def test_sigmoid_closed_forms():
+    """On a straight line l = 2 log((1 - t) / t), -dl/dt = 2 / (t (1 - t)), and the noise's error is (1 - t) u's."""
+    t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
+    for bias in (-3.0, 0.0, 2.0):
+        gate = torch.sigmoid(bias - 2 * (1 / t - 1).log())
+        expected = gate * (1 - t) / t
+        assert torch.allclose(Sigmoid(bias=bias)(Velocity(), RectifiedFlow(), t), expected, rtol=1e-6)
+        assert torch.allclose(Sigmoid(bias=bias)(X0(), RectifiedFlow(), t), expected / t**2, rtol=1e-6)
+    assert Sigmoid()(Velocity(), RectifiedFlow(), torch.tensor([2.0**-24, 1.0])).isfinite().all()
+
+
+def test_sigmoid_is_the_same_integral_under_every_schedule():
+    """Of an error of the noise that is a bell around l = bias, where the sigmoid averages 1/2: sqrt(8 pi) / 4.
+
+    The control is MinSNR, whose integral depends on the schedule."""
+
+    def integral(weight, schedule):
+        t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+        alpha, sigma = schedule(t)
+        level = 2 * (alpha / sigma).log()
+        error = torch.exp(-((level - 1) ** 2) / 8)  # nothing at both ends, which not all schedules reach
+        return (weight(X0(), schedule, t) * (sigma / alpha).square() * error).mean().item()
+
+    for schedule in SCHEDULES.values():
+        assert integral(Sigmoid(bias=1), schedule) == pytest.approx(math.sqrt(8 * math.pi) / 4, rel=2e-3)
+    assert integral(MinSNR(), SCHEDULES["rectified_flow"]) > 1.1 * integral(MinSNR(), SCHEDULES["linear"])
 
 
 @pytest.mark.parametrize("weight", [MinSNR(), Constant()])
@@ -125,7 +160,7 @@ def test_min_snr_weighs_the_error_of_x0_whatever_the_target(weight):
         return objective(Denoiser(Same(), Cosine(), target), PICTURES, None, Draws(0, range(8)))
 
     draws = Draws(0, range(8))
-    t = Uniform()(draws)
+    t = Uniform()(draws, Cosine())
     alpha, sigma = (c[:, None, None, None] for c in Cosine()(t))
     error = (alpha * PICTURES + sigma * draws.normal("noise", (3, 8, 8))) / 2 - PICTURES
     expected = (alpha / sigma).square().flatten().clamp(max=5) * error.square().mean((1, 2, 3))
@@ -134,18 +169,76 @@ def test_min_snr_weighs_the_error_of_x0_whatever_the_target(weight):
 
 
 def test_times():
-    draws = Draws(0, range(4000))
-    uniform = Uniform()(draws)
+    draws, schedule = Draws(0, range(4000)), RectifiedFlow()
+    uniform = Uniform()(draws, schedule)
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.02)
     assert uniform.var().item() == pytest.approx(1 / 12, abs=0.005)
-    logit = LogitNormal(mean=-0.5, std=1.2)(draws).logit()
+    logit = LogitNormal(mean=-0.5, std=1.2)(draws, schedule).logit()
     assert logit.mean().item() == pytest.approx(-0.5, abs=0.06)
     assert logit.std().item() == pytest.approx(1.2, abs=0.05)
 
 
-@pytest.mark.parametrize("time", [Uniform(), LogitNormal(), LogitNormal(mean=-1000), LogitNormal(mean=1000)])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_log_normal_is_that_of_the_noise_level_under_every_schedule(schedule):
+    t = LogNormal()(Draws(0, range(4000)), schedule).double()
+    alpha, sigma = schedule(t)
+    level = (sigma / alpha).log()
+    assert level.mean().item() == pytest.approx(-1.2, abs=0.06)
+    assert level.std().item() == pytest.approx(1.2, abs=0.05)
+    kept = t[:50]
+    assert torch.equal(LogNormal()(Draws(0, range(50)), schedule).double(), kept)
+
+
+def test_log_normal_on_a_straight_line_is_logit_normal():
+    draws = Draws(0, range(100))
+    ours = LogNormal(mean=0.3, std=0.9)(draws, RectifiedFlow())
+    assert torch.allclose(ours, LogitNormal(mean=0.3, std=0.9)(draws, RectifiedFlow()), atol=1e-6)
+
+
+class Silent(nn.Module):
+    def forward(self, x, t, label):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("schedule", ["variance_exploding", "linear", "cosine", "shifted_cosine"])
+@pytest.mark.parametrize("t", [2.0**-24, 0.01, 0.2, 0.5, 0.8, 1.0])
+def test_a_silent_edm_network_has_loss_1_at_every_noise_level(schedule, t):
+    """On N(0, sigma_data^2); 98,304 pixels put the standard error below 0.5 %. The control is other data."""
+    data = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    denoiser = Denoiser(Silent(), SCHEDULES[schedule], Preconditioned(sigma_data=0.4))
+
+    def loss(x0):
+        return Objective(time=At(t))(denoiser, x0, None, Draws(0, range(32))).mean().item()
+
+    assert loss(0.4 * data) == pytest.approx(1, rel=0.02)
+    if t > 0.1:
+        assert abs(loss(0.6 * data) - 1) > 0.02
+
+
+def test_edm_weighs_the_error_of_x0_as_in_the_paper():
+    """(sigma^2 + s^2) / (sigma s)^2 |D - x_0|^2 (Karras et al. 2022, tab. 1)."""
+
+    class Half(nn.Module):
+        def forward(self, x, t, label):
+            return x / 2
+
+    denoiser = Denoiser(Half(), VarianceExploding(), Preconditioned())
+    draws = Draws(0, range(8))
+    loss = Objective(time=LogNormal())(denoiser, PICTURES, None, draws)
+    t = LogNormal()(draws, VarianceExploding())
+    sigma = VarianceExploding()(t)[1]
+    x0 = denoiser(PICTURES + sigma[:, None, None, None] * draws.normal("noise", (3, 8, 8)), t)
+    expected = (sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (x0 - PICTURES).square().mean((1, 2, 3))
+    assert torch.allclose(loss, expected, rtol=1e-3)
+
+
+EXTREMES = [option(mean=mean) for option in (LogitNormal, LogNormal) for mean in (-1000, 0, 1000)]
+
+
+@pytest.mark.parametrize("time", [Uniform(), *EXTREMES])
+@pytest.mark.parametrize("weight", [MinSNR(), Sigmoid()])
 @pytest.mark.parametrize(("schedule", "target"), PAIRS)
-def test_time_is_never_zero_and_the_loss_is_finite_at_both_ends(schedule, target, time):
+def test_time_is_never_zero_and_the_loss_is_finite_at_both_ends(schedule, target, time, weight):
     class Ends(Draws):
         """The least and the greatest numbers there are."""
 
@@ -156,11 +249,11 @@ def test_time_is_never_zero_and_the_loss_is_finite_at_both_ends(schedule, target
             return torch.stack([torch.full(shape, -6.0), torch.full(shape, 6.0)])
 
     draws = Ends(0, range(2))
-    t = time(draws)
+    t = time(draws, SCHEDULES[schedule])
     assert (t > 0).all()
     assert (t <= 1).all()
     denoiser = small(SCHEDULES[schedule], TARGETS[target])
-    assert Objective(time=time, weight=MinSNR())(denoiser, PICTURES[:2], LABEL[:2], draws).isfinite().all()
+    assert Objective(time=time, weight=weight)(denoiser, PICTURES[:2], LABEL[:2], draws).isfinite().all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])

@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from gaussian import SCHEDULES
+from gaussian import SCHEDULES, derivatives
 
-from sturdy.diffusion import Cosine, Discrete, Linear
+from sturdy.diffusion import Cosine, Discrete, Linear, RectifiedFlow, ScaledLinear, Schedule, Shifted, VarianceExploding
 
 KNOTS = torch.arange(1, 1001, dtype=torch.float64) / 1000
 
@@ -18,9 +18,11 @@ def alpha_bar(schedule, t=KNOTS):
 
 
 def test_alpha_bar_of_the_papers():
-    linear, cosine = alpha_bar(Linear()), alpha_bar(Cosine())
+    linear, scaled, cosine = alpha_bar(Linear()), alpha_bar(ScaledLinear()), alpha_bar(Cosine())
     assert linear[0].item() == pytest.approx(0.9999, rel=1e-12)
     assert linear[-1].item() == pytest.approx(4.035830e-5, rel=1e-6)
+    assert scaled[0].item() == pytest.approx(0.99915, rel=1e-12)
+    assert scaled[-1].item() == pytest.approx(4.660095e-3, rel=1e-6)
     assert cosine[499].item() == pytest.approx(0.493843, rel=1e-5)
     assert cosine[-1].item() == pytest.approx(2.428735e-9, rel=1e-6)
 
@@ -33,14 +35,21 @@ def test_knots_are_the_products_of_the_betas():
     assert torch.allclose(alpha_bar(Linear()), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(Linear(), "linear"), (Cosine(), "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Linear(), {"beta_schedule": "linear"}),
+        (ScaledLinear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+    ],
+)
 def test_knots_equal_diffusers(ours, theirs):
     diffusers = pytest.importorskip("diffusers")
-    table = diffusers.DDPMScheduler(beta_schedule=theirs).alphas_cumprod.double()  # computed in float32
+    table = diffusers.DDPMScheduler(**theirs).alphas_cumprod.double()  # computed in float32
     assert torch.allclose(alpha_bar(ours), table, rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize(("schedule", "last"), [(Linear(), 129), (Cosine(), 260)])
+@pytest.mark.parametrize(("schedule", "last"), [(Linear(), 129), (ScaledLinear(), 146), (Cosine(), 260)])
 def test_last_index_with_snr_above_5(schedule, last):
     alpha, sigma = schedule(KNOTS)
     assert ((alpha / sigma).square() > 5).nonzero().max().item() == last
@@ -52,7 +61,7 @@ def test_log_alpha_bar_is_linear_between_knots():
     assert torch.allclose(middle, (left + right) / 2, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "shifted_cosine"])
 def test_variance_is_preserved(name):
     alpha, sigma = SCHEDULES[name](torch.linspace(0, 1, 777, dtype=torch.float64))
     assert torch.allclose(alpha.square() + sigma.square(), torch.ones(777, dtype=torch.float64), atol=1e-14)
@@ -61,7 +70,7 @@ def test_variance_is_preserved(name):
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_alpha_falls_and_sigma_rises(schedule):
     alpha, sigma = schedule(torch.linspace(0, 1, 3333, dtype=torch.float64))
-    assert (alpha.diff() < 0).all()
+    assert (alpha.diff() < 0).all() or (alpha == 1).all()
     assert (sigma.diff() > 0).all()
 
 
@@ -78,6 +87,78 @@ def test_sigma_of_a_tiny_t_is_not_lost_to_rounding():
     """1 - alpha-bar would be 0 in float32 here; beta_0 t * 1000 is what is meant."""
     _, sigma = Linear()(torch.tensor([2.0**-24]))
     assert sigma.item() == pytest.approx(math.sqrt(1e-4 * 1000 * 2**-24), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_time_undoes_the_ratio(schedule, dtype):
+    t = torch.tensor([2.0**-24, 1e-4, 0.02, 0.3, 0.77, 0.999, 1.0], dtype=dtype)
+    alpha, sigma = schedule(t)
+    back = schedule.time(sigma / alpha)  # infinite where alpha(1) is 0
+    assert back.dtype == dtype
+    assert torch.allclose(back, t, rtol=1e-4 if dtype == torch.float32 else 1e-6, atol=0)
+    assert schedule.time(torch.tensor([1e30, float("inf")], dtype=dtype)).tolist() == [1, 1]
+    assert schedule.time(torch.zeros(1, dtype=dtype)).item() < 1e-12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_formulas_of_time_agree_with_the_bisection_they_replace(schedule):
+    ratio = torch.logspace(-4, 4, 70, dtype=torch.float64)
+    assert torch.allclose(schedule.time(ratio), Schedule.time(schedule, ratio), rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_slope_is_the_derivative(schedule):
+    """Against automatic differentiation, away from the knots of a table, where it jumps."""
+    t = torch.tensor([0.0004, 0.02049, 0.5004, 0.9996], dtype=torch.float64)
+    for ours, theirs in zip(schedule.slope(t), derivatives(schedule, t), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert all(slope.isfinite().all() for slope in schedule.slope(torch.tensor([2.0**-24, 1.0])))
+
+
+def test_variance_exploding_is_nearly_even_in_the_papers_steps():
+    schedule = VarianceExploding()
+    sigma = schedule(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64))[1].tolist()
+    assert sigma[0] == 0
+    assert sigma[-1] == pytest.approx(80, rel=1e-12)
+    assert sigma[1:4] == pytest.approx([0.16975276, 2.515219, 17.527832], rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 4])
+def test_shift_of_the_papers(factor):
+    """Esser et al. 2024, eq. 23: t' = f t / (1 + (f - 1) t); Hoogeboom et al. 2023: log SNR - 2 log f."""
+    t = torch.linspace(0.01, 1, 34, dtype=torch.float64)
+    alpha, sigma = Shifted(RectifiedFlow(), image_size=32 * factor, base_size=32)(t)
+    assert torch.allclose(sigma, factor * t / (1 + (factor - 1) * t))
+    assert torch.allclose(alpha, 1 - sigma)
+    for base in (Linear(), Cosine()):
+        alpha, sigma = Shifted(base, image_size=32 * factor, base_size=32)(t)
+        plain_alpha, plain_sigma = base(t)
+        shift = 2 * (plain_alpha / plain_sigma).log() - 2 * (alpha / sigma).log()
+        assert torch.allclose(shift, torch.full_like(t, 2 * math.log(factor)))
+
+
+def test_shift_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    sigma = Shifted(RectifiedFlow(), image_size=96)(torch.arange(1000, 0, -1) / 1000)[1]
+    assert torch.allclose(theirs.sigmas[:1000], sigma, atol=1e-6)
+
+
+def test_no_shift_at_the_base_size():
+    t = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for base in (RectifiedFlow(), Cosine()):
+        for ours, plain in zip(Shifted(base, image_size=48, base_size=48)(t), base(t), strict=True):
+            assert torch.allclose(ours, plain, atol=1e-14)
+
+
+def test_what_cannot_be_shifted_is_refused():
+    with pytest.raises(
+        ValueError, match=r"for schedule=variance_exploding add log\(image_size / 32\) to objective.time"
+    ):
+        Shifted(VarianceExploding(), image_size=64)
+    with pytest.raises(ValueError, match=r"schedule.image_size=0 and schedule.base_size=32 must be above 0"):
+        Shifted(RectifiedFlow(), image_size=0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

@@ -5,7 +5,8 @@ import torch
 from gaussian import IDEAL, PAIRS, REFUSED, SCHEDULES, TARGETS, posterior_mean
 from torch import nn
 
-from sturdy.diffusion import Denoiser, Noise, RectifiedFlow, Schedule, V
+from sturdy.diffusion import Cosine, Denoiser, Noise, Preconditioned, RectifiedFlow, Schedule, V, VarianceExploding
+from sturdy.diffusion.target import option
 
 RNG = torch.Generator().manual_seed(0)
 X_0, EPS = torch.randn(2, 50, 3, 4, 4, generator=RNG, dtype=torch.float64)
@@ -61,6 +62,31 @@ def test_v_equals_diffusers():
     assert torch.allclose(TARGETS["v"](X_0[:4], EPS[:4], alpha, sigma), theirs.double(), atol=1e-5)
 
 
+def test_edm_of_the_paper():
+    """Karras et al. 2022, tab. 1, at sigma = sigma_data = 0.5, from what the target and its inputs do."""
+    target, schedule = Preconditioned(sigma_data=0.5), VarianceExploding()
+    alpha, sigma = (torch.tensor([c], dtype=torch.float64) for c in (1.0, 0.5))
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    assert target.x0(zero, one, alpha, sigma).item() == pytest.approx(0.5)  # c_skip
+    assert target.x0(one, zero, alpha, sigma).item() == pytest.approx(0.353553, rel=1e-5)  # c_out
+    x, c_noise = target.inputs(one, schedule.time(sigma), schedule)
+    assert x.item() == pytest.approx(1.414214, rel=1e-6)  # c_in
+    assert c_noise.item() == pytest.approx(-0.173287, rel=1e-5)
+    assert 1 / target.x0_factor(alpha, sigma).item() == pytest.approx(8)  # its weight on the error of x_0
+
+
+def test_preconditioning_pictures_of_variance_1_on_a_circle_is_v():
+    """c_skip = alpha and c_out = sigma: F = -v (Salimans & Ho 2022)."""
+    alpha, sigma = (c[:, None, None, None] for c in Cosine()(T))
+    f = Preconditioned(sigma_data=1.0)(X_0, EPS, alpha, sigma)
+    assert torch.allclose(f, -V()(X_0, EPS, alpha, sigma), atol=1e-9)
+
+
+def test_impossible_sigma_data_is_refused():
+    with pytest.raises(ValueError, match=r"target.sigma_data=0 must be above 0"):
+        Preconditioned(sigma_data=0)
+
+
 def test_velocity_is_the_derivative_of_x_t():
     h = 1e-4
     at = [RectifiedFlow()(torch.tensor([t], dtype=torch.float64)) for t in (0.3 - h, 0.3 + h)]
@@ -71,10 +97,15 @@ def test_velocity_is_the_derivative_of_x_t():
 
 @pytest.mark.parametrize(("schedule", "target"), sorted(REFUSED))
 def test_refused_pairs_say_why_and_what_instead(schedule, target):
-    with pytest.raises(ValueError, match=f"target={target} does not suit schedule={schedule}: ") as error:
+    with pytest.raises(
+        ValueError, match=f"target={target} does not suit schedule={option(SCHEDULES[schedule])}: "
+    ) as error:
         Denoiser(nn.Identity(), SCHEDULES[schedule], TARGETS[target])
-    reason = {"noise": r"its alpha(1) is 0", "velocity": "only where alpha + sigma = 1"}[target]
-    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}[target]
+    reason = {"noise": "its alpha(1) is 0", "velocity": "only where alpha + sigma = 1"}
+    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}
+    reason, advice = reason.get(target, "its alpha(1) is 0"), advice.get(target, "choose target=velocity, target=v")
+    if schedule == "variance_exploding" and target != "velocity":
+        reason, advice = "x_t grows to 80 times the size of a picture", "choose target=preconditioned"
     assert reason in str(error.value)
     assert advice in str(error.value)
 
@@ -91,6 +122,6 @@ def test_refusal_looks_at_the_numbers_not_at_the_class():
             angle = t * torch.pi / 2
             return torch.where(t == 1, 0, angle.cos()), angle.sin()
 
-    with pytest.raises(ValueError, match="schedule=zero_terminal_s_n_r"):
+    with pytest.raises(ValueError, match="schedule=zero_terminal_snr"):
         Noise().check(ZeroTerminalSNR())
     V().check(ZeroTerminalSNR())

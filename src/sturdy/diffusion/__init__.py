@@ -1,36 +1,69 @@
 """The mathematics of diffusion, in torch alone: a schedule, a target, an objective, a denoiser, a sampler."""
 
 from sturdy.diffusion.denoiser import Denoiser, Guided
-from sturdy.diffusion.objective import Constant, LogitNormal, MinSNR, Objective, Time, Uniform, Weight
+from sturdy.diffusion.editing import Inpainted, image_to_image, inpaint
+from sturdy.diffusion.objective import (
+    Constant,
+    LogitNormal,
+    LogNormal,
+    MinSNR,
+    Objective,
+    Sigmoid,
+    Time,
+    Uniform,
+    Weight,
+)
 from sturdy.diffusion.sampler import DDIM, DDPM, Euler, Heun, Sampler, Step, sample
-from sturdy.diffusion.schedule import Cosine, Discrete, Linear, RectifiedFlow, Schedule
-from sturdy.diffusion.target import X0, Noise, Target, V, Velocity
+from sturdy.diffusion.schedule import (
+    Cosine,
+    Discrete,
+    Linear,
+    RectifiedFlow,
+    ScaledLinear,
+    Schedule,
+    Shifted,
+    VarianceExploding,
+)
+from sturdy.diffusion.solver import Churn, DPMSolver, UniPC
+from sturdy.diffusion.target import X0, Noise, Preconditioned, Target, V, Velocity
 
 __all__ = [
     "DDIM",
     "DDPM",
     "X0",
+    "Churn",
     "Constant",
     "Cosine",
+    "DPMSolver",
     "Denoiser",
     "Discrete",
     "Euler",
     "Guided",
     "Heun",
+    "Inpainted",
     "Linear",
+    "LogNormal",
     "LogitNormal",
     "MinSNR",
     "Noise",
     "Objective",
+    "Preconditioned",
     "RectifiedFlow",
     "Sampler",
+    "ScaledLinear",
     "Schedule",
+    "Shifted",
+    "Sigmoid",
     "Step",
     "Target",
     "Time",
+    "UniPC",
     "Uniform",
     "V",
+    "VarianceExploding",
     "Velocity",
     "Weight",
+    "image_to_image",
+    "inpaint",
     "sample",
 ]

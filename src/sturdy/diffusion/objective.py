@@ -3,12 +3,14 @@
 loss = w(t) mean_{c,h,w} (f(x_t, t) - y)^2,    x_t = alpha x_0 + sigma eps,    y = target(x_0, eps)
 """
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 from sturdy.diffusion.denoiser import Denoiser
+from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.target import Target
 from sturdy.randomness import Draws
 
@@ -16,16 +18,16 @@ T_MIN = 2.0**-24  # training times are never exactly 0, where SNR is infinite; f
 
 
 class Time(ABC):
-    """One contract: ``time(draws) -> t (b,)``, float32 in [T_MIN, 1], from the purpose "time"."""
+    """One contract: ``time(draws, schedule) -> t (b,)``, float32 in [T_MIN, 1] on the CPU, from the purpose "time"."""
 
     @abstractmethod
-    def __call__(self, draws: Draws) -> Tensor: ...
+    def __call__(self, draws: Draws, schedule: Schedule) -> Tensor: ...
 
 
 class Uniform(Time):
     """t = 1 - u with u in [0, 1), hence in (0, 1]."""
 
-    def __call__(self, draws: Draws) -> Tensor:
+    def __call__(self, draws: Draws, schedule: Schedule) -> Tensor:
         return 1 - draws.uniform("time")
 
 
@@ -36,22 +38,37 @@ class LogitNormal(Time):
         self.mean = mean
         self.std = std
 
-    def __call__(self, draws: Draws) -> Tensor:
+    def __call__(self, draws: Draws, schedule: Schedule) -> Tensor:
         return torch.sigmoid(self.mean + self.std * draws.normal("time")).clamp(min=T_MIN)
 
 
+class LogNormal(Time):
+    """log(sigma / alpha) ~ N(mean, std^2) under every schedule; where alpha = 1 EDM's (Karras et al. 2022, tab. 1).
+
+    On rectified flow, where sigma / alpha = t / (1 - t), that is ``LogitNormal``.
+    """
+
+    def __init__(self, *, mean: float = -1.2, std: float = 1.2) -> None:
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, draws: Draws, schedule: Schedule) -> Tensor:
+        ratio = (self.mean + self.std * draws.normal("time")).exp()
+        return schedule.time(ratio).clamp(T_MIN, 1)
+
+
 class Weight(ABC):
-    """One contract: ``weight(target, alpha (b,), sigma (b,)) -> (b,)``, in the space of the target."""
+    """One contract: ``weight(target, schedule, t (b,) on the CPU) -> (b,)``, in the space of the target."""
 
     @abstractmethod
-    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+    def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor: ...
 
 
 class Constant(Weight):
-    """1: with target=noise DDPM's L_simple (Ho et al. 2020, eq. 14)."""
+    """1: with target=noise DDPM's L_simple (Ho et al. 2020, eq. 14), with target=preconditioned EDM's weight."""
 
-    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return torch.ones_like(alpha)
+    def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
 
 
 class MinSNR(Weight):
@@ -64,9 +81,29 @@ class MinSNR(Weight):
     def __init__(self, *, gamma: float = 5.0) -> None:
         self.gamma = gamma
 
-    def __call__(self, target: Target, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor:
+        alpha, sigma = schedule(t)
         snr = (alpha / sigma).square()
         return snr.clamp(max=self.gamma) * target.x0_factor(alpha, sigma)
+
+
+class Sigmoid(Weight):
+    """sigmoid(bias - l) (-dl/dt) / 2 on the error of the noise, l = log SNR (Kingma & Gao 2023; Hoogeboom et al. 2024).
+
+    With time=uniform, -dl/dt makes it an integral over l, the same under every schedule: the ELBO's, but for what is
+    hardly noisy and hardly seen. A smaller bias leaves out more of that.
+    """
+
+    def __init__(self, *, bias: float = 0.0) -> None:
+        self.bias = bias
+
+    def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor:
+        alpha, sigma = schedule(t.double())
+        alpha_slope, sigma_slope = schedule.slope(t)
+        # Times SNR, as x_0's error is the noise's over SNR, and multiplied out: finite where alpha is 0.
+        lowered = (alpha / sigma).square() * math.exp(-self.bias)
+        weight = (alpha * sigma_slope - alpha_slope * sigma) * alpha / sigma**3 / (1 + lowered)
+        return (weight * target.x0_factor(alpha, sigma)).to(t.dtype)
 
 
 class Objective:
@@ -88,13 +125,16 @@ class Objective:
         self.weight = weight or Constant()
         self.label_drop = label_drop
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, label: Tensor | None, draws: Draws) -> Tensor:
+    def __call__(
+        self, denoiser: Denoiser, x0: Tensor, label: Tensor | None, draws: Draws, condition: Tensor | None = None
+    ) -> Tensor:
         """One loss a sample, ``(b,)``, in float32 also under autocast.
 
         Args:
             x0: ``(b, c, h, w)`` in [-1, 1].
             label: ``(b,)`` int64 or None.
             draws: of the ``b`` samples; the purposes are "noise", "time" and "label drop".
+            condition: what else the network is told, ``(b, k)``, such as how the images were augmented.
 
         Raises:
             ValueError: ``draws`` is for another number of samples.
@@ -103,14 +143,14 @@ class Objective:
             raise ValueError(f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one position each")
         x0 = x0.float()
         noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
-        t = self.time(draws).to(x0.device)
+        t = self.time(draws, denoiser.schedule)
+        weight = self.weight(denoiser.target, denoiser.schedule, t).to(x0.device)
+        t = t.to(x0.device)
         if label is not None:
             dropped = (draws.uniform("label drop") < self.label_drop).to(label.device)
             label = label.masked_fill(dropped, denoiser.num_classes)
 
-        alpha, sigma = denoiser.schedule(t)
-        weight = self.weight(denoiser.target, alpha, sigma)
-        alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
+        alpha, sigma = (coefficient[:, None, None, None] for coefficient in denoiser.schedule(t))
         x_t = alpha * x0 + sigma * noise
-        error = denoiser.predict(x_t, t, label) - denoiser.target(x0, noise, alpha, sigma)
+        error = denoiser.predict(x_t, t, label, condition) - denoiser.target(x0, noise, alpha, sigma)
         return weight * error.square().flatten(1).mean(1)

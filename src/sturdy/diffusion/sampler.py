@@ -11,7 +11,7 @@ Nothing is divided by alpha(t), so a walk may start where it is 0; sigma is 0 on
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sturdy.diffusion.schedule import Schedule
+from sturdy.diffusion.spacing import SPACINGS
 from sturdy.randomness import Draws
 
 
@@ -46,7 +47,22 @@ class Estimator(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None, /) -> Tensor: ...
 
 
-Estimate = Callable[[Tensor, Knot], tuple[Tensor, Tensor]]  # the state at a knot -> D, E: (b, c, h, w)
+class Estimate:
+    """``estimate(x, knot) -> D, E``, each ``(b, c, h, w)``: what a denoiser says in one walk."""
+
+    def __init__(self, denoiser: Estimator, label: Tensor | None, clip: bool) -> None:
+        self.denoiser, self.label, self.clip = denoiser, label, clip
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, at: Knot) -> tuple[Tensor, Tensor]:
+        t = torch.full((len(x),), at.t, dtype=x.dtype, device=x.device)
+        x0 = self.denoiser(x, t, self.label)
+        x0 = x0.clamp(-1, 1) if self.clip else x0
+        return x0, (x - at.alpha * x0) / at.sigma
+
+    def knots(self, times: list[float]) -> list[Knot]:
+        alphas, sigmas = self.denoiser.schedule(torch.tensor(times, dtype=torch.float64, device="cpu"))
+        return [Knot(*knot) for knot in zip(times, alphas.tolist(), sigmas.tolist(), strict=True)]
 
 
 class Sampler(ABC):
@@ -57,20 +73,24 @@ class Sampler(ABC):
         clip: clip every D to [-1, 1], the range of pictures, as DDPM does. E is derived from the clipped D,
             so that x_t = alpha D + sigma E stays true. Near t = 1 this is what keeps target=noise stable;
             turn it off for data of another range.
-        power: of the times t_i = (1 - i / steps)^power. 1 is even, the "trailing" of Lin et al. 2024, tab. 2;
-            2 is denser near data, the "quadratic" of Song, Meng et al. 2021, app. D.2.
+        spacing: of the steps: "time", "karras" or "log_snr"; see ``spacing.py``.
+        power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near data, the
+            "quadratic" of Song, Meng et al. 2021, app. D.2.
 
     Raises:
-        ValueError: ``steps`` below 1, or ``power`` not above 0.
+        ValueError: ``steps`` below 1, ``power`` not above 0, or an unknown ``spacing``.
     """
 
     random = False  # whether steps add noise
 
-    def __init__(self, steps: int = 50, *, clip: bool = True, power: float = 1.0) -> None:
+    def __init__(self, steps: int = 50, *, clip: bool = True, spacing: str = "time", power: float = 1.0) -> None:
         if steps < 1 or power <= 0:
             raise ValueError(f"sampler.steps={steps} must be 1 or more, and sampler.power={power} above 0")
+        if spacing not in SPACINGS:
+            raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}")
         self.steps = steps
         self.clip = clip
+        self.spacing = spacing
         self.power = power
 
     def __call__(
@@ -92,17 +112,8 @@ class Sampler(ABC):
                 f"{type(self).__name__} adds noise and needs draws for {len(noise)} samples, got {given}; "
                 "hand in draws=Draws(seed, positions)"
             )
-        times = [((self.steps - i) / self.steps) ** self.power for i in range(self.steps + 1)]
-        alphas, sigmas = denoiser.schedule(torch.tensor(times, dtype=torch.float64, device="cpu"))
-        knots = [Knot(*knot) for knot in zip(times, alphas.tolist(), sigmas.tolist(), strict=True)]
-
-        @torch.no_grad()
-        def estimate(x: Tensor, at: Knot) -> tuple[Tensor, Tensor]:
-            t = torch.full((len(x),), at.t, dtype=x.dtype, device=x.device)
-            x0 = denoiser(x, t, label)
-            x0 = x0.clamp(-1, 1) if self.clip else x0
-            return x0, (x - at.alpha * x0) / at.sigma
-
+        estimate = Estimate(denoiser, label, self.clip)
+        knots = estimate.knots(SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power))
         return self.walk(estimate, knots[0].sigma * noise.detach(), knots, draws)
 
     @abstractmethod
@@ -118,8 +129,8 @@ class DDPM(Sampler):
 
     random = True
 
-    def __init__(self, steps: int = 1000, *, clip: bool = True, power: float = 1.0) -> None:
-        super().__init__(steps, clip=clip, power=power)
+    def __init__(self, steps: int = 1000, *, clip: bool = True, spacing: str = "time", power: float = 1.0) -> None:
+        super().__init__(steps, clip=clip, spacing=spacing, power=power)
 
     def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):
@@ -140,8 +151,10 @@ class DDIM(Sampler):
         ValueError: ``eta`` outside [0, 1].
     """
 
-    def __init__(self, steps: int = 50, *, eta: float = 0.0, clip: bool = True, power: float = 1.0) -> None:
-        super().__init__(steps, clip=clip, power=power)
+    def __init__(
+        self, steps: int = 50, *, eta: float = 0.0, clip: bool = True, spacing: str = "time", power: float = 1.0
+    ) -> None:
+        super().__init__(steps, clip=clip, spacing=spacing, power=power)
         if not 0 <= eta <= 1:
             raise ValueError(f"sampler.eta={eta} must be from 0 (deterministic) to 1 (DDPM)")
         self.eta = eta
@@ -178,11 +191,12 @@ class Heun(Sampler):
     sigma grows like sqrt(t), and even times would leave about order 1.5.
     """
 
-    def __init__(self, steps: int = 25, *, clip: bool = True, power: float = 2.0) -> None:
-        super().__init__(steps, clip=clip, power=power)
+    def __init__(self, steps: int = 25, *, clip: bool = True, spacing: str = "time", power: float = 2.0) -> None:
+        super().__init__(steps, clip=clip, spacing=spacing, power=power)
 
     def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
-        for t, s in pairwise(knots):
+        for i, (t, s) in enumerate(pairwise(knots)):
+            x, t = self.churned(estimate, x, t, draws, i)
             x0, noise = estimate(x, t)
             if s.sigma > 0:
                 ahead = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
@@ -190,6 +204,10 @@ class Heun(Sampler):
                 x0, noise = (x0 + x0_ahead) / 2, (noise + noise_ahead) / 2
             x = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
             yield Step(s.t, x, x0)
+
+    def churned(self, estimate: Estimate, x: Tensor, t: Knot, draws: Draws | None, i: int) -> tuple[Tensor, Knot]:
+        """Where step ``i`` starts; ``Churn`` goes back a little towards noise first."""
+        return x, t
 
 
 def transition(t: Knot, s: Knot) -> tuple[float, float]:
