@@ -1,0 +1,73 @@
+"""The audit sees what is missing, what is too frequent and what is of the wrong class."""
+
+import math
+
+import pytest
+import torch
+
+from sturdy.evaluation.audit import accuracy, audit, by_class, classifier, frequencies
+from sturdy.evaluation.pictures import Pictures
+from sturdy.evaluation.report import Report
+from sturdy.randomness import generator
+
+OPTIONS = {"shape": ("square", "bar"), "colour": ("red", "green", "blue")}
+
+
+def drawn(shape, colour, seed):
+    pixels = torch.randint(0, 90, (len(shape), 3, 16, 16), generator=generator(seed), dtype=torch.uint8)
+    for picture, s, c in zip(pixels, shape.tolist(), colour.tolist(), strict=True):
+        picture[c, 4:12, 4:12] = 240 if s == 0 else picture[c, 4:12, 4:12]
+        picture[c, :, 6:9] = 240 if s == 1 else picture[c, :, 6:9]
+    return Pictures(pixels, shape, torch.empty(len(shape), 0), {"shape": shape, "colour": colour})
+
+
+def balanced(n, seed):
+    return drawn(torch.arange(n) % 2, torch.arange(n) // 2 % 3, seed)
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """Training and held-out pictures, and the classifier."""
+    train, held_out = balanced(300, "train"), balanced(60, "held out")
+    folder = tmp_path_factory.mktemp("cache")
+    network = classifier(train, OPTIONS, seen=2500, data=("digest",), folder=folder, tell=lambda done, total: None)
+    return train, held_out, network
+
+
+def test_good_samples_pass(judge, tmp_path):
+    train, held_out, network = judge
+    report = Report(tmp_path, "good")
+    verdict = audit(report, network, balanced(120, "samples"), train, held_out, OPTIONS, "shape")
+    assert report.numbers["classifier_accuracy"]["shape"] > 0.95
+    assert report.numbers["class_accuracy"]["all"] > 0.95
+    assert all(abs(f["samples"] - f["truth"]) < 0.05 for f in report.numbers["frequencies"])
+    assert "class accuracy" in verdict
+
+
+def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):
+    train, held_out, network = judge
+    shape = torch.arange(120) % 2
+    samples = drawn(shape, torch.arange(120) // 2 % 2, "samples")  # never blue
+    wrong = Pictures(samples.pixels, torch.where(torch.arange(120) < 30, 1 - shape, shape), samples.features, {})
+    report = Report(tmp_path, "bad")
+    verdict = audit(report, network, wrong, train, held_out, OPTIONS, "shape")
+    assert report.numbers["class_accuracy"]["all"] == pytest.approx(0.75, abs=0.04)
+    blue = next(f for f in report.numbers["frequencies"] if f["option"] == "blue")
+    assert blue["samples"] < 0.02
+    assert blue["truth"] == pytest.approx(1 / 3)
+    assert "worst frequency: colour blue, -3" in verdict
+    assert "rarest: colour" in verdict
+
+
+def test_shares_by_hand():
+    answers = {"shape": torch.tensor([0, 0, 0, 1])}
+    none = {"shape": torch.tensor([0])}
+    square, bar = frequencies({"shape": OPTIONS["shape"]}, none, answers, answers, none)
+    assert (square.truth, square.samples, square.difference, square.ratio) == (1, 0.75, -25, 0.75)
+    assert (bar.samples, bar.known) == (0.25, 0)
+    assert math.isnan(bar.ratio)
+    assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
+    shares = by_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 3)
+    assert shares[0] == 0.5
+    assert math.isnan(shares[1])
+    assert shares[2] == 1
