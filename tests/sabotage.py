@@ -41,6 +41,13 @@ def in_samples() -> None:
     samples.save_png = die
 
 
+def in_snapshot() -> None:
+    """The averages are written, their file has not yet its name."""
+    import sturdy.training.snapshots as snapshots
+
+    snapshots.os = type("os", (), {"rename": die})
+
+
 def poison(*positions: str, then=lambda: None) -> None:
     """Prints the step and the first position of each batch, as it comes."""
     from sturdy.training.module import DiffusionModule
@@ -104,6 +111,7 @@ WAYS = {
     "die-in-validation": in_validation,
     "die-in-save": in_save,
     "die-in-samples": in_samples,
+    "die-in-snapshot": in_snapshot,
     "poison": poison,
     "poison-and-signal": poison_and_signal,
     "poison-and-die-before-the-skip": poison_and_die_before_the_skip,

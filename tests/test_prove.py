@@ -30,6 +30,7 @@ def table(output):
     return re.findall(r"^ +\d+  (.{12})  (.+)$", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_proves_the_promise(tmp_path):
     done = prove(tmp_path, "kills=2")
     assert done.returncode == 0, done.stdout + done.stderr

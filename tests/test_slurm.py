@@ -130,6 +130,7 @@ def tell_all(home, number):
     os.kill(parent, number)
 
 
+@pytest.mark.slow
 @submitit
 def test_what_was_stopped_is_queued_again_once_and_what_ended_is_not(cluster):
     """Four jobs: two hear the warning and then go on to end well, or badly; two end so at once."""

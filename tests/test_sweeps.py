@@ -11,7 +11,7 @@ import mini
 import striking
 from runs import ROOT, command, differences, train
 from sturdy.command import Mistake, check
-from sturdy.sweep import label, plan, report
+from sturdy.sweep import Job, label, plan, report
 
 TRAIN = ROOT / "conf" / "train.yaml"
 
@@ -132,6 +132,18 @@ def test_the_worst_of_the_exit_codes_is_what_a_person_must_see_first():
     assert report({"a": 75, "b": 1, "c": 0}) == 1
     assert report({"a": 1, "b": 2, "c": 75}) == 2
     assert report({"a": 2, "b": 130, "c": 1}) == 130
+
+
+def test_the_table_says_how_good_each_became(tmp_path, capsys):
+    jobs = [Job(name, [], tmp_path / f"{name}.csv") for name in ("a", "b", "c")]
+    for job, rows in zip(jobs, ("2,0.5,0.9\n4,0.4,0.7\n6,0.4,0.8\n", "2,0.5,0.5\n3,0.4,\n"), strict=False):
+        job.record.write_text("step,train/loss,val/loss\n" + rows)
+    assert report({"a": 0, "b": 75, "c": None}, jobs) == 75
+    said = capsys.readouterr().out
+    assert "a  finished            best val/loss 0.7000 at step 4" in said
+    assert "b  stopped, and saved  best val/loss 0.5000 at step 2" in said
+    assert "c  not started\n" in said
+    assert "best val/loss of 2: mean 0.6000, standard deviation 0.1414" in said
 
 
 def test_a_mistake_starts_nothing(tmp):

@@ -57,7 +57,7 @@ def launch(config: Path, words: list[str], script: str, jobs: Sequence[Job]) -> 
         except Exception as error:  # such as submitit's, that it was queued again too often
             print(f"error: {job.name}: {error}", file=sys.stderr)
             outcomes[job.name] = 1
-    return report(outcomes)
+    return report(outcomes, jobs)
 
 
 def on_node(script: str, cfg: DictConfig) -> int:

@@ -4,17 +4,19 @@ Each job is a process of its own, started by the very command that one could typ
 alone, by construction: threads, flags, handlers and locks of the job before it are gone with its process.
 """
 
+import csv
 import itertools
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean, stdev
 from types import FrameType
 
 from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
@@ -41,10 +43,12 @@ class Job:
     Attributes:
         name: of the run, ``cars/optimizer.lr-0.001+seed-0``.
         words: the overrides that make the command; with the name, if the script knows names.
+        record: its ``metrics.csv``, once it is a run.
     """
 
     name: str
     words: list[str]
+    record: Path | None = None
 
 
 def plan(config: Path, words: list[str]) -> list[Job]:
@@ -68,7 +72,8 @@ def plan(config: Path, words: list[str]) -> list[Job]:
             jobs.append(Job(label, combination))
             continue
         name = f"{cfg.name}/{label}".rstrip("/")
-        jobs.append(Job(name, [*combination, f"name={QuotedString(name, Quote.single).with_quotes()}"]))
+        own = [*combination, f"name={QuotedString(name, Quote.single).with_quotes()}"]
+        jobs.append(Job(name, own, Path(cfg.paths.runs) / name / "metrics.csv"))
     if not jobs:
         raise Mistake(f"{' '.join(words)}: no values to sweep through")
     return jobs
@@ -178,21 +183,39 @@ def sweep(script: str, jobs: Sequence[Job]) -> int:
         outcomes[job.name] = child.run([sys.executable, script, *job.words])
         if child.heard or outcomes[job.name] in (RESUMABLE, AT_ONCE):
             break
-    return report(outcomes)
+    return report(outcomes, jobs)
 
 
-def report(outcomes: dict[str, int | None]) -> int:
-    """Print how each job ended, and why the exit code is what it is, which it returns."""
+def report(outcomes: Mapping[str, int | None], jobs: Sequence[Job] = ()) -> int:
+    """Print how each job ended and how good it became, and why the exit code is what it is, which it returns."""
     say(f"sweep of {len(outcomes)}:")
-    width = max(len(name) for name in outcomes)
+    width, longest = max(len(name) for name in outcomes), max(len(outcome) for outcome in OUTCOMES.values())
+    scores = {job.name: score for job in jobs if (score := best(job.record))}
     for name, code in outcomes.items():
-        say(f"    {name:{width}}  {OUTCOMES[code]}")
+        told = ""
+        if name in scores:
+            told = (
+                f"{'':{longest - len(OUTCOMES[code])}}  best val/loss {scores[name][0]:.4f} at step {scores[name][1]}"
+            )
+        say(f"    {name:{width}}  {OUTCOMES[code]}{told}")
+    known = [loss for loss, _ in scores.values()]
+    if len(known) > 1:
+        say(f"best val/loss of {len(known)}: mean {mean(known):.4f}, standard deviation {stdev(known):.4f}")
     codes = {RESUMABLE if code is None else code for code in outcomes.values()}
     worst = next(code for code in OUTCOMES if code in codes)
     assert worst is not None
     if worst:
         say(f"exit code {worst}: the worst is {OUTCOMES[worst]}; the same command takes up what is not finished")
     return worst
+
+
+def best(record: Path | None) -> tuple[float, int] | None:
+    """The least ``val/loss`` of a run and its step; None while there is none."""
+    if not record or not record.exists():
+        return None
+    with record.open(newline="") as file:
+        rows = [(row["val/loss"], row["step"]) for row in csv.DictReader(file) if row.get("val/loss")]
+    return min((float(loss), int(step)) for loss, step in rows) if rows else None
 
 
 def say(line: str) -> None:

@@ -55,3 +55,12 @@ def test_call_does_not_recompute_without_gradients():
     assert block.calls == 1
     call(block, x, recompute=True).sum().backward()
     assert block.calls == 3
+
+
+def test_a_condition_of_zeros_is_none_and_begins_without_a_say():
+    embed = Condition(8, features=8, num_classes=2, conditions=3)
+    t, label, told = torch.rand(4), torch.tensor([0, 1, 2, 0]), torch.rand(4, 3)
+    assert torch.equal(embed(t, label, told), embed(t, label))
+    torch.nn.init.ones_(embed.more.weight)
+    assert torch.equal(embed(t, label, torch.zeros(4, 3)), embed(t, label))
+    assert not torch.allclose(embed(t, label, told), embed(t, label))

@@ -17,7 +17,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["unet in shards", pytest.param("dit with workers", marks=pytest.mark.slow)])
 def test_killed_it_ends_in_the_same_bits(case, tmp_path):
     base, overrides, kills = CASES[case]
     train(tmp_path, "whole", *overrides, base=base)

@@ -350,6 +350,7 @@ with StoreIO(store, lambda checkpoint: {}) as io:
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_after_its_last_save_or_at_the_second_ctrl_c(tmp_path):
     cases = {
         "its end": ("", 0.2, 1000),

@@ -101,6 +101,7 @@ def test_a_run_that_is_bad_everywhere_is_given_up_with_a_report(tmp_path):
     assert not (tmp_path / "runs" / "bad" / "metrics.csv").exists()
 
 
+@pytest.mark.slow
 def test_control_without_the_guard_it_ends_at_the_first(tmp_path):
     done = train(tmp_path, "bare", "~callbacks.guard", sabotage="poison:50", code=1)
     assert "error: the weights are not finite at step 9, and are not saved" in done.stderr

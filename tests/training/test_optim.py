@@ -4,9 +4,22 @@ import copy
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import nn
 
-from sturdy.training.optim import Constant, Linear, names_in_order, parameter_groups, state_by_index, state_by_name
+from runs import ROOT
+from sturdy.training.optim import (
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    Linear,
+    WarmupStableDecay,
+    names_in_order,
+    parameter_groups,
+    state_by_index,
+    state_by_name,
+)
 
 
 def test_constant_warms_up_and_stays():
@@ -21,6 +34,49 @@ def test_linear_warms_up_and_comes_down_to_its_end():
     assert rate(6) == pytest.approx(0.6)
     assert rate(10) == rate(11) == pytest.approx(0.2)
     assert Linear(max_steps=5, warmup=5)(4) == 1
+
+
+def test_cosine_is_half_a_wave_from_the_warm_up_to_its_end():
+    rate = Cosine(max_steps=12, warmup=4, end=0.2)
+    assert [rate(step) for step in (0, 1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [rate(step) for step in (6, 8, 10)] == pytest.approx(
+        [0.2 + 0.4 * (1 + c) for c in (0.5**0.5, 0, -(0.5**0.5))]
+    )
+    assert rate(12) == rate(50) == pytest.approx(0.2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(network().parameters(), lr=1.0), 30)
+    for step in range(30):
+        assert Cosine(max_steps=30, warmup=0)(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def test_inverse_square_root_is_flat_and_then_falls_for_ever():
+    rate = InverseSquareRoot(warmup=4, flat=100)
+    assert [rate(step) for step in (0, 3, 50, 100)] == [0.25, 1, 1, 1]
+    assert [rate(step) for step in (400, 900, 10_000)] == pytest.approx([1 / 2, 1 / 3, 1 / 10])
+    with pytest.raises(ValueError, match=r"learning_rate\.flat=0"):
+        InverseSquareRoot(flat=0)
+
+
+def test_warmup_stable_decay_falls_only_at_the_end():
+    rate = WarmupStableDecay(max_steps=1000, warmup=4, decay=0.2, end=0.1)
+    assert [rate(step) for step in (0, 3, 4, 500, 800)] == [0.25, 1, 1, 1, 1]
+    assert [rate(step) for step in (808, 850, 900, 1000)] == pytest.approx(
+        [1 - 0.9 * x**0.5 for x in (0.04, 0.25, 0.5, 1)]
+    )
+    assert rate(2000) == pytest.approx(0.1)
+    assert WarmupStableDecay(max_steps=10, warmup=0, decay=0.0)(9) == 1
+    with pytest.raises(ValueError, match=r"learning_rate\.decay=20 is a share"):
+        WarmupStableDecay(max_steps=10, decay=20)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"])
+def test_each_is_a_config_whose_end_is_that_of_the_run(name):
+    file = OmegaConf.load(ROOT / "conf" / "learning_rate" / f"{name}.yaml")
+    rate = instantiate(OmegaConf.create({"trainer": {"max_steps": 500}, "learning_rate": file}).learning_rate)
+    assert rate(0) == 0.01
+    assert rate(100) == 1
+    assert rate(500) == (1 if name in ("constant", "inverse_sqrt") else pytest.approx(0, abs=1e-12))
 
 
 def network():

@@ -81,6 +81,17 @@ def test_foreign_code_in_the_config_is_refused_and_not_run(foreign, place, train
     assert not file.exists()
 
 
+def test_what_hydra_would_fill_in_is_refused_and_not_run(trained, tmp_path):
+    """``oc.create`` makes a node of a string, and Hydra builds that, too."""
+    state, file = load_state(trained[1]), tmp_path / "touched"
+    told = "${oc.create:{_target_: os.system, _args_: ['touch " + str(file) + "']}}"
+    state["config"]["schedule"] = copy.deepcopy(state["config"]["schedule"]) | {"extra": [told]}
+    torch.save(state, tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match="is not code of this project"):
+        rebuild(tmp_path / "evil.ckpt")
+    assert not file.exists()
+
+
 def test_a_checkpoint_without_a_config_is_named(tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}}, path)

@@ -35,6 +35,7 @@ def test_a_hang_that_holds_the_interpreter_lock_is_ended_and_told(tmp_path, how,
     assert any("watched.py" in line and "in hang" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_what_is_slow_lives(tmp_path):
     """Steps, validations and what follows a step; nothing is left of it. After an error nothing is watched."""
     done = watched(tmp_path, "well")

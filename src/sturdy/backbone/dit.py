@@ -102,6 +102,7 @@ class DiT(nn.Module):
     Args:
         image_channels: channels of the image.
         num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
+        conditions: length of what else the network is told of an image, such as its augmentation.
         patch: side of the square of pixels that makes a token.
         width: channels of a token.
         depth: number of blocks.
@@ -115,6 +116,7 @@ class DiT(nn.Module):
         *,
         image_channels: int = 3,
         num_classes: int = 0,
+        conditions: int = 0,
         patch: int = 2,
         width: int = 256,
         depth: int = 6,
@@ -131,26 +133,27 @@ class DiT(nn.Module):
         self.image_channels = image_channels
         self.patch = patch
         self.head_dim = width // heads
-        self.condition = Condition(width, features=width, num_classes=num_classes)
+        self.condition = Condition(width, features=width, num_classes=num_classes, conditions=conditions)
         self.stem = nn.Linear(image_channels * patch**2, width)
         self.blocks = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.out = zero(nn.Linear(width, image_channels * patch**2))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Predict the target.
 
         Args:
             x: noisy images, ``(b, c, h, w)``; h and w multiples of ``patch``.
             t: times in [0, 1], ``(b,)``.
             label: int64 in [0, num_classes], ``(b,)``; None is the null label.
+            condition: ``(b, conditions)``; None is zeros, an image that is not augmented.
 
         Raises:
             ValueError: the sizes of the image do not fit.
             IndexError: a label is out of range (on a GPU: a device-side assertion).
         """
         self._check(x)
-        c = self.condition(t, label)
+        c = self.condition(t, label, condition)
         h = F.pixel_unshuffle(x, self.patch)  # (b, c patch^2, h / patch, w / patch)
         grid = h.shape[2:]
         turn = rotation(grid[0], grid[1], self.head_dim, like=x)

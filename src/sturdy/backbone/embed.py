@@ -33,15 +33,16 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
 
 
 class Condition(nn.Module):
-    """Time and label as one vector ``(b, size)``, ready for the linear layers that modulate the blocks.
+    """Time, label and what else is known as one vector ``(b, size)``, for the linear layers that modulate the blocks.
 
     Args:
         size: width of the vector.
         features: number of Fourier features of the time.
         num_classes: number of labels; 0 ignores labels. Row ``num_classes`` is the null label's.
+        conditions: length of what else is known, such as the augmentation; 0 for nothing.
     """
 
-    def __init__(self, size: int, *, features: int, num_classes: int = 0) -> None:
+    def __init__(self, size: int, *, features: int, num_classes: int = 0, conditions: int = 0) -> None:
         super().__init__()
         if features % 2:
             raise ValueError(f"the time needs an even number of features, not {features}: make backbone.width even")
@@ -50,9 +51,12 @@ class Condition(nn.Module):
         self.hidden = nn.Linear(features, size)
         self.time = nn.Linear(size, size)
         self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
+        self.more = zero(nn.Linear(conditions, size, bias=False)) if conditions else None
 
-    def forward(self, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None (null) -> ``(b, size)``.
+
+        ``condition`` is ``(b, conditions)`` or None, which is zeros.
 
         Raises:
             IndexError: a label is out of range (on a GPU: a device-side assertion).
@@ -67,6 +71,8 @@ class Condition(nn.Module):
             except IndexError as error:
                 message = f"a label is not in [0, {self.num_classes}]: set backbone.num_classes to the data's"
                 raise IndexError(message) from error
+        if self.more is not None and condition is not None:
+            c = c + self.more(condition)
         return F.silu(c)
 
 

@@ -101,6 +101,7 @@ class UNet(nn.Module):
     Args:
         image_channels: channels of the image.
         num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
+        conditions: length of what else the network is told of an image, such as its augmentation.
         patch: side of the square of pixels that makes a position of the first level; 2 takes a quarter of the work at
             the same width, as the finest level costs most (Hoogeboom et al. 2023, "simple diffusion", section 3.3).
         width: channels of the first level, a multiple of four.
@@ -117,6 +118,7 @@ class UNet(nn.Module):
         *,
         image_channels: int = 3,
         num_classes: int = 0,
+        conditions: int = 0,
         patch: int = 1,
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
@@ -144,7 +146,7 @@ class UNet(nn.Module):
             end = Attention(c_out, head_dim=head_dim) if attend else None
             return Block(c_in, c_out, size, dropout=dropout, attention=end, resample=resample)
 
-        self.condition = Condition(size, features=width, num_classes=num_classes)
+        self.condition = Condition(size, features=width, num_classes=num_classes, conditions=conditions)
         c = width * multipliers[0]
         self.stem = nn.Conv2d(image_channels * patch**2, c, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [c]
@@ -168,20 +170,21 @@ class UNet(nn.Module):
                 self.rise.append(block(c, c, resample=Up()))
         self.out = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels * patch**2, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """Predict the target.
 
         Args:
             x: noisy images, ``(b, c, h, w)``; h and w multiples of ``patch * 2 ** (levels - 1)``.
             t: times in [0, 1], ``(b,)``.
             label: int64 in [0, num_classes], ``(b,)``; None is the null label.
+            condition: ``(b, conditions)``; None is zeros, an image that is not augmented.
 
         Raises:
             ValueError: the sizes of the image do not fit.
             IndexError: a label is out of range (on a GPU: a device-side assertion).
         """
         self._check(x)
-        c = self.condition(t, label)
+        c = self.condition(t, label, condition)
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for block in self.encoder:

@@ -8,82 +8,23 @@ position. So neither the number of workers nor what they had prefetched when the
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache, open_cache
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
+from sturdy.data.images import Augmented, Batch, Images, in_sequence
 from sturdy.data.options import one_of, share, whole
-from sturdy.data.order import Endless, Order
+from sturdy.data.order import Balanced, Endless, Order, Split
 from sturdy.data.progress import Progress
 from sturdy.data.source import Source
-from sturdy.randomness import Draws
-
-
-class Batch(NamedTuple):
-    """Images ``(b, c, h, w)``, uint8 in the loader and float32 in [-1, 1] on the device; labels ``(b,)``."""
-
-    image: Tensor
-    label: Tensor
-    positions: NDArray[np.int64]
-
-
-class Images(Dataset[Batch]):
-    """The images at given positions, ``size`` by ``size``.
-
-    With a ``seed`` they are cropped, and mirrored if ``flip``, by the draws of each position; without one nothing
-    is random about them and crops are central.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        order: Callable[[NDArray[np.int64]], NDArray[np.int64]],
-        *,
-        first: int,
-        size: int,
-        seed: int | None = None,
-        flip: bool = False,
-    ) -> None:
-        self.cache, self.order, self.first, self.size, self.seed, self.flip = cache, order, first, size, seed, flip
-        self.split = Order(len(cache), 0, purpose="split")  # which images are held out depends on no seed
-
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch:
-        """The batch at ``positions``, ``(b,)``; without workers or loaders this is all there is to it."""
-        indices = self.split(self.first + self.order(positions))
-        labels = torch.from_numpy(self.cache.labels[indices])
-        if self.seed is None:
-            return Batch(torch.from_numpy(self._pixels(indices, None)), labels, positions)
-        draws = Draws(self.seed, positions.tolist())
-        image = torch.from_numpy(self._pixels(indices, draws))
-        if self.flip:
-            flipped = draws.uniform("flip") < 0.5
-            image[flipped] = image[flipped].flip(-1)
-        return Batch(image, labels, positions)
-
-    def _pixels(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.uint8]:
-        if self.cache.uniform and self.cache.image(0).shape[1:] == (self.size, self.size):
-            return self.cache.gather(indices)
-        centre = np.nextafter(np.full((len(indices), 2), 0.5), 0)  # just below: of two middles the first
-        corners = centre if draws is None else draws.uniform("crop", (2,)).numpy()
-        out = np.empty((len(indices), 3, self.size, self.size), np.uint8)
-        for row, index, corner in zip(out, indices, corners, strict=True):
-            image = self.cache.image(int(index))
-            y, x = (corner * (np.array(image.shape[1:]) - self.size + 1)).astype(int)
-            row[:] = image[:, y : y + self.size, x : x + self.size]
-        return out
-
-
-def in_sequence(positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order of the held-out images: always the same."""
-    return positions
 
 
 class ImageData(L.LightningDataModule):
@@ -96,7 +37,10 @@ class ImageData(L.LightningDataModule):
         shards: V, the number of equal parts a batch is computed in; must divide it.
         num_workers: processes that read batches ahead; with the cache 0 is fastest.
         flip: mirror every second picture, by position.
+        augment, translate, rotate: of ``Augment``; with probability 0 there is none.
+        balance: from 0, classes as often as they are, to 1, all equally often in training.
         holdout: share of the images held out for validation.
+        fold, folds: hold out part ``fold``, from 1 on, of ``folds`` equal ones instead; together they are all images.
         max_broken: largest share of broken images that is tolerated.
         cache: directory of decoded images.
         seed: the run's seed.
@@ -114,7 +58,13 @@ class ImageData(L.LightningDataModule):
         shards: int = 1,
         num_workers: int = 0,
         flip: bool = False,
+        augment: float = 0.0,
+        translate: float = 0.125,
+        rotate: bool = False,
+        balance: float = 0.0,
         holdout: float = 0.1,
+        fold: int | None = None,
+        folds: int | None = None,
         max_broken: float = 0.01,
         cache: str | Path = ".cache",
         seed: int = 0,
@@ -125,11 +75,19 @@ class ImageData(L.LightningDataModule):
         self.batch_size = whole("data.batch_size", batch_size)
         self.num_workers = whole("data.num_workers", num_workers, least=0)
         self.flip = one_of("data.flip", flip, (True, False))
-        self.holdout = share("data.holdout", holdout)
+        how = Augment(augment, translate=translate, rotate=rotate)
+        self.augment = how if augment else None
+        self.conditions = how.size if augment else 0  # that the network is told of each training image
+        self.balance = share("data.balance", balance)
+        self.holdout, self.fold, self.folds = share("data.holdout", holdout), fold, folds
         self.max_broken = share("data.max_broken", max_broken)
         self.shards = whole("data.shards", shards)
         if batch_size % shards:
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
+        if (fold is None) != (folds is None):
+            raise ValueError(f"data.fold={fold} data.folds={folds}: give both, as in data.fold=2 data.folds=5, or none")
+        if fold is not None and whole("data.fold", fold) > whole("data.folds", folds, least=2):
+            raise ValueError(f"data.fold={fold} is none of data.folds={folds}: they are numbered from 1 to {folds}")
         if holdout in (0, 1):
             raise ValueError(f"data.holdout={holdout} leaves no image to validate on, or none to train on")
         self.entry = (0, 0)  # (step, position) the run was entered at
@@ -140,7 +98,8 @@ class ImageData(L.LightningDataModule):
     def open(self) -> Cache:
         """Decode what is not yet decoded, telling how far it is where that takes more than seconds.
 
-        Afterwards ``classes``, ``digest`` and the loaders are there, and ``cache.report()`` tells what was left out.
+        Afterwards ``classes``, their frequencies ``prior``, ``digest`` and the loaders are there, and
+        ``cache.report()`` tells what was left out.
 
         Raises:
             ValueError: if there are too few images to hold any out, too many broken ones, or too small ones.
@@ -155,9 +114,21 @@ class ImageData(L.LightningDataModule):
             raise ValueError(
                 f"the source gives images of {smallest} pixels, fewer than data.image_size={self.image_size}"
             )
-        self.held_out = min(max(1, round(n * self.holdout)), n - 1)
+        self.split = Split.share(n, self.holdout) if not self.folds else Split.fold(n, self.fold or 1, self.folds)
+        self.held_out = len(self.split.held_out)
         self.classes, self.digest = self.cache.classes, self.cache.digest
+        self.prior = (np.bincount(self.cache.labels, minlength=len(self.classes)) / n).tolist() if self.classes else []
+        self.order = self._order(n - self.held_out)
         return self.cache
+
+    def _order(self, n: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+        """Of the ``n`` training images."""
+        if not self.balance:
+            return Order(n, self.seed)
+        if not self.classes:
+            raise ValueError(f"data.balance={self.balance} balances classes, and these images have none; set it to 0")
+        labels = self.cache.labels[self.split(np.arange(self.held_out, len(self.cache)))]
+        return Balanced(labels, self.seed, balance=self.balance)
 
     @property
     def position(self) -> int:
@@ -166,9 +137,17 @@ class ImageData(L.LightningDataModule):
         stream = Endless(position, self.batch_size, step, self.skips)
         return stream.first(self.trainer.global_step - 1) + self.batch_size  # type: ignore[union-attr]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        order = Order(len(self.cache) - self.held_out, self.seed)
-        images = Images(self.cache, order, first=self.held_out, size=self.image_size, seed=self.seed, flip=self.flip)
+    def train_dataloader(self) -> DataLoader[Batch | Augmented]:
+        images = Images(
+            self.cache,
+            self.split,
+            self.order,
+            first=self.held_out,
+            size=self.image_size,
+            seed=self.seed,
+            flip=self.flip,
+            augment=self.augment,
+        )
         step = self.trainer.global_step  # type: ignore[union-attr]
         size = self.batch_size // self.processes
         part = slice(self.rank * size, (self.rank + 1) * size)
@@ -176,10 +155,9 @@ class ImageData(L.LightningDataModule):
 
     def names(self, positions: NDArray[np.int64]) -> list[str]:
         """What to call the training images at ``positions`` in a report."""
-        order, split = Order(len(self.cache) - self.held_out, self.seed), Order(len(self.cache), 0, purpose="split")
-        return [self.cache.name(int(i)) for i in split(self.held_out + order(positions))]
+        return [self.cache.name(int(i)) for i in self.split(self.held_out + self.order(positions))]
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Batch | Augmented]:
         """The held-out images, a shard a batch: shards take turns over the processes, the last one comes more often
         where they do not come out even, so that all processes have the same number of batches."""
         size = self.batch_size // self.shards
@@ -187,9 +165,9 @@ class ImageData(L.LightningDataModule):
         end = min(self.held_out, max(1, round(limit)))
         batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
         mine = [batches[min(i + self.rank, len(batches) - 1)] for i in range(0, len(batches), self.processes)]
-        return self._loader(Images(self.cache, in_sequence, first=0, size=self.image_size), mine)
+        return self._loader(Images(self.cache, self.split, in_sequence, first=0, size=self.image_size), mine)
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | Augmented, dataloader_idx: int) -> Batch | Augmented:
         """To float32 in [-1, 1], on the device, so that bytes travel."""
         return batch._replace(image=batch.image.float().div_(127.5).sub_(1))
 
@@ -199,7 +177,7 @@ class ImageData(L.LightningDataModule):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.entry = (state["step"], state["position"])
 
-    def _loader(self, images: Images, batches: Any) -> DataLoader[Batch]:
+    def _loader(self, images: Images, batches: Any) -> DataLoader[Batch | Augmented]:
         return DataLoader(
             images,
             sampler=batches,

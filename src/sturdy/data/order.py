@@ -70,6 +70,82 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+class Split:
+    """All ``n`` images, those held out first; which these are depends on no seed.
+
+    Args:
+        held_out: where they are in the one order that every split is cut from.
+    """
+
+    def __init__(self, n: int, held_out: range) -> None:
+        self.n, self.held_out, self.order = n, held_out, Order(n, 0, purpose="split")
+
+    @classmethod
+    def share(cls, n: int, share: float) -> "Split":
+        """That ``share`` is held out, but at least one image, and not all."""
+        return cls(n, range(min(max(1, round(n * share)), n - 1)))
+
+    @classmethod
+    def fold(cls, n: int, number: int, folds: int) -> "Split":
+        """Part ``number``, from 1 on, is held out of ``folds`` parts whose sizes differ by one at most.
+
+        Raises:
+            ValueError: if some would be empty.
+        """
+        if folds > n:
+            raise ValueError(f"data.folds={folds} cannot be made of {n} images; use at most {n}")
+        return cls(n, range(n * (number - 1) // folds, n * number // folds))
+
+    def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
+        """The image's index in [0, n) at each of the places, ``(b,) -> (b,)``."""
+        return self.order((self.held_out.start + np.asarray(places, dtype=np.int64)) % self.n)
+
+
+class Balanced:
+    """An order in which classes come as often as is wanted: class k at the share (1 - balance) n_k / n + balance / K.
+
+    Every virtual epoch has the same number of each class, its rank by rank:
+
+        k, rank(p) = the class and the place in it of slot permutation[seed, p // m](p % m),    m slots an epoch
+        index(p)   = images of k[permutation[seed, k](count of k before this epoch + rank)]
+
+    Args:
+        labels: of the ``n`` images, ``(n,)``; classes without an image are none.
+        balance: from 0, as often as they are, to 1, all equally often.
+    """
+
+    def __init__(self, labels: NDArray[np.int64], seed: int, *, balance: float) -> None:
+        names, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+        n, k = len(labels), len(names)
+        self.images = np.argsort(classes, kind="stable")  # class after class
+        self.starts = np.cumsum(sizes) - sizes
+        wanted = ((1 - balance) * sizes / n + balance / k) * (k * -(-n // k))  # a multiple of k, so that 1 is exact
+        self.counts = _rounded(wanted)
+        self.ends = np.cumsum(self.counts)
+        self.slots = Order(int(self.ends[-1]), seed, purpose="classes")
+        self.orders = [Order(int(size), seed, purpose=f"class {name}") for name, size in zip(names, sizes, strict=True)]
+
+    def __call__(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """The image's index in [0, n) at each global position, ``(b,) -> (b,)``."""
+        positions = np.asarray(positions, dtype=np.int64)
+        slots = self.slots(positions)
+        classes = np.searchsorted(self.ends, slots, side="right")
+        ranks = positions // self.slots.n * self.counts[classes] + slots - (self.ends - self.counts)[classes]
+        indices = np.empty_like(positions)
+        for k in np.unique(classes):
+            here = classes == k
+            indices[here] = self.images[self.starts[k] + self.orders[k](ranks[here])]
+        return indices
+
+
+def _rounded(wanted: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Whole numbers of the same sum, none further off than 1: the largest remainders are rounded up."""
+    whole = np.floor(wanted + 1e-9).astype(np.int64)
+    short = round(wanted.sum()) - whole.sum()
+    whole[np.argsort(whole - wanted, kind="stable")[:short]] += 1
+    return whole
+
+
 class Endless(Sampler[NDArray[np.int64]]):
     """Positions of batch after batch, without an end.
 

@@ -1,6 +1,6 @@
 """Entering a run at an older step leaves a branch; what it had is kept aside in ``abandoned/NNN/``.
 
-checkpoints, rows of metrics.csv and pictures of later steps  ->  abandoned/001/
+checkpoints, rows of metrics.csv, pictures and averages of later steps  ->  abandoned/001/
 
 So ``auto`` never returns to it, and nothing is lost. Where no later checkpoint exists, a kill has merely cut off what
 will come again.
@@ -21,20 +21,22 @@ def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry | N
     """Make ``entry``, or nothing, the end of the run in directory ``run``; a crash in here loses nothing."""
     inside = entry and entry.state.parent.parent.resolve() == store.directory.resolve()
     last = entry.step if entry and inside else -1  # a checkpoint from elsewhere has none of this run before it
-    later = [picture for picture in (run / "samples").glob("step-*.png") if int(picture.stem[5:]) > last]
+    files = [*run.glob("samples/step-*.png"), *run.glob("ema/step-*.ckpt")]
+    later = [file for file in files if int(file.stem[5:]) > last]
     if newer := [step for step in store.steps() if step > last]:
         there = run / "abandoned" / f"{_next_number(run / 'abandoned'):03}"
-        make_directory(there / "samples")
+        make_directory(there)
         branch = MetricsFile(there / metrics.path.name)
         for row in metrics.rows():
             if (step := int(row["step"])) > last:
                 branch.log_metrics({k: float(v) for k, v in row.items() if k != "step" and v}, step)
-        for picture in later:
-            picture.rename(there / "samples" / picture.name)
+        for file in later:
+            make_directory(there / file.parent.name)
+            file.rename(there / file.parent.name / file.name)
         store.abandon(last, there)
         log.info("checkpoints newer than step %d were moved to %s: %s", max(last, 0), there, newer)
-    for picture in later:
-        picture.unlink(missing_ok=True)
+    for file in later:
+        file.unlink(missing_ok=True)
     metrics.cut(last)
 
 

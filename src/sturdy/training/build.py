@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.randomness import reseed
 from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
+from sturdy.training.trusted import strangers
 
 PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate")
 TRUSTED = ("sturdy.backbone.", "sturdy.diffusion.", "sturdy.training.ema.", "sturdy.training.optim.", "torch.optim.")
@@ -52,12 +53,11 @@ def rebuild(path: str | Path) -> DiffusionModule:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; it was not written by this project")
     for name in PARTS:
-        for target in _targets(config.get(name)):
-            if not _trusted(target):
-                raise ValueError(
-                    f"{path} asks for {target} as its {name}, which is not code of this project and is not run. If you "
-                    f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
-                )
+        for stranger in strangers(config.get(name), TRUSTED):
+            raise ValueError(
+                f"{path} asks for {stranger} as its {name}, which is not code of this project and is not run. If you "
+                f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
+            )
     module = build(config)
     module.load_state_dict(state["state_dict"])
     return module
@@ -83,24 +83,5 @@ def init_from(module: DiffusionModule, path: str) -> None:
             f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}"
         )
     module.denoiser.load_state_dict(weights)
-    module.ema.model.load_state_dict(weights)
-
-
-def _trusted(target: str) -> bool:
-    """Whether it is a class of ours or an optimizer: not a function, and nothing that our modules only import."""
-    if not target.startswith(TRUSTED):
-        return False
-    try:
-        found = get_object(target)
-    except (ImportError, ValueError, AttributeError):
-        return False
-    return isinstance(found, type) and f"{found.__module__}.".startswith(TRUSTED)
-
-
-def _targets(node: Any) -> list[str]:
-    if isinstance(node, Mapping):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [t for value in node.values() for t in _targets(value)]
-    if isinstance(node, list | tuple):
-        return [t for value in node for t in _targets(value)]
-    return []
+    for average in module.ema.networks():
+        average.load_state_dict(weights)

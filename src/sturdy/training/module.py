@@ -35,7 +35,7 @@ class DiffusionModule(L.LightningModule):
     """Trains ``denoiser`` on ``objective``.
 
     Batches are tuples ``(image, label, positions)``: ``(b, c, h, w)`` in [-1, 1], ``(b,)`` int64, and the ``b``
-    global positions as integers on the CPU.
+    global positions as integers on the CPU; a fourth, ``(b, k)``, tells the network how the images were augmented.
 
     Args:
         optimizer: called with parameter groups.
@@ -69,9 +69,9 @@ class DiffusionModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         tree = Tree()
-        for shard, x0, label, positions in self._shards(batch):
+        for shard, x0, label, positions, *condition in self._shards(batch):
             reseed(self.seed, "shard", self.global_step, shard)
-            loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions)).mean()
+            loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions), *condition).mean()
             tree.push([*self._gradients(loss), loss.detach()])
         *gradients, loss = total = self.sum(tree.sum())
         torch._foreach_div_(total, self.shards)
@@ -82,7 +82,7 @@ class DiffusionModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """The EMA's loss, each held-out image always with the same noise and time, so that steps compare."""
-        x0, label, positions = batch
+        x0, label, positions, *_ = batch
         draws = Draws(key(self.seed, "validation"), positions)
         self.held_out[int(positions[0])] = self.objective(cast(Denoiser, self.ema.model), x0, label, draws)
 
@@ -94,8 +94,8 @@ class DiffusionModule(L.LightningModule):
         self.log("val/loss", torch.cat([computed[first] for first in sorted(computed)]).mean(), logger=False)
 
     def configure_model(self) -> None:
-        """Lightning's place to cut parameters into parts; the average like what it averages."""
-        for network in (self.denoiser, self.ema.model):
+        """Lightning's place to cut parameters into parts; the averages like what they average."""
+        for network in (self.denoiser, *self.ema.networks()):
             shard_parameters(self, cast(Denoiser, network).backbone)
 
     def configure_optimizers(self) -> Optimizer:
@@ -125,14 +125,13 @@ class DiffusionModule(L.LightningModule):
             states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
 
-    def _shards(self, batch: Any) -> Iterator[tuple[int, Tensor, Tensor, Any]]:
+    def _shards(self, batch: Any) -> Iterator[tuple[Any, ...]]:
         """Those of this process, with their numbers."""
-        x0, label, positions = batch
         mine = self.shards // size()
-        b = len(x0) // mine
+        b = len(batch[0]) // mine
         for i in range(mine):
             part = slice(i * b, (i + 1) * b)
-            yield rank() * mine + i, x0[part], label[part], positions[part]
+            yield rank() * mine + i, *(values[part] for values in batch)
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         """The gradient of ``loss`` by each parameter, taken out of ``.grad``, where the next would be added."""

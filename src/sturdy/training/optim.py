@@ -1,5 +1,6 @@
 """The optimizer's parameter groups, its learning rate by step, and its state by parameter name."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ class Constant:
         self.warmup = warmup
 
     def __call__(self, step: int) -> float:
-        return min(1.0, (step + 1) / max(1, self.warmup))
+        return warmed(step, self.warmup, 1.0)
 
 
 class Linear:
@@ -29,8 +30,64 @@ class Linear:
         self.warmup, self.max_steps, self.end = warmup, max_steps, end
 
     def __call__(self, step: int) -> float:
-        rest = max(0.0, (self.max_steps - step) / max(1, self.max_steps - self.warmup))
-        return min(1.0, (step + 1) / max(1, self.warmup), self.end + (1 - self.end) * rest)
+        rest = left(step, self.warmup, self.max_steps)
+        return warmed(step, self.warmup, self.end + (1 - self.end) * rest)
+
+
+class Cosine:
+    """Linear warm-up to 1 over ``warmup`` steps, then half a cosine down to ``end`` at ``max_steps``.
+
+    Source: Loshchilov & Hutter 2017, "SGDR", eq. 5, without restarts.
+    """
+
+    def __init__(self, *, max_steps: int, warmup: int = 100, end: float = 0.0) -> None:
+        self.warmup, self.max_steps, self.end = warmup, max_steps, end
+
+    def __call__(self, step: int) -> float:
+        rest = (1 - math.cos(math.pi * left(step, self.warmup, self.max_steps))) / 2
+        return warmed(step, self.warmup, self.end + (1 - self.end) * rest)
+
+
+class InverseSquareRoot:
+    """Linear warm-up to 1 over ``warmup`` steps, constant up to ``flat``, then sqrt(flat / step): it has no end.
+
+    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2).
+    """
+
+    def __init__(self, *, warmup: int = 100, flat: int = 1000) -> None:
+        if flat < 1:
+            raise ValueError(f"learning_rate.flat={flat} must be at least one step")
+        self.warmup, self.flat = warmup, flat
+
+    def __call__(self, step: int) -> float:
+        return warmed(step, self.warmup, (self.flat / max(step, self.flat)) ** 0.5)
+
+
+class WarmupStableDecay:
+    """Linear warm-up to 1 over ``warmup`` steps, constant, then in the last share ``decay`` of steps down to ``end``.
+
+    It falls like 1 - sqrt(x), x from 0 to 1, the best cooldown of Hägele et al. 2024, "Scaling Laws and Compute-Optimal
+    Training Beyond Fixed Training Durations"; the three phases are MiniCPM's (Hu et al. 2024).
+    """
+
+    def __init__(self, *, max_steps: int, warmup: int = 100, decay: float = 0.2, end: float = 0.0) -> None:
+        if not 0 <= decay <= 1:
+            raise ValueError(f"learning_rate.decay={decay} is a share of the steps: it must be a number from 0 to 1")
+        self.warmup, self.max_steps, self.decay, self.end = warmup, max_steps, decay, end
+
+    def __call__(self, step: int) -> float:
+        rest = 1 - (1 - left(step, (1 - self.decay) * self.max_steps, self.max_steps)) ** 0.5
+        return warmed(step, self.warmup, self.end + (1 - self.end) * rest)
+
+
+def warmed(step: int, warmup: int, rate: float) -> float:
+    """``rate``, or less in the first ``warmup`` steps, on a line that reaches 1 with the last of them."""
+    return min(1.0, (step + 1) / max(1, warmup), rate)
+
+
+def left(step: int, start: float, end: float) -> float:
+    """How much of the way from ``start``, 1, to ``end``, 0, is left at ``step``."""
+    return min(1.0, max(0.0, (end - step) / max(1, end - start)))
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

@@ -87,7 +87,7 @@ def open_data(cfg: DictConfig) -> Any:
     data.rank, data.processes, data.limit_val = world.rank(), world.size(), cfg.trainer.limit_val_batches
     data.open()
     cfg.classes = list(data.classes)
-    cfg.num_classes = len(data.classes)
+    cfg.num_classes, cfg.num_conditions, cfg.prior = len(data.classes), data.conditions, data.prior
     return data
 
 

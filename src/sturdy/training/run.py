@@ -23,11 +23,12 @@ from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
 from sturdy.resume.reduction import describe
 from sturdy.resume.skips import Diverged, Skip, Skips
 from sturdy.resume.store import NothingVerifies, Store, Unloadable
-from sturdy.resume.supervisor import die_with_parent
+from sturdy.resume.supervisor import die_with_parent, launched
 from sturdy.resume.writer import SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.branch import leave_branch
 from sturdy.training.build import build, init_from
+from sturdy.training.callbacks.watchdog import watch_start
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import how_summed, make_trainer, open_data, settle, summing, try_out, unfit
@@ -72,6 +73,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
     preemption = Preemption()
     preemption.listen(training=False)
+    watch(cfg)
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
     with world.ahead():
@@ -97,7 +99,14 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         if number := world.heard(preemption.signal or 0):
             raise Preempted(f"{signal.Signals(number).name}: went back to the last checkpoint")
         preemption.listen(training=False)
+        watch(cfg)
         cfg.ckpt_path = onwards(cfg.ckpt_path)
+
+
+def watch(cfg: DictConfig) -> None:
+    """Where somebody starts this process again, do not wait for the others for ever."""
+    if launched() and cfg.callbacks.get("watchdog"):
+        watch_start(cfg.callbacks.watchdog.start)
 
 
 def onwards(ckpt_path: str | None) -> str:
@@ -182,6 +191,7 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]  # left when the last save is durable
             trainer.fit(module, datamodule=data, ckpt_path=entry.state if entry else None, weights_only=True)
     except Preempted:
+        watch(cfg)
         world.heard(0)  # a launcher takes the first that leaves for dead, and rank 0 has just saved
         raise
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Grids of samples during training, always from the same noise, so that one sees the pictures come."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Samples(Callback):
         directory: str | Path,
         sampler: Sampler,
         image_size: int,
-        guidance: float = 1.0,
+        guidance: Mapping[str, Any] | None = None,
         every_n_steps: int | None = 500,
         n: int = 48,
         seed: int = 0,
@@ -68,7 +69,7 @@ class Samples(Callback):
         draws = Draws(key(self.seed, "samples"), range(self.n))
         noise = draws.normal("start", (3, self.image_size, self.image_size)).to(module.device)
         classes = denoiser.num_classes
-        guided = Guided(denoiser, self.guidance) if classes else denoiser
+        guided = Guided(denoiser, **(self.guidance or {"scale": 1.0})) if classes else denoiser
         label = torch.arange(self.n, device=module.device) % classes if classes else None
         pictures = sample(self.sampler, guided, noise, label, draws)
         return grid(pictures, columns=class_columns(self.n, classes))

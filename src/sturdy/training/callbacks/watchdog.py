@@ -20,11 +20,16 @@ from sturdy.resume.supervisor import STACKS
 HEADER = 160  # bytes of the first line, which is written over at every step
 
 
+def watch_start(seconds: float) -> None:
+    """From now until the callback watches: end this process after ``seconds``, its stacks go to standard error."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+
+
 class Watchdog(Callback):
     """Ends the process with exit code 1 when it exceeds its limit; to stand before callbacks that take their time.
 
     ============================  =============================================
-    until the second step is done ``start`` seconds: loading and compilation
+    until the second step is done ``start`` seconds: loading and compilation; ``watch_start`` before
     a step                        ``factor`` times the usual, or ``at_least``
     between steps                 ``pause``: validation (a batch), grids, saves
     ============================  =============================================

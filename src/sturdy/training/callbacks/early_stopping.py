@@ -1,0 +1,51 @@
+"""Stops a run that gets no better; what it has seen is in ``metrics.csv``, so a resumed run stops at the same step."""
+
+import math
+from collections.abc import Mapping
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sturdy.resume import world
+from sturdy.training.attempt import CONSOLE
+from sturdy.training.loggers.metrics_file import MetricsFile
+
+
+class EarlyStopping(Callback):
+    """Stops after ``patience`` validations in a row without a new best.
+
+    Args:
+        patience: None for never.
+        monitor: a metric of the validation; ``mode`` says whether small (``min``) or large (``max``) is good.
+    """
+
+    def __init__(self, *, patience: int | None = None, monitor: str = "val/loss", mode: str = "min") -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"callbacks.early_stopping.patience={patience} must be at least 1, or null")
+        if mode not in ("min", "max"):
+            raise ValueError(f"callbacks.early_stopping.mode={mode} must be min or max")
+        self.patience, self.monitor, self.sign = patience, monitor, 1 if mode == "min" else -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._look(trainer)
+
+    def stale(self, scores: Mapping[int, float]) -> int:
+        """Validations since the best of ``scores`` by step."""
+        finite = {step: self.sign * score for step, score in scores.items() if math.isfinite(score)}
+        best = min(finite, key=lambda step: (finite[step], step), default=-1)
+        return sum(step > best for step in scores)
+
+    def _look(self, trainer: L.Trainer) -> None:
+        if self.patience is None:
+            return
+        file = trainer.logger
+        assert isinstance(file, MetricsFile)
+        if world.decide(lambda: self.stale(file.column(self.monitor))) >= self.patience:
+            trainer.should_stop = True
+            if world.rank() == 0:
+                CONSOLE.info(
+                    f"step {trainer.global_step}: {self.monitor} was no better {self.patience} times; stopping"
+                )

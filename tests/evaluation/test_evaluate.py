@@ -1,0 +1,173 @@
+"""The door, on a small run: a whole report, the figures known in advance, and refusals that say what to do."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from runs import ROOT, train
+from runs import SMALL as SMALL_RUN
+from sturdy.door import check_composed
+from sturdy.randomness import generator
+from sturdy.resume.entry import Entry, Refused
+from sturdy.training.evaluate import asked, evaluate, open_data, ours
+
+SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
+SMALL += ["evaluate.audit_seen=600"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A directory with the finished run ``run``, and what its evaluation said."""
+    tmp = tmp_path_factory.mktemp("evaluate")
+    train(tmp, "run", "trainer.max_steps=3", "callbacks.samples.every_n_steps=null")
+    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
+    command = [sys.executable, str(ROOT / "evaluate.py"), *SMALL, "features.seen=600", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tmp, paths, done
+
+
+@pytest.fixture
+def again(run, capsys, monkeypatch):
+    """Evaluate once more, in this process, with ``words``; the exit code and what was said."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def start(*words):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            embedded = not any(word.startswith("features=") for word in words)
+            cfg = compose("evaluate", [*SMALL, *["features.seen=600"][: int(embedded)], *run[1], *words])
+        check_composed(cfg)
+        code = evaluate(cfg, list(words))
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    yield start
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_report_is_whole(run):
+    tmp, _, done = run
+    home = tmp / "runs" / "run" / "evaluation"
+    text, numbers = (home / "report.md").read_text(), json.loads((home / "report.json").read_text())
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert set(pictures) == {"samples.png", "closest.png", "levels.png", "denoised.png", "walk.png"}
+    assert all((home / name).is_file() for name in pictures)
+    for heading in ("Quality", "Is anything memorised?", "Audit", "Loss by noise level", "From noise to picture"):
+        assert f"## {heading}" in text
+    assert "24 samples against 24 training and 12 held-out images" in text
+    assert "fid" not in text.lower()  # a distance in features of our own
+    assert numbers["quality"]["held_out_floor"].keys() == {
+        "kid",
+        "kid_error",
+        "fd",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    }
+    assert numbers["memorisation_pixels"]["control"] == 1
+    assert {f["attribute"] for f in numbers["frequencies"]} >= {"body", "paint", "direction", "light"}
+    assert {f["option"] for f in numbers["frequencies"] if f["attribute"] == "body"} >= {"limousine", "sedan"}
+    assert "| kid" in done.stdout
+    assert "class accuracy" in done.stdout
+    assert str(home / "report.md") in done.stdout
+    assert done.stderr == ""
+
+
+def test_more_pictures_are_added_to_those_there_are(run, again):
+    drawn = run[0] / "runs" / "run" / "evaluation" / "drawn"
+    before = {path: path.stat().st_mtime_ns for path in drawn.iterdir()}
+    networks = {path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()}
+    code, said = again("evaluate.n=40", f"evaluate.out={drawn.parent}")
+    assert code == 0, said
+    kept = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
+    assert len(kept) == len(before) == 3
+    assert len(list(drawn.iterdir())) == 5  # 0, 10 and 20 to 23 are there; 20 to 29 and 30 to 39 are new
+    assert networks == {path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()}
+
+
+def test_without_a_label_nothing_is_asked_for(again, tmp_path):
+    code, said = again("evaluate.n=8", "evaluate.labels=none", f"evaluate.out={tmp_path}", "sampler=euler")
+    assert code == 0, said
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert "class_accuracy" not in numbers
+    assert "precision_by_class" not in numbers
+    assert numbers["sampler"]["_target_"].endswith("Euler")
+
+
+REFUSALS = {
+    "run=nobody": "has no checkpoint",
+    "ckpt_path=nowhere": "ckpt_path=nowhere is not there",
+    "evaluate.n=2": "evaluate.n=2 must be at least 8",
+    "evaluate.labels=some": "must be one of prior, even, none",
+    "features=inception": "features=inception needs a file of weights, and features.path is not given",
+    "features=dinov2": "Or use features=embedded, which needs no download",
+}
+
+
+@pytest.mark.parametrize("word", REFUSALS)
+def test_refusals_say_what_to_do(again, word):
+    code, said = again(word)
+    assert code == 2
+    assert REFUSALS[word] in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
+    tmp, _, _ = run
+    pictures = tmp / "pictures"
+    pictures.mkdir()
+    for k in range(40):
+        coarse = torch.randint(256, (4, 4, 3), generator=generator("picture", k), dtype=torch.uint8)
+        Image.fromarray(coarse.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(pictures / f"{k:02d}.png")
+    words = [word for word in SMALL_RUN if not word.startswith("data.source")]
+    train(tmp, "mine", "data=folder", f"data.root={pictures}", "trainer.max_steps=2", base=words)
+    moved = pictures.rename(tmp / "moved")
+    code, said = again("run=mine", f"evaluate.out={tmp_path}")
+    assert code == 2
+    assert "data.root" in said
+    code, said = again("run=mine", f"evaluate.out={tmp_path}", f"data_root={moved}")
+    assert code == 0, said
+    text, numbers = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
+    assert "## Audit" not in text
+    assert "no labels" in text
+    assert numbers["quality"]["n"] == 16  # as many others are left to compare with
+    assert numbers["memorisation_pixels"]["control"] == 1
+
+
+def test_other_images_are_refused(tmp_path):
+    source = {"_target_": "sturdy.data.cars.Cars", "n": 10, "size": 16}
+    data = {"_target_": "sturdy.data.module.ImageData", "source": source, "image_size": 16}
+    cfg = OmegaConf.create({"run": "mine", "data_root": None, "paths": {"cache": str(tmp_path)}})
+    then = Entry(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
+    with pytest.raises(Refused, match=r"not those that mine was trained on .* data_root=\.\.\."):
+        open_data(cfg, {"data": data}, then)
+    assert open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True)).held_out == 1
+
+
+def test_a_checkpoint_does_not_choose_what_is_executed():
+    ours({"_target_": "sturdy.data.module.ImageData", "source": {"_target_": "sturdy.data.cars.Cars"}}, "sturdy.data.")
+    for target in ("os.system", "sturdy.data.module.Path", "sturdy.training.run.train"):
+        with pytest.raises(ValueError, match="is not run"):
+            ours({"_target_": "sturdy.data.module.ImageData", "source": {"_target_": target}}, "sturdy.data.")
+
+
+def test_labels_come_in_proportion_and_do_not_depend_on_how_many():
+    labels = torch.tensor([0] * 49 + [1] * 49 + [3] * 2)
+    many = asked("prior", labels, 4, 1000)
+    assert torch.equal(many[:100], asked("prior", labels, 4, 100))
+    for n in (50, 100, 1000):
+        counts = torch.bincount(many[:n], minlength=4) / n
+        assert (counts - torch.tensor([0.49, 0.49, 0, 0.02])).abs().max() <= 2 / n
+    assert torch.bincount(asked("even", labels, 4, 100)).tolist() == [25, 25, 25, 25]
+    assert asked("none", labels, 4, 100) is None
+    assert asked("prior", None, 0, 100) is None
+    assert OmegaConf.load(ROOT / "conf" / "evaluate.yaml").evaluate.labels == "prior"

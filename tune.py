@@ -1,0 +1,8 @@
+"""Find how a run's pictures are best drawn: python tune.py run=cars tune.scales=[1,1.5,2] tune.steps=[8,15]"""
+
+from pathlib import Path
+
+from sturdy.door import open_door
+
+if __name__ == "__main__":
+    open_door(Path(__file__).resolve().parent / "conf" / "tune.yaml", "sturdy.training.tune:tune")
