@@ -262,6 +262,7 @@ def runs(tmp_path_factory):
     return tmp
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_save_stops_with_a_message_and_continues_to_the_same_bits(runs):
     """As ``whole`` was at step 6; from there on, files may be half as large as a checkpoint."""
     home = runs / "runs" / "limited"

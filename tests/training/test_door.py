@@ -188,6 +188,7 @@ def test_sampling_is_the_same_at_every_batch_size(run):
         assert abs(one - three).max() <= 1  # the kernels round differently
 
 
+@pytest.mark.slow
 def test_sampling_refuses_what_is_not_there(run):
     tmp, _ = run
     for word, text in {"sample.label=plane": "there are: hatchback", "run=nobody": "has no checkpoint"}.items():

@@ -43,6 +43,7 @@ def test_they_are_the_averages_of_their_step(whole):
     assert not equal(found["step-00000005.ckpt"], found["step-00000010.ckpt"])  # the control
 
 
+@pytest.mark.slow
 def test_killed_in_a_write_and_between_two_the_files_end_up_the_same(whole):
     """It dies before the snapshot of step 5 has its name, then after step 7: neither leaves half a file."""
     train(whole, "killed", *POWER, sabotage="die-in-snapshot", code=-signal.SIGKILL)

@@ -67,6 +67,7 @@ def file(run):
     path.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on_and_the_others_follow_what_it_found(run, through, file):
     home, words = run
     drawn = home / "evaluation" / "drawn"
