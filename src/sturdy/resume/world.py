@@ -31,12 +31,17 @@ def join(accelerator: str = "cpu") -> None:
     if launcher is None or launcher.world_size() == 1 or dist.is_initialized():
         return
     gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
+    n, w = launcher.global_rank(), launcher.world_size()
+    life = os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    )  # torchrun's store still has the addresses of the one before
     with peers():
+        store, *_ = next(dist.rendezvous(f"tcp://{launcher.main_address}:{launcher.main_port}", n, w, timeout=LONG))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            init_method=f"tcp://{launcher.main_address}:{launcher.main_port}",
-            rank=launcher.global_rank(),
-            world_size=launcher.world_size(),
+            store=dist.PrefixStore(f"life {life} of {w}", store),
+            rank=n,
+            world_size=w,
             timeout=LONG,
         )
 
