@@ -15,10 +15,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 import sturdy.training.run as run
-from runs import ROOT, SMALL_DIT
+from runs import ROOT, SMALL, SMALL_DIT
 from sturdy.randomness import Draws, key
 
-SHARDED = [*SMALL_DIT, "data.shards=4", "reduction=tree"]
+SHARDED, SHARDED_UNET = ([*base, "data.shards=4", "reduction=tree"] for base in (SMALL_DIT, SMALL))
 
 
 class World:

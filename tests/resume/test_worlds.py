@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs import SMALL, differences, losses
+from runs import differences, losses
 from sturdy.resume.store import Store, load_state
-from worlds import SHARDED, World, entries, finish, ledger
-
-UNET = [*SMALL, "data.shards=4", "reduction=tree"]
+from worlds import SHARDED, SHARDED_UNET, World, entries, finish, ledger
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +39,8 @@ def test_killed_on_one_two_and_four_and_ended_on_one(tmp: Path) -> None:
 
 
 def test_unet_on_two(tmp: Path) -> None:
-    finish(tmp, "unet-1", 1, base=UNET)
-    finish(tmp, "unet-2", 2, base=UNET)
+    finish(tmp, "unet-1", 1, base=SHARDED_UNET)
+    finish(tmp, "unet-2", 2, base=SHARDED_UNET)
     assert differences(tmp, "unet-1", "unet-2") == []
 
 
@@ -110,7 +108,7 @@ def test_the_second_start_of_a_run_that_lives_is_refused_in_a_line(tmp: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [SHARDED, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("base", [SHARDED, SHARDED_UNET], ids=["dit", "unet"])
 def test_every_pair_of_worlds(tmp: Path, base: list[str], request: pytest.FixtureRequest) -> None:
     kind = request.node.callspec.id
     finish(tmp, f"{kind}-straight", 1, base=base)

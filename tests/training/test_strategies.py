@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from runs import SMALL, differences
+from runs import differences
 from sturdy.resume.compare import differing
 from sturdy.resume.store import Store, load_state
-from worlds import SHARDED, World, entries, finish, ledger
-
-UNET = [*SMALL, "data.shards=4", "reduction=tree"]
+from worlds import SHARDED, SHARDED_UNET, World, entries, finish, ledger
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def test_a_chain_of_all_three_sees_the_same_samples_and_noise(tmp: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "base", [pytest.param(SHARDED, id="dit"), pytest.param(UNET, id="unet", marks=pytest.mark.slow)]
+    "base", [pytest.param(SHARDED, id="dit"), pytest.param(SHARDED_UNET, id="unet", marks=pytest.mark.slow)]
 )
 def test_each_reads_the_checkpoint_of_each_to_the_bit(
     tmp: Path, base: list[str], request: pytest.FixtureRequest
