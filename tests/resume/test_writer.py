@@ -313,6 +313,35 @@ def test_data_workers_may_be_forked_at_any_instant(tmp_path):
     assert [store.verify(step)["step"] for step in store.steps()] == [*range(1, 13)]
 
 
+TEAMS = """
+import os, sys
+import torch
+from sturdy.resume.store import Store
+from sturdy.resume.writer import Buffers, StoreIO
+
+if sys.argv[2] == "copied":  # by torch, in the writer
+    Buffers.reserve = Buffers.copy
+torch.set_num_threads(2)
+weights = torch.zeros(4, 1_000_000) + 1  # opens the team of this thread
+alone = len(os.listdir("/proc/self/task"))
+with StoreIO(Store(sys.argv[1]), lambda checkpoint: {}) as io:
+    for step in (1, 2):
+        io.reserve({"weights": weights})
+        io.save_checkpoint({"global_step": step, "weights": weights}, io.store.state(step))
+        buffers = [io.free.get(), io.free.get()]  # so all work is done
+        [io.free.put(b) for b in buffers]
+    print(len(os.listdir("/proc/self/task")) - alone)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize(("how", "threads"), [("touched", 1), ("copied", 2)])
+def test_the_writer_is_one_thread_beside_a_team_of_openmp(how, threads, tmp_path):
+    """The control opens a second team, as any parallel loop of torch does there, and halves the speed of training."""
+    done = subprocess.run([sys.executable, "-c", TEAMS, tmp_path, how], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{threads}\n", done.stderr
+
+
 LEAVE = """
 import json, os, signal, sys, threading, time
 import torch

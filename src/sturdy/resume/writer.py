@@ -10,6 +10,7 @@ disk) is tried again, aloud; then it stops the training at its next step. ``with
 durable.
 """
 
+import ctypes
 import errno
 import logging
 import os
@@ -47,28 +48,45 @@ class Buffers:
     def __init__(self) -> None:
         self.pool: dict[Any, list[Tensor]] = {}
 
+    def reserve(self, state: Any) -> None:
+        """Allocate what ``copy`` will need, and touch it.
+
+        Without torch, whose first parallel loop in a second thread starts a second team of OpenMP threads: libgomp then
+        takes the cores for oversubscribed and lets training's own threads sleep between loops, which halves its speed.
+        """
+
+        def touch(value: Tensor, buffer: Tensor) -> Tensor:
+            memory = buffer.untyped_storage()
+            ctypes.memset(memory.data_ptr(), 0, memory.nbytes())
+            return buffer
+
+        self._fill(state, touch)
+
     def copy(self, state: Any) -> Any:
         """``state`` with its tensors copied, complete when this returns; valid until the next ``copy``."""
+        copy = self._fill(state, lambda value, buffer: buffer.copy_(value.detach(), non_blocking=value.is_cuda))
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copy
+
+    def _fill(self, state: Any, fill: Callable[[Tensor, Tensor], Tensor]) -> Any:
         taken: Counter[Any] = Counter()
 
-        def copied(value: Any) -> Any:
+        def filled(value: Any) -> Any:
             if isinstance(value, Tensor):
                 kind = (value.dtype, value.shape, value.stride(), value.is_cuda)
                 buffers = self.pool.setdefault(kind, [])
                 if taken[kind] == len(buffers):  # the layout stays: loaded optimizer state is used in the one it has
                     buffers.append(torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False))
                 taken[kind] += 1
-                return buffers[taken[kind] - 1].copy_(value.detach(), non_blocking=value.is_cuda)
+                return fill(value, buffers[taken[kind] - 1])
             if isinstance(value, Mapping):
-                return {k: copied(v) for k, v in value.items()}
+                return {k: filled(v) for k, v in value.items()}
             if isinstance(value, list | tuple | set):
-                return type(value)([copied(v) for v in value])
+                return type(value)([filled(v) for v in value])
             return value
 
-        copy = copied(state)
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
-        return copy
+        return filled(state)
 
 
 class StoreIO(CheckpointIO):
@@ -103,7 +121,7 @@ class StoreIO(CheckpointIO):
         """Let the writer allocate memory for tensors like those in ``state``, so that no save waits for that."""
         if self.thread:
             buffers = self.free.get()
-            self.asked.put((buffers, partial(buffers.copy, state)))
+            self.asked.put((buffers, partial(buffers.reserve, state)))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Take a copy of ``checkpoint``, to be committed under its step.
