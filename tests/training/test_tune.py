@@ -141,13 +141,42 @@ def test_pictures_are_of_the_recipe(run, through, file, tmp_path):
     assert not list(run[0].glob(".sampling*"))
 
 
+def test_a_guide_is_a_checkpoint_or_the_last_of_a_run(run, through, tmp_path):
+    """Away from itself nothing moves: what is not guided at all comes out."""
+    first = min((run[0] / "checkpoints").glob("step-*"))
+    given = {
+        "none": "guidance.scale=1",
+        "itself": f"guidance.guide={run[0]}",
+        "earlier": f"guidance.guide={first}",
+        "null label": "guidance.scale=3",
+    }
+    said = {}
+    for name, word in given.items():
+        words = ["sampler=ddim", "sampler.steps=3", "guidance.scale=3", f"sample.out={tmp_path / name}", word]
+        code, said[name] = through("sample", *words)
+        assert code == 0, said[name]
+    pictures = {name: (tmp_path / name / "000001.png").read_bytes() for name in given}
+    assert pictures["none"] == pictures["itself"]
+    assert len(set(pictures.values())) == 3
+    assert f"guidance 3 away from {first}, the run's own EMA" in said["earlier"]
+
+
+def test_recipes_with_a_guide_ask_two_networks(run, through, file):
+    words = ["tune.labels=none", "tune.n=8", "tune.steps=[1]", "tune.ema=[null]", "tune.scales=[1,2]"]
+    code, said = through("tune", f"guidance.guide={min((run[0] / 'checkpoints').glob('step-*'))}", *words)
+    assert code == 0, said
+    assert [line.split()[:4] for line in said.splitlines()[3:5]] == [["own", "1", "1", "1"], ["own", "2", "1", "2"]]
+    assert "step-" in OmegaConf.load(file).guidance.guide
+
+
 WRONG = {
     "sampler: [": "sampling.yaml cannot be read (while parsing",
     "sampler: {steps: 0}": "sampler.steps=0 must be 1 or more",
     "sampler: {stepps: 3}": "unexpected keyword argument 'stepps'",
     "sampler: heun": "sampling.yaml: sampler=heun makes no sense",
     "steps: 3": "sampling.yaml must say sampler, guidance and ema, and nothing else",
-    "guidance: {guide: 3}": "sampling.yaml: guidance.guide is none of scale, interval, rescale",
+    "guidance: {sacle: 3}": "sampling.yaml: guidance.sacle is none of scale, interval, rescale, guide",
+    "guidance: {guide: gone}": "guidance.guide=gone is not there; give the directory of a run",
     "guidance: {scale: high}": "guidance.scale=high must be a number",
     "ema: long": "sampling.yaml: ema=long makes no sense",
     "sampler: {_target_: os.system, command: ls}": "os.system is not code of sturdy.diffusion, and is not run",

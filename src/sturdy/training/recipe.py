@@ -19,14 +19,16 @@ from torch import Tensor
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import Estimator, Sampler
 from sturdy.resume.durable import durable, fsync_directory
-from sturdy.resume.entry import Entry
+from sturdy.resume.entry import Entry, Refused, find_entry
+from sturdy.resume.store import NothingVerifies, Store
+from sturdy.training.build import rebuild
 from sturdy.training.module import DiffusionModule
 from sturdy.training.snapshots import of_length
 from sturdy.training.trusted import strangers
 
 SAMPLING = "sampling.yaml"  # in the run's directory: its defaults, as tune.py found them
 KINDS: dict[str, Any] = {"sampler": Mapping, "guidance": Mapping, "ema": Real | None}
-GUIDANCE = ("scale", "interval", "rescale")
+GUIDANCE = ("scale", "interval", "rescale", "guide")
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -35,12 +37,12 @@ class Recipe:
 
     Args:
         given: the sampler's ``_target_`` and arguments.
-        guidance: arguments of ``Guided``.
+        guidance: arguments of ``Guided``, its ``guide`` as a checkpoint or as the directory of a run.
         ema: None for the average that the run validates with.
         origin: where all this is from, for people.
 
     Raises:
-        ValueError: with ``origin``, if this makes no sampler, or names code that is not ours.
+        ValueError: with ``origin``, if this makes no sampler, or names code not ours or a guide that is not there.
     """
 
     def __init__(
@@ -57,6 +59,13 @@ class Recipe:
             if not isinstance(value, Real):
                 raise ValueError(f"{name}={value} must be a number (the recipe is {origin})")
         self.sampler: Sampler = made
+        self.guide: Entry | None = None
+        if guide := self.guidance.pop("guide", None):
+            try:
+                self.guide = _guide(Path(str(guide)))
+            except (Refused, NothingVerifies) as error:
+                raise ValueError(f"guidance.guide={guide} {error} (the recipe is {origin})") from None
+            self.guidance["guide"] = str(self.guide.state.parent)
 
     def varied(self, *, steps: int, scale: float | None, ema: float | None, origin: str) -> "Recipe":
         """The same but for these; ``scale`` None leaves the guidance."""
@@ -81,26 +90,33 @@ class Recipe:
         model.load_state_dict(weights)
         return model
 
-    def guided(self, denoiser: Denoiser, labels: Tensor | None) -> Estimator:
-        """``denoiser``, guided if there are labels.
+    def guides(self, labels: Tensor | None) -> bool:
+        """Whether there is anything to guide by: labels, or a worse network."""
+        return labels is not None or self.guide is not None
+
+    def guided(self, denoiser: Denoiser, labels: Tensor | None, *, guide: Denoiser | None = None) -> Estimator:
+        """``denoiser``, guided if it can be; ``guide`` is in the place of the one that is read from its checkpoint.
 
         Raises:
             ValueError: with the origin, if the guidance is none.
         """
-        if labels is None:
+        if not self.guides(labels):
             return denoiser
+        if self.guide and guide is None:
+            guide = cast(Denoiser, rebuild(self.guide.state).ema.model.to(next(denoiser.parameters()).device))
         try:
-            return Guided(denoiser, **self.guidance)
+            return Guided(denoiser, **{**self.guidance, "guide": guide})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error} (the recipe is {self.origin})") from None
 
     def primitives(self, labels: Tensor | None) -> dict[str, Any]:
         """All that pictures with these ``labels`` depend on."""
-        return {"sampler": self.given, "guidance": None if labels is None else self.guidance, "ema": self.ema}
+        return {"sampler": self.given, "guidance": self.guidance if self.guides(labels) else None, "ema": self.ema}
 
     def how(self, labels: Tensor | None) -> str:
         """All of it in a few words."""
-        guidance = "no guidance" if labels is None else f"guidance {self.guidance['scale']:g}"
+        guidance = f"guidance {self.guidance['scale']:g}" if self.guides(labels) else "no guidance"
+        guidance += f" away from {self.guidance['guide']}" if self.guide else ""
         average = "the run's own EMA" if self.ema is None else f"an EMA of length {self.ema:g}"
         return f"{self}, {guidance}, {average}"
 
@@ -151,6 +167,16 @@ def recipe_of(cfg: DictConfig, config: Mapping[str, Any], run: Path | None, ema:
     origin = f"from {origin}" + (f", but for {', '.join(named)}" if named else "")
     found = over(base, command)
     return Recipe(found["sampler"], found["guidance"], found["ema"], origin=origin)
+
+
+def _guide(path: Path) -> Entry:
+    """The checkpoint at ``path``, or the last of the run there."""
+    if not path.exists():
+        raise Refused("is not there; give the directory of a run, of one of its checkpoints, or a state.ckpt")
+    of_a_run = (path / "checkpoints").is_dir()
+    entry = find_entry(Store(path / "checkpoints"), "last" if of_a_run else str(path), {}, "min")
+    assert entry is not None  # it is, only where none is asked for
+    return entry
 
 
 def over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

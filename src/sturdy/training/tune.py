@@ -89,7 +89,7 @@ def try_all(cfg: DictConfig) -> None:
     subject = Subject(cfg, options.most)
     labels = asked(options.labels, subject.train.labels, len(subject.data.classes), options.n)
     base = recipe_of(cfg, subject.config, None)  # not as an earlier tune found it: that would depend on the order
-    scales = [None] if labels is None else options.scales
+    scales = options.scales if base.guides(labels) else [None]
     recipes = [
         base.varied(steps=steps, scale=scale, ema=ema, origin="one of those that tune.* names")
         for ema, scale, steps in product(options.ema, scales, options.steps)
@@ -154,7 +154,8 @@ class Counter:
 def calls(recipe: Recipe, denoiser: Denoiser, labels: Tensor | None) -> int:
     """How often ``recipe`` asks the network for one picture."""
     counter = Counter(denoiser)
-    guided, label = recipe.guided(cast(Denoiser, counter), labels), None if labels is None else labels[:1]
+    network, label = cast(Denoiser, counter), None if labels is None else labels[:1]
+    guided = recipe.guided(network, labels, guide=network if recipe.guide else None)
     sample(recipe.sampler, guided, torch.ones(1, 3, 2, 2), label, Draws(0, range(1)))
     return counter.calls
 
@@ -165,5 +166,5 @@ def row(cells: Any) -> str:
 
 
 def _names(recipe: Recipe, labels: Tensor | None) -> list[str]:
-    scale = "none" if labels is None else f"{recipe.guidance['scale']:g}"
+    scale = f"{recipe.guidance['scale']:g}" if recipe.guides(labels) else "none"
     return ["own" if recipe.ema is None else f"{recipe.ema:g}", scale, str(recipe.sampler.steps)]
