@@ -53,12 +53,16 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        h = F.scaled_dot_product_attention(*self.queries_keys_values(x, turn))
+        return self.out(h.transpose(1, 2).flatten(2))
+
+    def queries_keys_values(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What meets in attention, ``(b, heads, tokens, head_dim)`` each; tokens row by row."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, tokens, 3, heads, head_dim)
         qk, v = qkv.split([2, 1], dim=2)
         qk = rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), turn).to(v.dtype)
-        q, k = qk.transpose(1, 3).unbind(2)  # (b, heads, tokens, head_dim)
-        h = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))
-        return self.out(h.transpose(1, 2).flatten(2))
+        q, k = qk.transpose(1, 3).unbind(2)
+        return q, k, v.squeeze(2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

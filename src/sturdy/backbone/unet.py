@@ -56,11 +56,15 @@ class Attention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        h = F.scaled_dot_product_attention(*self.queries_keys_values(x)).transpose(1, 2).flatten(2)
+        return x + self.out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What meets in attention, ``(b, heads, hw, head_dim)`` each; pixels row by row."""
         h = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (b, hw, c)
         qkv = self.qkv(h).unflatten(2, (3, -1, self.head_dim))  # (b, hw, 3, heads, head_dim)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # (b, heads, hw, head_dim)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return q, k, v
 
 
 class Block(nn.Module):
