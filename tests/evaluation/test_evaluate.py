@@ -4,19 +4,23 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from mirrors import tensorboard_metrics
 from runs import ROOT, train
 from runs import SMALL as SMALL_RUN
 from sturdy.door import check_composed
 from sturdy.randomness import generator
 from sturdy.resume.entry import Entry, Refused
 from sturdy.training.evaluate import asked, evaluate, open_data, ours
+from sturdy.training.loggers.metrics_file import MetricsFile
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
 SMALL += ["evaluate.audit_seen=600"]
@@ -26,7 +30,8 @@ SMALL += ["evaluate.audit_seen=600"]
 def run(tmp_path_factory):
     """A directory with the finished run ``run``, and what its evaluation said."""
     tmp = tmp_path_factory.mktemp("evaluate")
-    train(tmp, "run", "trainer.max_steps=3", "callbacks.samples.every_n_steps=null")
+    logger = "logger=tensorboard" if find_spec("tensorboard") else "logger=csv"
+    train(tmp, "run", "trainer.max_steps=3", "callbacks.samples.every_n_steps=null", logger)
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
     command = [sys.executable, str(ROOT / "evaluate.py"), *SMALL, "features.seen=600", *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -57,10 +62,23 @@ def test_the_report_is_whole(run):
     home = tmp / "runs" / "run" / "evaluation"
     text, numbers = (home / "report.md").read_text(), json.loads((home / "report.json").read_text())
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert set(pictures) == {"samples.png", "closest.png", "levels.png", "denoised.png", "walk.png"}
+    assert set(pictures) == {
+        "samples.png",
+        "closest.png",
+        "levels.png",
+        "denoised.png",
+        "attention.png",
+        "walk.png",
+    }
     assert all((home / name).is_file() for name in pictures)
-    for heading in ("Quality", "Is anything memorised?", "Audit", "Loss by noise level", "From noise to picture"):
-        assert f"## {heading}" in text
+    assert re.findall("^## (.*)", text, re.M) == [
+        "Quality",
+        "Is anything memorised?",
+        "Audit",
+        "Loss by noise level",
+        "Where it looks",
+        "From noise to picture",
+    ]
     assert "24 samples against 24 training and 12 held-out images" in text
     assert "fid" not in text.lower()  # a distance in features of our own
     assert numbers["quality"]["held_out_floor"].keys() == {
@@ -79,6 +97,26 @@ def test_the_report_is_whole(run):
     assert "class accuracy" in done.stdout
     assert str(home / "report.md") in done.stdout
     assert done.stderr == ""
+
+
+def test_its_figures_are_recorded_with_the_run(run):
+    """Before the other tests report on it again."""
+    tmp, _, done = run
+    home = tmp / "runs" / "run"
+    numbers = json.loads((home / "evaluation" / "report.json").read_text())
+    [row] = MetricsFile(home / "evaluations.csv").rows()
+    assert row.pop("step") == "3"
+    found = {name.removeprefix("evaluation/"): float(value) for name, value in row.items()}
+    against = numbers["quality"]["held_out_samples"]
+    assert {name: found[name] for name in against} == pytest.approx(against, rel=1e-8)
+    assert found["n"] == 24
+    assert found["class_accuracy"] == pytest.approx(numbers["class_accuracy"]["all"])
+    assert found["worst_difference"] > 0
+    assert str(home / "evaluations.csv") in done.stdout
+    pytest.importorskip("tensorboard")
+    assert "and in tensorboard" in done.stdout
+    assert (3, "evaluation/kid", np.float32(row["evaluation/kid"])) in tensorboard_metrics(home)[0]
+    assert {step for step, name, _ in tensorboard_metrics(home)[0] if name == "train/loss"} == {1, 2, 3}
 
 
 def test_more_pictures_are_added_to_those_there_are(run, again):

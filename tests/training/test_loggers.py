@@ -1,32 +1,19 @@
 """The mirrors hold what ``metrics.csv`` holds, each row once, after a SIGKILL and a resume; read from their files."""
 
-import csv
 import json
 import shutil
-import struct
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mirrors import metrics, segment, segment_file, tensorboard_metrics, wandb_metrics
 from runs import kill_at, train
+from sturdy.training.loggers.evaluations import keep
 from sturdy.training.loggers.tensorboard import Tensorboard
 from sturdy.training.loggers.wandb import Wandb, has_key
 
 BOTH = "logger=[wandb,tensorboard]"
-
-
-@pytest.fixture(scope="module")
-def nobody():
-    """The environment of a user without an account."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL", "DIR", "RUN_ID", "RESUME"):
-            patch.delenv(f"WANDB_{name}", raising=False)
-        patch.setenv("NETRC", "/nowhere/netrc")
-        yield patch
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +24,8 @@ def runs(nobody, tmp_path_factory):
     kill_at(tmp, "killed", 2, BOTH)
     kill_at(tmp, "killed", 8, BOTH)
     shutil.copytree(tmp / "runs" / "killed", tmp / "runs" / "at the kill", symlinks=True)
+    keep(tmp / "runs" / "killed", 3, {"evaluation/kid": 0.25})
+    keep(tmp / "runs" / "killed", 12, {"evaluation/kid": 0.125})  # of the future, for a start at an earlier step
     resumed = train(tmp, "killed", BOTH)
     assert "resumed from step" in resumed.stdout
     assert resumed.stdout.count("wandb:") == 1  # ours; wandb itself is silent
@@ -49,6 +38,7 @@ def test_a_killed_and_resumed_run_has_every_row_once(runs):
     record = metrics(runs / "killed")
     assert {step for step, key, _ in record if key == "train/loss"} == set(range(1, 13))
     assert {step for step, key, _ in record if key == "val/loss"} == {4, 8, 12}
+    record[3, "evaluation/kid", np.float32(0.25)] = 1  # what a report said of a step is filled up beside its row
     assert set(record.values()) == {1}
     assert wandb_metrics(runs / "killed") == record
     assert tensorboard_metrics(runs / "killed") == (record, {6, 12})
@@ -124,58 +114,3 @@ def test_a_mirror_that_fails_does_not_stop_the_run(tmp_path):
     whole.refill(rows, {})
     whole.finalize("success")
     assert tensorboard_metrics(tmp_path)[0] == {(1, "train/loss", 0.5): 1, (2, "train/loss", 0.25): 1}
-
-
-def metrics(run: Path) -> Counter[tuple[int, str, float]]:
-    """Every value of ``metrics.csv``, as the float32 that TensorBoard keeps: how often it is there."""
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return Counter((int(row["step"]), k, np.float32(v)) for row in rows for k, v in row.items() if v and k != "step")
-
-
-def wandb_metrics(run: Path) -> Counter[tuple[int, str, float]]:
-    _, rows = segment(run)
-    names = ("train/", "val/")
-    return Counter((row["_step"], k, np.float32(v)) for row in rows for k, v in row.items() if k.startswith(names))
-
-
-def tensorboard_metrics(run: Path) -> tuple[Counter[tuple[int, str, float]], set[int]]:
-    """The scalars, and the steps with an image."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    events.Reload()
-    names, pictures = events.Tags()["scalars"], events.Tags()["images"]
-    values = Counter((event.step, name, np.float32(event.value)) for name in names for event in events.Scalars(name))
-    return values, {event.step for name in pictures for event in events.Images(name)}
-
-
-def segment_file(run: Path) -> Path:
-    [file] = (run / "wandb").glob("offline-run-*/run-*.wandb")
-    return file
-
-
-def segment(run: Path):
-    """The run record and the history rows of the one offline segment."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    records = [Record.FromString(data) for data in frames(segment_file(run).read_bytes())]
-    history = [r.history for r in records if r.WhichOneof("record_type") == "history"]
-    rows = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in h.item} for h in history]
-    run_record = next((r.run for r in records if r.WhichOneof("record_type") == "run"), None)
-    return run_record, rows
-
-
-def frames(data: bytes, header: int = 7, block: int = 32768) -> Iterator[bytes]:
-    """Records of a LevelDB log, which is what a ``.wandb`` file is: crc (4), length (2), kind (1), data, in blocks."""
-    at, record = header, b""
-    while at + 7 <= len(data):
-        if block - at % block < 7:
-            at += block - at % block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        record += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""

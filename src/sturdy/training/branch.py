@@ -1,6 +1,6 @@
 """Entering a run at an older step leaves a branch; what it had is kept aside in ``abandoned/NNN/``.
 
-checkpoints, rows of metrics.csv, pictures and averages of later steps  ->  abandoned/001/
+checkpoints, rows of metrics.csv and evaluations.csv, pictures and averages of later steps  ->  abandoned/001/
 
 So ``auto`` never returns to it, and nothing is lost. Where no later checkpoint exists, a kill has merely cut off what
 will come again.
@@ -12,6 +12,7 @@ from pathlib import Path
 from sturdy.resume.durable import make_directory
 from sturdy.resume.entry import Entry
 from sturdy.resume.store import Store
+from sturdy.training.loggers.evaluations import EVALUATIONS
 from sturdy.training.loggers.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -26,10 +27,13 @@ def leave_branch(run: Path, store: Store, metrics: MetricsFile, entry: Entry | N
     if newer := [step for step in store.steps() if step > last]:
         there = run / "abandoned" / f"{_next_number(run / 'abandoned'):03}"
         make_directory(there)
-        branch = MetricsFile(there / metrics.path.name)
-        for row in metrics.rows():
-            if (step := int(row["step"])) > last:
-                branch.log_metrics({k: float(v) for k, v in row.items() if k != "step" and v}, step)
+        evaluations = MetricsFile(run / EVALUATIONS)
+        for table in (metrics, evaluations):
+            branch = MetricsFile(there / table.path.name)
+            for row in table.rows():
+                if (step := int(row["step"])) > last:
+                    branch.log_metrics({k: float(v) for k, v in row.items() if k != "step" and v}, step)
+        evaluations.cut(last)
         for file in later:
             make_directory(there / file.parent.name)
             file.rename(there / file.parent.name / file.name)

@@ -6,7 +6,6 @@ there are; they are kept as they are drawn, and a killed evaluation goes on wher
 
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.sampler import sample
+from sturdy.evaluation.attention import where_it_looks
 from sturdy.evaluation.audit import audit, classifier
 from sturdy.evaluation.cached import cached
 from sturdy.evaluation.features import Features
@@ -37,6 +37,8 @@ from sturdy.resume.fingerprint import source_hashes
 from sturdy.resume.store import NothingVerifies, Store
 from sturdy.training.build import rebuild
 from sturdy.training.recipe import Recipe, asked, ours, recipe_of
+from sturdy.training.record_evaluation import record
+from sturdy.training.teller import Teller
 
 LABELS = ("prior", "even", "none")
 LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0}
@@ -170,12 +172,15 @@ def report_on(cfg: DictConfig) -> None:
         said.append(audit(report, auditor, samples, train, held_out, subject.answers, subject.labelled))
     report.blocks.insert(2, "\n".join(f"- {line}" for line in said[1:]))
     few = slice(0, min(options.levels, len(train), len(held_out)))
-    by_level(report, Denoising(network, device=cfg.device), train[few], held_out[few])
+    denoising = Denoising(network, device=cfg.device)
+    by_level(report, denoising, train[few], held_out[few])
+    where_it_looks(report, denoising, held_out[few])
     draws = Draws(key(options.seed, "sample"), range(4))
     start = draws.normal("start", (3, data.image_size, data.image_size)).to(cfg.device)
     four = None if labels is None else labels[:4].to(cfg.device)
     walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
     print(*said, f"the whole report is {report.write()}", sep="\n")
+    print(record(subject.run, entry, subject.config, report.numbers))
 
 
 def check(options: DictConfig, name: str) -> DictConfig:
@@ -233,17 +238,3 @@ def real_images(data: Any, most: int) -> tuple[Pictures, Pictures, dict[str, Seq
         for batch, answer in zip(batches, answers, strict=True)
     )
     return train, held_out, options, labelled
-
-
-class Teller:
-    """Says on standard error how far a job is and how long it will take, every ten seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.start = what, time.monotonic()
-        self.next = self.start + 5
-
-    def __call__(self, done: int, total: int) -> None:
-        if (now := time.monotonic()) >= self.next and done < total:
-            left = (now - self.start) * (total - done) / done
-            print(f"{self.what}: {done:,} of {total:,}, {left:.0f} s left", file=sys.stderr, flush=True)
-            self.next = now + 10

@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sturdy.resume import world
+from sturdy.training.loggers.evaluations import recorded
 from sturdy.training.loggers.metrics_file import MetricsFile, text
 from sturdy.training.loggers.mirror import Mirror
 
@@ -34,10 +35,10 @@ class Record(Callback):
 
         def begin() -> bool:
             self.file.cut(step)  # a run killed before its first checkpoint left rows, too
-            pictures = {int(p.stem[5:]): p for p in self.file.path.parent.glob("samples/step-*.png")}
+            rows, pictures = recorded(self.file.path.parent, step)
             for mirror in trainer.loggers:
                 if isinstance(mirror, Mirror):
-                    mirror.refill(self.file.rows(), pictures)
+                    mirror.refill(rows, pictures)
             return step not in self.file.column("val/loss")
 
         if world.decide(begin) and step and step % int(every) == 0:

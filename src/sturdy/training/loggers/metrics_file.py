@@ -42,13 +42,20 @@ class MetricsFile(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
+    def replace(self, metrics: Mapping[str, float], step: int) -> None:
+        """Make this the only row of ``step``; the file is written whole or not at all."""
+        others = [row for row in self.rows() if int(row["step"]) != step]
+        new = {"step": str(step)} | {k: text(v) for k, v in metrics.items()}
+        self.columns += [k for k in new if k not in self.columns]
+        self._rewrite(sorted([*others, new], key=lambda row: int(row["step"])))
+
     def rows(self) -> list[dict[str, str]]:
         """All rows, as text; a last line that a kill cut short is left out."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
             lines = [line for line in file if line.endswith("\n")]
-        return [row for row in csv.DictReader(lines) if None not in row.values() and row["step"].isdigit()]
+        return [row for row in csv.DictReader(lines) if None not in row.values() and row.get("step", "").isdigit()]
 
     def column(self, name: str) -> dict[int, float]:
         """The metric ``name`` by step."""

@@ -25,7 +25,7 @@ class Mirror(Logger):
     def __init__(self) -> None:
         super().__init__()
         self.config: dict[str, Any] = {}
-        self.works = True
+        self.works = self.live = True
         self.step: int | None = None
         self.values: dict[str, float] = {}
         self.pictures: dict[int, dict[str, list[str]]] = {}
@@ -57,6 +57,20 @@ class Mirror(Logger):
         if self.works:
             with self._spared():
                 self.refilled()
+
+    def show(self, rows: Iterable[Mapping[str, str]], pictures: Mapping[int, Path], *, finished: bool) -> bool:
+        """Be filled up with all there is while nobody trains; arguments as of ``refill``, returns whether it worked.
+
+        Args:
+            finished: the run is over, and not merely interrupted.
+        """
+        self.live = False
+        self.refill(rows, pictures)
+        self._write()
+        if self.works:
+            with self._spared():
+                self.close(finished)
+        return self.works
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take one row; steps come in order."""

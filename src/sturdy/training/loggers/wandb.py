@@ -1,6 +1,7 @@
 """Weights & Biases, in ``runs/<name>/wandb``: offline unless a key is configured, and it never asks for one.
 
-A run keeps its id in its directory. Online, a resumed run goes on where the server's history ends. Offline, each start
+A run keeps its id in its directory. Online, a resumed run goes on where the server's history ends, and what a report
+says of a step before is in the run's summary, the newest step's. Offline, each start
 writes a segment that begins with all rows so far and replaces the segments of the starts before; ``wandb sync``
 uploads it. A branch that was left (``abandoned/``) stays a run of its own.
 """
@@ -8,6 +9,7 @@ uploads it. A branch that was left (``abandoned/``) stays a run of its own.
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -75,6 +77,8 @@ class Wandb(Mirror):
             wandb.setup(silent)
             self.run = init("offline")
         self.first = self.run.starting_step  # the server has the steps before it, and keeps them
+        if not (self.live or self.run.offline):  # its history is training's to write, which may have more to say
+            self.first, self.older = sys.maxsize, []
         self.segment = Path(self.run.dir).parent
         where = f"offline; to upload, wandb sync {self.segment}" if self.run.offline else self.run.url
         CONSOLE.info(f"wandb: {where or mode}")
@@ -83,6 +87,8 @@ class Wandb(Mirror):
         import wandb
 
         if step < self.first:
+            if figures := {key: value for key, value in values.items() if key.startswith("evaluation/")}:
+                self.run.summary.update(figures)
             return
         images = {key: [wandb.Image(path) for path in paths] for key, paths in pictures.items()}
         self.run.log({**values, **images}, step=step, commit=True)
