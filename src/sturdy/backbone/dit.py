@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sturdy.backbone.embed import Condition, call, zero
+from sturdy.backbone.embed import Condition, call, numbered, zero
 
 
 def rotation(height: int, width: int, head_dim: int, *, like: Tensor, base: float = 100.0) -> Tensor:
@@ -167,6 +167,17 @@ class DiT(nn.Module):
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=2)
         h = self.out(modulate(h, scale, shift))
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch).to(x.dtype)
+
+    def inner(self, depth: int | None = None) -> tuple[nn.Module, int]:
+        """Block ``depth``, from 1 on, and the channels c of the tokens ``(b, n, c)`` that it gives.
+
+        None ends the first third: REPA (Yu et al. 2024) takes the 8th of 24 or 28.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        depth = max(1, round(len(self.blocks) / 3)) if depth is None else depth
+        return numbered(self.blocks, depth), self.stem.out_features
 
     def _check(self, x: Tensor) -> None:
         channels, height, width = x.shape[1:]

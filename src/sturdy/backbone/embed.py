@@ -4,6 +4,7 @@ c(t, label) = MLP(fourier(1000 t)) + embedding[label],        embedding[num_clas
 """
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -81,6 +82,13 @@ def zero(module: Module) -> Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def numbered(blocks: Sequence[nn.Module] | nn.ModuleList, depth: int) -> nn.Module:
+    """Block ``depth``, counted from 1; raises ValueError if there is none."""
+    if not 1 <= depth <= len(blocks):
+        raise ValueError(f"alignment.depth={depth} is none of the blocks, which are numbered from 1 to {len(blocks)}")
+    return blocks[depth - 1]
 
 
 def call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:

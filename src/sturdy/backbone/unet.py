@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sturdy.backbone.embed import Condition, call, zero
+from sturdy.backbone.embed import Condition, call, numbered, zero
 
 
 class Norm(nn.GroupNorm):
@@ -202,6 +202,17 @@ class UNet(nn.Module):
             for block in joints.children():
                 h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
         return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
+
+    def inner(self, depth: int | None = None) -> tuple[nn.Module, int]:
+        """Block ``depth``, from 1 on down to the end of the middle, and the channels c of its map ``(b, c, h', w')``.
+
+        None is the last block before the middle.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        block = numbered([*self.encoder, *self.middle], len(self.encoder) if depth is None else depth)
+        return block, block.conv2.out_channels  # type: ignore[union-attr, return-value]
 
     def _check(self, x: Tensor) -> None:
         multiple = self.patch * 2 ** (self.levels - 1)

@@ -105,11 +105,13 @@ class Inception(Features):
     source = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
     def __init__(self, *, path: str | None = None) -> None:
-        self.file = _there(path, self.name, f"download it once, 91 MB, from {self.source}")
-        self.key = (_digest(self.file),)
+        self.file = there(
+            path, f"features={self.name}", "features.path", f"download it once, 91 MB, from {self.source}"
+        )
+        self.key = (digest(self.file),)
 
     def prepare(self, *args: object, **options: object) -> None:
-        self.network = _script(self.file, self.name)
+        self.network = script(self.file, f"features={self.name}")
 
     def __call__(self, pictures: Tensor) -> Tensor:
         return self.network(pictures, return_features=True)
@@ -134,40 +136,51 @@ class DINOv2(Features):
     )
 
     def __init__(self, *, path: str | None = None, size: int = 224) -> None:
-        self.file, self.size = _there(path, self.name, self.way), size
-        self.key = (_digest(self.file), size)
+        self.file, self.size = there(path, f"features={self.name}", "features.path", self.way), size
+        self.key = (digest(self.file), size)
 
     def prepare(self, *args: object, **options: object) -> None:
-        self.network = _script(self.file, self.name)
+        self.network = script(self.file, f"features={self.name}")
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        size = (self.size, self.size)
-        x = F.interpolate(pictures.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # of ImageNet
-        return self.network((x - mean) / std)
+        return self.network(for_imagenet(pictures.float() / 255, self.size))
 
 
-def _there(path: str | None, name: str, way: str) -> Path:
+def for_imagenet(x: Tensor, size: int) -> Tensor:
+    """Pictures ``(b, 3, h, w)`` in [0, 1] as ``(b, 3, size, size)``, normalised as networks for ImageNet want them."""
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device)[:, :, None, None]
+    return (x - mean) / std
+
+
+def there(path: str | None, option: str, key: str, way: str) -> Path:
+    """The file that ``key=path`` gives to ``option``, such as ``features=inception``; ``way`` says how to get one.
+
+    Raises:
+        ValueError: if it is not there, with the ways out.
+    """
     file = Path(path or "").expanduser()
     if path and file.is_file():
         return file
-    missing = f"features.path={path} is not there" if path else "features.path is not given"
+    missing = f"{key}={path} is not there" if path else f"{key} is not given"
     raise ValueError(
-        f"features={name} needs a file of weights, and {missing}: {way}, and give features.path=FILE. "
-        f"Or use features=embedded, which needs no download"
+        f"{option} needs a file of weights, and {missing}: {way}, and give {key}=FILE. "
+        f"Or use {option.partition('=')[0]}=embedded, which needs no download"
     )
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of its content."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _script(file: Path, name: str) -> torch.jit.ScriptModule:
+def script(file: Path, option: str) -> torch.jit.ScriptModule:
+    """The network in a TorchScript file, in eval mode, on the CPU; raises ValueError if it holds none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is deprecated, but what these weights are handed round in
             return torch.jit.load(file, map_location="cpu").eval()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"features={name}: {file} is not a TorchScript file that can be read ({reason})") from None
+        raise ValueError(f"{option}: {file} is not a TorchScript file that can be read ({reason})") from None

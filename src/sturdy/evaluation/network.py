@@ -29,7 +29,9 @@ class Network(nn.Module):
         questions: how many answers each has.
     """
 
-    def __init__(self, size: int, questions: Mapping[str, int], *, width: int = 128) -> None:
+    channels = 128
+
+    def __init__(self, size: int, questions: Mapping[str, int], *, width: int = channels) -> None:
         super().__init__()
         stride, side = max(1, size // 16), min(4, math.ceil(size / 4))
         self.trunk = nn.Sequential(
@@ -109,7 +111,9 @@ def _train(
 ) -> None:
     rng, steps = generator(seed, "views"), max(1, seen // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=max(6, steps + 1), pct_start=0.2
+    )  # of 5 it divides by zero
     order = torch.empty(0, dtype=torch.int64)
     network.train()
     for step in range(steps):

@@ -15,8 +15,16 @@ from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
 from sturdy.training.trusted import strangers
 
-PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate")
-TRUSTED = ("sturdy.backbone.", "sturdy.diffusion.", "sturdy.training.ema.", "sturdy.training.optim.", "torch.optim.")
+PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate", "alignment")
+TRUSTED = (
+    "sturdy.backbone.",
+    "sturdy.diffusion.",
+    "sturdy.training.ema.",
+    "sturdy.training.optim.",
+    "sturdy.training.alignment.",
+    "sturdy.evaluation.encoders.",
+    "torch.optim.",
+)
 
 
 def build(config: Mapping[str, Any]) -> DiffusionModule:
@@ -26,7 +34,7 @@ def build(config: Mapping[str, Any]) -> DiffusionModule:
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
-    parts = {name: instantiate(config[name], _convert_="all") for name in PARTS}
+    parts = {name: instantiate(config.get(name), _convert_="all") for name in PARTS}
     denoiser = Denoiser(parts["backbone"], parts["schedule"], parts["target"], config["num_classes"])
     return DiffusionModule(
         denoiser,
@@ -34,6 +42,7 @@ def build(config: Mapping[str, Any]) -> DiffusionModule:
         optimizer=parts["optimizer"],
         ema=parts["ema"],
         learning_rate=parts["learning_rate"],
+        alignment=parts["alignment"],
         clip=config["clip"],
         seed=config["seed"],
         shards=config["data"]["shards"],

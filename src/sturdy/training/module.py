@@ -1,6 +1,6 @@
 """The LightningModule: diffusion loss, one optimizer step a batch, EMA.
 
-    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0)
+    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0) [- weight alignment]
 
 A global batch is cut into V shards of constant shape, of which each process has a consecutive part. Each is computed
 after the default generator was reseeded from (seed, step, shard), and their gradients are summed on a fixed tree; so
@@ -20,6 +20,7 @@ from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
 from sturdy.resume.reduction import Sum, Tree, alone
 from sturdy.resume.world import gather, rank, size
+from sturdy.training.alignment import Alignment
 from sturdy.training.ema import EMA
 from sturdy.training.optim import (
     LearningRate,
@@ -41,6 +42,7 @@ class DiffusionModule(L.LightningModule):
         optimizer: called with parameter groups.
         ema: called with the denoiser.
         learning_rate: factor on the optimizer's rate by step.
+        alignment: called with the backbone; None for none.
         clip: largest norm of the gradient; ``inf`` only measures it.
         seed, shards: see the module's equation.
         config: the resolved config as primitives; kept in every checkpoint so that it rebuilds alone.
@@ -54,6 +56,7 @@ class DiffusionModule(L.LightningModule):
         optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
         ema: Callable[[nn.Module], EMA] = EMA,
         learning_rate: LearningRate = lambda step: 1.0,
+        alignment: Callable[[nn.Module], Alignment] | None = None,
         clip: float = 1.0,
         seed: int = 0,
         shards: int = 1,
@@ -63,19 +66,20 @@ class DiffusionModule(L.LightningModule):
         self.automatic_optimization = False  # Lightning's accumulation is a left fold; ours is a tree
         self.denoiser = denoiser
         self.ema = ema(denoiser)
+        self.alignment = alignment(denoiser.backbone) if alignment else None
         self.objective, self.make_optimizer, self.learning_rate = objective, optimizer, learning_rate
         self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
         self.sum: Sum = alone  # over processes
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         tree = Tree()
-        for shard, x0, label, positions, *condition in self._shards(batch):
+        for shard, *samples in self._shards(batch):
             reseed(self.seed, "shard", self.global_step, shard)
-            loss = self.objective(self.denoiser, x0, label, Draws(self.seed, positions), *condition).mean()
-            tree.push([*self._gradients(loss), loss.detach()])
-        *gradients, loss = total = self.sum(tree.sum())
+            loss, terms = self._loss(*samples)
+            tree.push([*self._gradients(loss), torch.stack(list(terms.values()))])
+        *gradients, means = total = self.sum(tree.sum())
         torch._foreach_div_(total, self.shards)
-        return {"loss": loss, "grad_norm": self._optimizer_step(gradients)}
+        return dict(zip(terms, means, strict=True)) | {"grad_norm": self._optimizer_step(gradients)}
 
     def on_validation_epoch_start(self) -> None:
         self.held_out: dict[int, Tensor] = {}  # loss of each image, by the first position of its batch
@@ -97,9 +101,15 @@ class DiffusionModule(L.LightningModule):
         """Lightning's place to cut parameters into parts; the averages like what they average."""
         for network in (self.denoiser, *self.ema.networks()):
             shard_parameters(self, cast(Denoiser, network).backbone)
+        if self.alignment:
+            shard_parameters(self, self.alignment.project)
 
     def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(parameter_groups(self.denoiser))
+        return self.make_optimizer(parameter_groups(self))
+
+    def trained(self) -> list[nn.Parameter]:
+        """In the order in which their gradients are summed."""
+        return [*self.denoiser.parameters(), *(self.alignment.project.parameters() if self.alignment else ())]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state by parameter name, and the config that rebuilds this module.
@@ -107,7 +117,7 @@ class DiffusionModule(L.LightningModule):
         Raises:
             FloatingPointError: if the weights have diverged; the checkpoints before they did are worth more.
         """
-        if not all(local(p).isfinite().all() for p in self.denoiser.parameters()):
+        if not all(local(p).isfinite().all() for p in self.trained()):
             raise FloatingPointError(
                 f"the weights are not finite at step {self.global_step}, and are not saved. See train/grad_norm in "
                 f"metrics.csv; lower optimizer.lr or clip, and continue with ckpt_path=last"
@@ -120,7 +130,7 @@ class DiffusionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state by index; its options are those of the config, which may have changed on purpose."""
         if "optimizer_states" in checkpoint:
-            names = names_in_order(self, parameter_groups(self.denoiser))
+            names = names_in_order(self, parameter_groups(self))
             groups = self.configure_optimizers().state_dict()["param_groups"]
             states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
@@ -133,10 +143,22 @@ class DiffusionModule(L.LightningModule):
             part = slice(i * b, (i + 1) * b)
             yield rank() * mine + i, *(values[part] for values in batch)
 
+    def _loss(self, x0: Tensor, label: Tensor, positions: Any, *condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is minimised on a shard, ``()``, and the means that are recorded of it."""
+        draws = Draws(self.seed, positions)
+        if self.alignment is None:
+            loss = self.objective(self.denoiser, x0, label, draws, *condition).mean()
+            return loss, {"loss": loss.detach()}
+        with self.alignment.inside(self.denoiser.backbone) as inner:
+            loss = self.objective(self.denoiser, x0, label, draws, *condition)
+        alignment = self.alignment(*inner, x0)
+        means = {"loss": loss.detach().mean(), "alignment": alignment.detach().mean()}
+        return (loss - self.alignment.weight * alignment).mean(), means
+
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         """The gradient of ``loss`` by each parameter, taken out of ``.grad``, where the next would be added."""
         self.manual_backward(loss)
-        parameters = list(self.denoiser.parameters())
+        parameters = self.trained()
         gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
         for p in parameters:
             p.grad = None
@@ -145,9 +167,9 @@ class DiffusionModule(L.LightningModule):
     def _optimizer_step(self, gradients: list[Tensor]) -> Tensor:
         """Clip, step and average; returns the norm of the gradient before clipping, ``()``."""
         optimizer, step = self.optimizers(), self.global_step
-        for p, gradient in zip(self.denoiser.parameters(), gradients, strict=True):
+        for p, gradient in zip(parameters := self.trained(), gradients, strict=True):
             p.grad = with_gradient(p, gradient)
-        norm = full(nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.clip))
+        norm = full(nn.utils.clip_grad_norm_(parameters, self.clip))
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)  # type: ignore[union-attr]
         optimizer.step()  # type: ignore[union-attr]

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
+from sturdy.evaluation.encoders import Encoder
 from sturdy.resume import world
 from sturdy.resume.entry import Entry
 from sturdy.resume.fingerprint import Fingerprint
 from sturdy.resume.preemption import Preemption
 from sturdy.resume.reduction import AllReduce, Sum, alone, is_tree, sharded, tree
-from sturdy.resume.store import Store
+from sturdy.resume.store import Store, load_state
 from sturdy.resume.supervisor import launched
 from sturdy.resume.writer import StoreIO
 from sturdy.training import strategies
@@ -76,7 +79,7 @@ def summing(cfg: DictConfig, module: DiffusionModule) -> Sum:
         return alone
 
     def allreduce() -> Sum:
-        return AllReduce(module.denoiser.parameters(), overlap=cfg.data.shards == world.size())
+        return AllReduce(module.trained(), overlap=cfg.data.shards == world.size())
 
     return {"tree": lambda: tree, "fsdp2": lambda: sharded, "allreduce": allreduce}[how_summed(cfg)]()
 
@@ -95,6 +98,58 @@ def try_out(module: DiffusionModule, size: int) -> None:
     """One picture goes through before training, for its size may not fit the backbone; raises what that says."""
     with torch.no_grad():
         module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
+
+
+def furnish(module: DiffusionModule, data: Any, entry: Entry | None, folder: Path) -> None:
+    """Give an aligned module its frozen encoder: that of the checkpoint, or else one that rank 0 makes for all.
+
+    Args:
+        data: open; its training images are what an encoder can be made for.
+        folder: for what takes time to make.
+
+    Raises:
+        Unfit: if there is none, or it does not fit the backbone.
+    """
+    if (alignment := module.alignment) is None:
+        return
+
+    def state() -> dict[str, Tensor]:
+        with unfit():
+            return stored_encoder(entry) if entry else make_encoder(alignment.encoder, data, folder)
+
+    encoder = world.decide(state)
+    with world.ahead(), unfit(), torch.no_grad():
+        alignment.encoder.load_state_dict(encoder)
+        picture = torch.zeros(1, 3, data.image_size, data.image_size)
+        with alignment.inside(module.denoiser.backbone) as inner:
+            module.denoiser(picture, torch.full((1,), 0.5), None)
+        alignment(*inner, picture)
+
+
+def stored_encoder(entry: Entry) -> dict[str, Tensor]:
+    """The state of the encoder in a checkpoint; raises ValueError if it has none."""
+    prefix, stored = "alignment.encoder.", load_state(entry.state)["state_dict"]
+    state = {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+    if not state:
+        raise ValueError(
+            f"{entry.state} is of a run that began without alignment, which cannot be added to it: leave it out with "
+            f"alignment=none, or start another run from these weights with name=... init_from={entry.state.parent}"
+        )
+    return state
+
+
+def make_encoder(encoder: Encoder, data: Any, folder: Path) -> dict[str, Tensor]:
+    """The state of ``encoder``, ready for the training images of ``data``."""
+    from sturdy.training.evaluate import Teller  # and all that it needs, only now
+
+    images = data.val_dataloader().dataset  # the held-out images come first, then the others
+    positions = np.arange(data.held_out, min(data.held_out + encoder.most, len(data.cache)))
+    batch = images[positions]
+    first = images.split(np.arange(8)).tolist()  # tells folds apart
+    known = (data.digest, data.image_size, len(positions), data.held_out, first)
+    tell = Teller("the encoder of alignment")
+    encoder.prepare(batch.image, batch.label, len(data.classes), data=known, folder=folder, tell=tell)
+    return encoder.state_dict()
 
 
 def make_trainer(

@@ -31,7 +31,7 @@ from sturdy.training.build import build, init_from
 from sturdy.training.callbacks.watchdog import watch_start
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.parts import how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
 
 ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
@@ -182,6 +182,7 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
             init_from(module, cfg.init_from)
             if world.rank() == 0:
                 CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
+    furnish(module, data, entry, Path(cfg.paths.cache) / "evaluation")
     module.sum = summing(cfg, module)
     world.decide(lambda: leave_branch(home, store, metrics, entry))
     if world.rank() == 0:
