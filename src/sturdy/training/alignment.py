@@ -30,7 +30,7 @@ class Alignment(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, *, encoder: Encoder, weight: float = 0.5, depth: int | None = None, hidden: int = 512
+        self, backbone: nn.Module, *, encoder: Encoder, weight: float = 0.5, depth: int | None = None, hidden: int = 256
     ) -> None:
         super().__init__()
         if weight < 0:

@@ -8,7 +8,7 @@ the bits depend on V and on nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import torch
@@ -20,7 +20,6 @@ from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
 from sturdy.resume.reduction import Sum, Tree, alone
 from sturdy.resume.world import gather, rank, size
-from sturdy.training.alignment import Alignment
 from sturdy.training.ema import EMA
 from sturdy.training.optim import (
     LearningRate,
@@ -30,6 +29,9 @@ from sturdy.training.optim import (
     state_by_name,
 )
 from sturdy.training.strategies import full, local, shard_parameters, with_gradient
+
+if TYPE_CHECKING:  # imported by those that are aligned
+    from sturdy.training.alignment import Alignment
 
 
 class DiffusionModule(L.LightningModule):
@@ -56,7 +58,7 @@ class DiffusionModule(L.LightningModule):
         optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
         ema: Callable[[nn.Module], EMA] = EMA,
         learning_rate: LearningRate = lambda step: 1.0,
-        alignment: Callable[[nn.Module], Alignment] | None = None,
+        alignment: "Callable[[nn.Module], Alignment] | None" = None,
         clip: float = 1.0,
         seed: int = 0,
         shards: int = 1,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import numpy as np
@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sturdy.evaluation.encoders import Encoder
 from sturdy.resume import world
 from sturdy.resume.entry import Entry
 from sturdy.resume.fingerprint import Fingerprint
@@ -33,6 +32,9 @@ from sturdy.training.callbacks.watchdog import Watchdog
 from sturdy.training.launch import Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.module import DiffusionModule
+
+if TYPE_CHECKING:  # imported by those that are aligned
+    from sturdy.evaluation.encoders import Encoder
 
 
 @contextmanager
@@ -138,7 +140,7 @@ def stored_encoder(entry: Entry) -> dict[str, Tensor]:
     return state
 
 
-def make_encoder(encoder: Encoder, data: Any, folder: Path) -> dict[str, Tensor]:
+def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tensor]:
     """The state of ``encoder``, ready for the training images of ``data``."""
     from sturdy.training.evaluate import Teller  # and all that it needs, only now
 
