@@ -299,6 +299,7 @@ def test_a_network_from_a_file_and_its_absence(tmp: Path) -> None:
     assert "(bitwise" in finish(tmp, "file", 1, *moved, base=base).output()
 
 
+@pytest.mark.slow
 def test_fully_sharded_it_is_the_same_up_to_rounding(tmp: Path) -> None:
     World(tmp, "sharded", 2, "strategy=fsdp2", base=RUN).until(5).kill().wait()
     world = finish(tmp, "sharded", 2, "strategy=fsdp2", base=RUN)
