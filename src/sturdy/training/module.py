@@ -27,6 +27,7 @@ from sturdy.training.optim import (
     parameter_groups,
     state_by_index,
     state_by_name,
+    without,
 )
 from sturdy.training.strategies import full, local, shard_parameters, with_gradient
 
@@ -130,7 +131,12 @@ class DiffusionModule(L.LightningModule):
         checkpoint["config"] = self.config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizer state by index; its options are those of the config, which may have changed on purpose."""
+        """Optimizer state by index; its options are those of the config, which may have changed on purpose.
+
+        What was aligned and, on purpose, no longer is leaves its projection and its encoder behind.
+        """
+        if self.alignment is None:
+            without(checkpoint, "alignment.")
         if "optimizer_states" in checkpoint:
             names = names_in_order(self, parameter_groups(self))
             groups = self.configure_optimizers().state_dict()["param_groups"]

@@ -142,7 +142,7 @@ def stored_encoder(entry: Entry) -> dict[str, Tensor]:
 
 def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tensor]:
     """The state of ``encoder``, ready for the training images of ``data``."""
-    from sturdy.training.evaluate import Teller  # and all that it needs, only now
+    from sturdy.training.teller import Teller
 
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     positions = np.arange(data.held_out, min(data.held_out + encoder.most, len(data.cache)))
