@@ -70,6 +70,13 @@ def test_an_experiment_goes_with_ones_own_images():
     assert cfg.backbone.width == 160
 
 
+@pytest.mark.parametrize("group", ["alignment", "ema", "learning_rate", "sampler"])
+def test_an_experiment_goes_with_every_option(group):
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            check_composed(compose("train", ["experiment=cars", f"{group}={path.stem}"]))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A directory with the finished run ``run``, and what its start said."""
