@@ -115,7 +115,9 @@ def state_by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
 
 def without(checkpoint: dict[str, Any], prefix: str) -> None:
     """Take the parameters and buffers of which the names begin so out of it, and their optimizer state by name."""
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith(prefix)}
+    weights = checkpoint.get("state_dict", {})  # a sharded model's are loaded elsewhere
+    for name in [name for name in weights if name.startswith(prefix)]:
+        del weights[name]
     for state in checkpoint.get("optimizer_states", ()):
         state["state"] = {k: v for k, v in state["state"].items() if not k.startswith(prefix)}
         for group in state["param_groups"]:
