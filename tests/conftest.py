@@ -1,10 +1,13 @@
-"""One thread a process: the tests compare bits, and share two cores."""
+"""One thread a process: the tests compare bits, and share two cores. And Ctrl-C reaches what they start."""
 
 import os
+import signal
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, and inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
