@@ -275,6 +275,7 @@ def test_it_cannot_be_added_to_a_run_that_began_without(tmp: Path) -> None:
     assert rebuild(tmp / "old.ckpt").alignment is None, "as of a time that knew no alignment"
 
 
+@pytest.mark.slow
 def test_it_can_be_given_up_on_purpose(tmp: Path) -> None:
     finish(tmp, "given-up", 1, "trainer.max_steps=3", base=RUN)
     base = [word for word in RUN if word not in ALIGNED]
@@ -283,6 +284,7 @@ def test_it_can_be_given_up_on_purpose(tmp: Path) -> None:
     assert not any(k.startswith("alignment.") for k in state(tmp, "given-up", 6))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
 def test_a_network_from_a_file_and_its_absence(tmp: Path) -> None:
     torch.jit.trace(nn.Conv2d(3, 5, 4, 4), torch.rand(1, 3, 16, 16)).save(str(tmp / "net.pt"))
