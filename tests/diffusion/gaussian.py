@@ -107,9 +107,9 @@ class Exact:
         return posterior_mean(x, *(c[:, None, None, None] for c in self.schedule(t)), self.mu, self.s)
 
 
-def exact_walk(schedule, noise, mu=MU, s=S):
-    """Where the probability-flow ODE takes x = sigma(1) noise: the same number of standard deviations."""
-    alpha, sigma = (c.item() for c in schedule(torch.ones(1, dtype=torch.float64)))
+def exact_walk(schedule, noise, mu=MU, s=S, start=1.0):
+    """Where the probability-flow ODE takes x = sigma(start) noise: the same number of standard deviations."""
+    alpha, sigma = (c.item() for c in schedule(torch.tensor([start], dtype=torch.float64)))
     return mu + s * (sigma * noise - alpha * mu) / (alpha**2 * s**2 + sigma**2) ** 0.5
 
 

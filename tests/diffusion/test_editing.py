@@ -1,5 +1,7 @@
 """Inpainting and image-to-image against what a Gaussian allows to know."""
 
+from copy import copy
+
 import pytest
 import torch
 from gaussian import MU, SCHEDULES, Exact, S, exact_walk
@@ -97,6 +99,10 @@ def test_image_to_image_ends_where_the_exact_walk_from_there_ends(schedule, samp
     expected = (MU + S * (x_t - alpha * MU) / spread).clamp(-1, 1)
     x = image_to_image(sampler, Exact(schedule), NOISE, PICTURE / 2, strength)
     assert torch.allclose(x, expected, atol=0.06 if isinstance(sampler, DDIM) else 0.02)
+    elsewhere = copy(sampler)
+    elsewhere.start = 0.8
+    assert torch.equal(image_to_image(elsewhere, Exact(schedule), NOISE, PICTURE / 2, strength), x)
+    assert elsewhere.start == 0.8
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s.random], ids=lambda s: type(s).__name__)

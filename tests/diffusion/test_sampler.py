@@ -86,6 +86,24 @@ def test_heun_in_t_on_rectified_flow():
     assert torch.allclose(last(Heun(n, clip=False, power=1), denoiser), x, atol=1e-12)
 
 
+@pytest.mark.parametrize("sampler", [Euler, DDIM, Heun, DPMSolver, UniPC])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_walk_that_starts_later_is_the_exact_one_from_there(schedule, sampler):
+    exact = Exact(SCHEDULES[schedule])
+    ends = [exact_walk(exact.schedule, NOISE, start=start) for start in (0.7, 1.0)]
+    early, whole = (last(sampler(400, clip=False, start=start), exact) for start in (0.7, 1.0))
+    assert torch.allclose(early, ends[0], atol=0.03)
+    assert torch.allclose(whole, ends[1], atol=0.03)
+    times = [step.t for step in sampler(4, clip=False, start=0.5)(exact, NOISE)]
+    assert times == [t / 2 for t in (step.t for step in sampler(4, clip=False)(exact, NOISE))]
+
+
+def test_start_is_a_time():
+    for start in (0.0, 1.01):
+        with pytest.raises(ValueError, match=rf"sampler\.start={start} must be a time above 0"):
+            Heun(5, start=start)
+
+
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
     """Ho et al. 2020, eqs. 6 and 7, from the betas; from the same states, step by step."""

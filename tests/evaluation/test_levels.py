@@ -72,5 +72,18 @@ def test_what_was_learned_by_heart_shows(tmp_path):
     found = report.numbers["levels"]
     assert found["training"][0] == 0 < found["held-out"][0]
     assert set(report.numbers["robustness"]) == {"noise", *KINDS}
+    said = report.write().read_text()
+    assert "worse than the mean image" in said, "where it cannot see, it chooses one image"
+    assert "a sampler.start below 0." in said
     assert (tmp_path / "levels.png").is_file()
     assert (tmp_path / "denoised.png").is_file()
+
+
+def test_the_best_denoiser_is_never_worse_than_the_mean_image(tmp_path):
+    train, held_out = pictures()[:30], pictures()[30:]
+    report = Report(tmp_path, "levels")
+    by_level(report, Denoising(Wiener(RectifiedFlow(), train.pixels)), train, held_out)
+    found = report.numbers["levels"]
+    assert found["held-out"] == sorted(found["held-out"])
+    assert found["held-out"][-1] == pytest.approx(found["mean_image"], rel=0.05)
+    assert "worse than the mean image" not in report.write().read_text()

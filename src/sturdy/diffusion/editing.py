@@ -3,6 +3,8 @@
 Both only change what the sampler is handed: the denoiser, or the end of its schedule; no model is trained for it.
 """
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -92,6 +94,8 @@ def image_to_image(
 ) -> Tensor:
     """Draw anew from ``picture`` at t = ``strength`` on, in all of the sampler's steps (Meng et al. 2022, SDEdit).
 
+    The sampler's own ``start`` is for walks that know nothing of a picture, and does not count here.
+
     Args:
         picture: ``(b, c, h, w)`` in [-1, 1].
         strength: in (0, 1]: little changes near 0, and at 1 what is left of ``picture`` is alpha(1), often nothing.
@@ -101,6 +105,8 @@ def image_to_image(
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength={strength} must be above 0, where nothing changes, and at most 1")
+    sampler = copy(sampler)
+    sampler.start = 1.0
     there = FromThere(denoiser, strength)
     alpha, sigma = (c.item() for c in there.schedule(torch.ones(1, dtype=torch.float64, device="cpu")))
     # Walks start at sigma(1) noise; this is alpha picture + sigma noise in their terms.

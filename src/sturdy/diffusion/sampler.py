@@ -1,4 +1,4 @@
-"""The walk back from noise, along times 1 = t_0 > t_1 > ... > t_n = 0.
+"""The walk back from noise, along times start = t_0 > t_1 > ... > t_n = 0.
 
 With D = E[x_0 | x_t] from the denoiser, and E = (x_t - alpha D) / sigma, the noise that it implies, the
 probability-flow ODE of every schedule is
@@ -76,27 +76,34 @@ class Sampler(ABC):
         spacing: of the steps: "time", "karras" or "log_snr"; see ``spacing.py``.
         power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near data, the
             "quadratic" of Song, Meng et al. 2021, app. D.2.
+        start: the time of the first stop, of which all others are that much earlier, too. Below 1 a walk avoids the
+            times at which a network was hardly trained, and takes alpha(start) x_0 for nothing.
 
     Raises:
-        ValueError: ``steps`` below 1, ``power`` not above 0, or an unknown ``spacing``.
+        ValueError: ``steps`` below 1, ``power`` not above 0, an unknown ``spacing``, or ``start`` outside (0, 1].
     """
 
     random = False  # whether steps add noise
 
-    def __init__(self, steps: int = 50, *, clip: bool = True, spacing: str = "time", power: float = 1.0) -> None:
+    def __init__(
+        self, steps: int = 50, *, clip: bool = True, spacing: str = "time", power: float = 1.0, start: float = 1.0
+    ) -> None:
         if steps < 1 or power <= 0:
             raise ValueError(f"sampler.steps={steps} must be 1 or more, and sampler.power={power} above 0")
         if spacing not in SPACINGS:
             raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}")
+        if not 0 < start <= 1:
+            raise ValueError(f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone")
         self.steps = steps
         self.clip = clip
         self.spacing = spacing
         self.power = power
+        self.start = start
 
     def __call__(
         self, denoiser: Estimator, noise: Tensor, label: Tensor | None = None, draws: Draws | None = None
     ) -> Iterator[Step]:
-        """Walk from x = sigma(1) noise: alpha(1) x_0 (for linear 0.6 % of x_0) is not known yet.
+        """Walk from x = sigma(start) noise: alpha(start) x_0 (for linear 0.6 % of x_0 at 1) is not known yet.
 
         Args:
             noise: ``(b, c, h, w)``, standard normal, float32.
@@ -113,7 +120,8 @@ class Sampler(ABC):
                 "hand in draws=Draws(seed, positions)"
             )
         estimate = Estimate(denoiser, label, self.clip)
-        knots = estimate.knots(SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power))
+        times = SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power)
+        knots = estimate.knots([self.start * t for t in times])
         return self.walk(estimate, knots[0].sigma * noise.detach(), knots, draws)
 
     @abstractmethod
@@ -129,8 +137,10 @@ class DDPM(Sampler):
 
     random = True
 
-    def __init__(self, steps: int = 1000, *, clip: bool = True, spacing: str = "time", power: float = 1.0) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power)
+    def __init__(
+        self, steps: int = 1000, *, clip: bool = True, spacing: str = "time", power: float = 1.0, start: float = 1.0
+    ) -> None:
+        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
 
     def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):
@@ -152,9 +162,16 @@ class DDIM(Sampler):
     """
 
     def __init__(
-        self, steps: int = 50, *, eta: float = 0.0, clip: bool = True, spacing: str = "time", power: float = 1.0
+        self,
+        steps: int = 50,
+        *,
+        eta: float = 0.0,
+        clip: bool = True,
+        spacing: str = "time",
+        power: float = 1.0,
+        start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power)
+        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
         if not 0 <= eta <= 1:
             raise ValueError(f"sampler.eta={eta} must be from 0 (deterministic) to 1 (DDPM)")
         self.eta = eta
@@ -191,8 +208,10 @@ class Heun(Sampler):
     sigma grows like sqrt(t), and even times would leave about order 1.5.
     """
 
-    def __init__(self, steps: int = 25, *, clip: bool = True, spacing: str = "time", power: float = 2.0) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power)
+    def __init__(
+        self, steps: int = 25, *, clip: bool = True, spacing: str = "time", power: float = 2.0, start: float = 1.0
+    ) -> None:
+        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
 
     def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):

@@ -18,7 +18,7 @@ from sturdy.evaluation.pictures import Pictures, scaled
 from sturdy.evaluation.report import Report
 from sturdy.randomness import Draws, key
 
-RATIOS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0)  # noise to picture, which is in [-1, 1]
+RATIOS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 100.0)  # noise to picture, which is in [-1, 1]
 FEW = (0.2, 0.7, 1.5)
 KINDS = ("gaussian", "uniform", "salt and pepper")  # all of mean 0 and variance 1
 
@@ -81,9 +81,11 @@ def psnr(error: float) -> float:
 def by_level(report: Report, denoising: Denoising, train: Pictures, held_out: Pictures) -> None:
     """Errors by noise level on training and held-out images, other noise, and pictures of it."""
     report.heading("Loss by noise level")
+    nothing = (scaled(held_out.pixels) - scaled(train.pixels).mean(0)).square().mean().item()
     report.text(
         f"The mean squared error of denoising {len(train):,} training and {len(held_out):,} held-out images in one "
-        f"step, by noise (sigma / alpha, of pictures in [-1, 1]). Held-out above training is what was learned by heart."
+        f"step, by noise (sigma / alpha, of pictures in [-1, 1]). Held-out above training is what was learned by "
+        f"heart. The mean training image, which sees nothing, errs by {nothing:.5f}."
     )
     found = {
         name: [denoising.error(real, ratio) for ratio in RATIOS]
@@ -91,7 +93,8 @@ def by_level(report: Report, denoising: Denoising, train: Pictures, held_out: Pi
     }
     lines = {name: [mean for mean, _ in errors] for name, errors in found.items()}
     caption = "Mean squared error by noise"
-    report.picture("levels.png", chart(RATIOS, lines, title=caption, across="noise / picture"), caption)
+    curves = {**lines, "the mean image": [nothing] * len(RATIOS)}
+    report.picture("levels.png", chart(RATIOS, curves, title=caption, across="noise / picture"), caption)
     report.table(
         ["noise", "training", "held-out", "held-out / training", "PSNR with noise", "PSNR denoised, held-out"],
         [
@@ -99,7 +102,14 @@ def by_level(report: Report, denoising: Denoising, train: Pictures, held_out: Pi
             for r, a, b in zip(RATIOS, *found.values(), strict=True)
         ],
     )
-    report.numbers["levels"] = {"noise": list(RATIOS), **lines}
+    worse = [f"{r:g}" for r, error in zip(RATIOS, lines["held-out"], strict=True) if error > nothing]
+    if worse:
+        at = denoising.denoiser.schedule.time(torch.tensor([float(worse[0])], dtype=torch.float64)).item()
+        report.text(
+            f"At noise {', '.join(worse)} the network is worse than the mean image, and walks that start there begin "
+            f"with a step astray: draw with a sampler.start below {at:.2f}, or train there more often (objective.time)."
+        )
+    report.numbers["levels"] = {"noise": list(RATIOS), **lines, "mean_image": nothing}
     report.text("The same network on held-out images with as much noise of kinds that it was never trained on:")
     kinds = {kind: [psnr(denoising.error(held_out, ratio, kind)[0]) for ratio in FEW] for kind in KINDS}
     report.table(
