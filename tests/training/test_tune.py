@@ -124,7 +124,7 @@ def test_the_command_wins_over_the_file_and_the_file_over_the_run(through, file)
     assert "by DDIM (steps 4), guidance 3, an EMA of length 0.1: " in said
     assert f"from {file}, but for sampler.steps, guidance.scale, the EMA\n" in said
     said = through("sample", "sampler=euler")[1]
-    assert "by Euler (steps 50, spacing time, power 1.0), guidance 1.5, an EMA of length 0.07: " in said
+    assert "by Euler (steps 50, spacing time, power 1.0, start 1.0), guidance 1.5, an EMA of length 0.07: " in said
     assert f"from {file}, but for sampler\n" in said
 
 

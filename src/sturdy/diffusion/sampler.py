@@ -94,11 +94,8 @@ class Sampler(ABC):
             raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}")
         if not 0 < start <= 1:
             raise ValueError(f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone")
-        self.steps = steps
-        self.clip = clip
-        self.spacing = spacing
-        self.power = power
-        self.start = start
+        self.steps, self.clip = steps, clip
+        self.spacing, self.power, self.start = spacing, power, start
 
     def __call__(
         self, denoiser: Estimator, noise: Tensor, label: Tensor | None = None, draws: Draws | None = None
