@@ -15,6 +15,7 @@ from runs import ROOT, command, train
 from sturdy.door import check_composed
 from sturdy.resume.preemption import SIGNALS
 from sturdy.training.build import rebuild
+from sturdy.training.draw import draw
 from sturdy.training.launch import train as train_in_process
 from sturdy.training.loggers.metrics_file import MetricsFile
 
@@ -185,10 +186,13 @@ STATES = (("run", "step-00000012"), ("tuned", "step-00000001"))
 
 def test_sampling_is_the_same_at_every_batch_size(run):
     tmp, _ = run
-    for size in (1, 3):
-        words = [f"paths.runs={tmp / 'runs'}", "run=run", "sample.n=4", "sample.label=pickup", "sampler.steps=3"]
-        words += [f"sample.batch_size={size}", f"sample.out={tmp / str(size)}"]
-        subprocess.run([sys.executable, ROOT / "sample.py", *words], check=True, capture_output=True, timeout=120)
+    words = [f"paths.runs={tmp / 'runs'}", "run=run", "sample.n=4", "sample.label=pickup", "sampler.steps=3"]
+    ones, threes = ([*words, f"sample.batch_size={size}", f"sample.out={tmp / str(size)}"] for size in (1, 3))
+    subprocess.run([sys.executable, ROOT / "sample.py", *ones], check=True, capture_output=True, timeout=120)
+    threads = torch.get_num_threads()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert draw(compose("sample", threes), threes) == 0
+    torch.set_num_threads(threads)
     for k in range(4):
         one, three = (np.asarray(Image.open(tmp / d / f"{k:06d}.png")).astype(int) for d in ("1", "3"))
         assert one.std() > 5
