@@ -1,6 +1,7 @@
 import pytest
 import torch
 from tiny import awake, dit
+from torch.nn import functional as F
 
 from sturdy.backbone.dit import Attention, Block, rotate, rotation
 
@@ -106,6 +107,22 @@ def test_patches_come_back_where_they_were(patch):
     expected = torch.zeros(8, 12, dtype=torch.bool)
     expected[top : top + patch, left : left + patch] = True
     assert torch.equal(changed, expected)
+
+
+def test_tokens_know_where_they_are():
+    """Rotary positions alone cannot: from patches that are all alike they make patches that are all alike."""
+    torch.manual_seed(0)
+    backbone = awake(dit(patch=2)).double().eval()
+    x, t = torch.full((1, 3, 8, 12), 0.3, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
+
+    def spread() -> float:
+        patches = F.pixel_unshuffle(backbone(x, t), 2).flatten(2)
+        return (patches - patches[..., :1]).abs().amax().item()
+
+    assert spread() > 0.01
+    for parameter in backbone.place.parameters():
+        parameter.data.zero_()
+    assert spread() < 1e-9
 
 
 def test_size_that_does_not_divide():

@@ -4,7 +4,9 @@
 
 DiT (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", section 3.2) with RMSNorm (Zhang and
 Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020) and rotary positions in
-two dimensions (Su et al. 2021, eq. 34), which are computed from (h, w): no image size is built in.
+two dimensions (Su et al. 2021, eq. 34). Those tell tokens how far apart they are, and nothing of where they are in
+the picture, so an MLP of the same angles is added to the patches. All of it is computed from (h, w): no image size is
+built in.
 """
 
 import torch
@@ -139,6 +141,7 @@ class DiT(nn.Module):
         self.head_dim = width // heads
         self.condition = Condition(width, features=width, num_classes=num_classes, conditions=conditions)
         self.stem = nn.Linear(image_channels * patch**2, width)
+        self.place = nn.Sequential(nn.Linear(self.head_dim, width), nn.SiLU(), zero(nn.Linear(width, width)))
         self.blocks = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.out = zero(nn.Linear(width, image_channels * patch**2))
@@ -161,7 +164,9 @@ class DiT(nn.Module):
         h = F.pixel_unshuffle(x, self.patch)  # (b, c patch^2, h / patch, w / patch)
         grid = h.shape[2:]
         turn = rotation(grid[0], grid[1], self.head_dim, like=x)
-        h = self.stem(h.flatten(2).transpose(1, 2)).to(x.dtype)  # under autocast the residual sum stays in float32
+        where = turn.to(x.dtype).transpose(0, 1).flatten(1)  # (tokens, head_dim)
+        h = self.stem(h.flatten(2).transpose(1, 2)) + self.place(where)
+        h = h.to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
             h = call(block, h, c, turn, recompute=self.checkpoint)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=2)
