@@ -3,7 +3,7 @@ import torch
 from tiny import awake, dit
 from torch.nn import functional as F
 
-from sturdy.backbone.dit import Attention, Block, rotate, rotation
+from sturdy.backbone.dit import Attention, Block, Whole, rotate, rotation
 
 ROWS, COLUMNS, DIM = 5, 7, 16
 
@@ -123,6 +123,36 @@ def test_tokens_know_where_they_are():
     for parameter in backbone.place.parameters():
         parameter.data.zero_()
     assert spread() < 1e-9
+
+
+def test_whole_tells_every_patch_of_every_pixel():
+    """Without blocks, and so without attention, a pixel changes its own patch alone; see above."""
+    torch.manual_seed(0)
+    backbone = awake(dit(patch=2, depth=0, whole=4, image_size=8)).eval()
+    x, t = torch.randn(1, 3, 8, 8), torch.rand(1)
+    moved = x.clone()
+    moved[0, :, 5, 6] += 1
+    assert F.max_pool2d((backbone(x, t) != backbone(moved, t)).float(), 2).all()
+
+
+def test_whole_is_the_formula_and_begins_without_a_say():
+    torch.manual_seed(0)
+    whole = Whole(12, 5, 8, units=4)
+    x, c = torch.randn(2, 3, 2, 2), torch.randn(2, 8)
+    assert not whole(x, c).any()
+    awake(whole)
+    scale, shift = (c @ whole.modulation.weight.T + whole.modulation.bias).split(4, dim=1)
+    seen = x.reshape(2, 12) @ whole.look.weight.T + whole.look.bias
+    hidden = seen * (1 + scale) + shift
+    expected = (hidden * torch.sigmoid(hidden)) @ whole.tell.weight.T + whole.tell.bias
+    torch.testing.assert_close(whole(x, c), expected.reshape(2, 5, 8))
+
+
+def test_whole_is_for_one_size():
+    with pytest.raises(ValueError, match=r"needs backbone\.image_size, a multiple of patch=2"):
+        dit(whole=4, image_size=9)
+    with pytest.raises(ValueError, match=r"sees 8 x 8 pixels, and the images are 8 x 12: set backbone\.image_size"):
+        dit(whole=4, image_size=8)(torch.zeros(1, 3, 8, 12), torch.zeros(1))
 
 
 def test_size_that_does_not_divide():

@@ -97,6 +97,32 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(modulate(x, scale2, shift2)))
 
 
+class Whole(nn.Module):
+    """What each token is told of the whole picture, ``x (b, c, h, w), c (b, width) -> (b, tokens, width)``; at first 0.
+
+        tell(silu(look(x) (1 + scale(c)) + shift(c)))
+
+    Every unit compares all pixels with a picture of its own, as matched filters do; attention, which compares patches,
+    finds little in strong noise. ``c`` tells how far to trust it. For pictures that are aligned, and of one size.
+
+    Args:
+        pixels: numbers of a picture.
+        tokens: of a picture.
+        units: hidden ones.
+    """
+
+    def __init__(self, pixels: int, tokens: int, width: int, *, units: int) -> None:
+        super().__init__()
+        self.look = nn.Linear(pixels, units)
+        self.modulation = zero(nn.Linear(width, 2 * units))
+        self.tell = zero(nn.Linear(units, tokens * width))
+        self.tokens = tokens
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        scale, shift = self.modulation(c).chunk(2, dim=1)
+        return self.tell(F.silu(self.look(x.flatten(1)) * (1 + scale) + shift)).unflatten(1, (self.tokens, -1))
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """RMSNorm over the channels, whose gain and shift are the condition's."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -115,6 +141,11 @@ class DiT(nn.Module):
         heads: attention heads; ``width / heads`` must be a multiple of four, for the rotary positions.
         dropout: probability of dropping an activation at the end of a branch.
         checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the same bits.
+        whole: units that each see the whole picture, for pictures that are aligned; 0 is none.
+        image_size: height and width of the pictures; only ``whole`` asks for it.
+
+    Raises:
+        ValueError: ``width`` does not fit ``heads``, or ``whole`` has no ``image_size`` that ``patch`` divides.
     """
 
     def __init__(
@@ -129,6 +160,8 @@ class DiT(nn.Module):
         heads: int = 4,
         dropout: float = 0.0,
         checkpoint: bool = False,
+        whole: int = 0,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         if width % (4 * heads):
@@ -142,6 +175,12 @@ class DiT(nn.Module):
         self.condition = Condition(width, features=width, num_classes=num_classes, conditions=conditions)
         self.stem = nn.Linear(image_channels * patch**2, width)
         self.place = nn.Sequential(nn.Linear(self.head_dim, width), nn.SiLU(), zero(nn.Linear(width, width)))
+        self.image_size, self.whole = image_size, None
+        if whole:
+            if not image_size or image_size % patch:
+                raise ValueError(f"backbone.whole={whole} needs backbone.image_size, a multiple of patch={patch}")
+            tokens = (image_size // patch) ** 2
+            self.whole = Whole(image_channels * image_size**2, tokens, width, units=whole)
         self.blocks = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.out = zero(nn.Linear(width, image_channels * patch**2))
@@ -166,6 +205,8 @@ class DiT(nn.Module):
         turn = rotation(grid[0], grid[1], self.head_dim, like=x)
         where = turn.to(x.dtype).transpose(0, 1).flatten(1)  # (tokens, head_dim)
         h = self.stem(h.flatten(2).transpose(1, 2)) + self.place(where)
+        if self.whole is not None:
+            h = h + self.whole(x, c)
         h = h.to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
             h = call(block, h, c, turn, recompute=self.checkpoint)
@@ -192,4 +233,9 @@ class DiT(nn.Module):
             raise ValueError(
                 f"{height} x {width} images do not divide into patches: "
                 f"make data.image_size a multiple of backbone.patch={self.patch}"
+            )
+        if self.whole is not None and not height == width == self.image_size:
+            raise ValueError(
+                f"backbone.whole sees {self.image_size} x {self.image_size} pixels, and the images are "
+                f"{height} x {width}: set backbone.image_size to theirs, or backbone.whole=0"
             )
