@@ -1,7 +1,6 @@
 """Supervisors in real processes, with real workers that exit, hang and are killed in every way."""
 
 import itertools
-import multiprocessing
 import os
 import pty
 import signal
@@ -14,10 +13,9 @@ from types import SimpleNamespace
 import pytest
 from supervised import WORKER, supervised
 
+from runs import SERVER
 from sturdy.resume.preemption import SIGNALS
 
-FORK = multiprocessing.get_context("forkserver")  # PyTorch is imported once, for all of them
-FORK.set_forkserver_preload(["sturdy.resume.agent"])
 SETTINGS = {"restarts": 3, "kill_after": 0.5, "grace": 30}
 
 
@@ -28,7 +26,7 @@ class Supervised:
         self.directory = directory
         (directory / "tmp").mkdir(parents=True)
         (directory / "worker.py").write_text(WORKER)
-        self.process = FORK.Process(target=supervised, args=(str(directory), plan, SETTINGS | settings, stdout))
+        self.process = SERVER.Process(target=supervised, args=(str(directory), plan, SETTINGS | settings, stdout))
         self.process.start()
 
     def log(self):
@@ -93,7 +91,7 @@ def test_what_would_be_the_same_again_is_not_tried_again(start):
     at_once, refused, late = (
         start(["exit(130)", "time.sleep(60)"]),
         start(["exit(2)", "time.sleep(60)"]),
-        start(["time.sleep(1); exit(2)", "exit(75)"]),  # the others leave quietly, and may do so first
+        start(["after(1); exit(2)", "exit(75)"]),  # the others leave quietly, and may do so first
     )
     for code, one in {130: at_once, 2: refused}.items():
         done = one.end()
@@ -103,19 +101,19 @@ def test_what_would_be_the_same_again_is_not_tried_again(start):
 
 
 ENDS = {
-    ("exit(75)", "exit(75)"): "process 0 was told to stop",
+    ("exit(75)", "after(0); exit(75)"): "process 0 was told to stop",
     ("time.sleep(60)", "exit(75)"): "process 1 was told to stop",
     ("exit(0)", "exit(1)"): "process 1 exited with code 1",
     ("time.sleep(60)", "die('SIGKILL')"): "process 1 was killed by SIGKILL",
-    ("exit(1)", "time.sleep(0.3); die('SIGABRT')"): "process 0 exited with code 1",
-    ("time.sleep(0.5); exit(1)", "exit(75)"): "process 0 exited with code 1",
+    ("exit(1)", "after(0); die('SIGABRT')"): "process 0 exited with code 1",
+    ("after(1); exit(1)", "exit(75)"): "process 0 exited with code 1",
     ("die('SIGSTOP')", "exit(1)"): "process 1 exited with code 1",
     ("deaf()", "time.sleep(0.3); exit(1)"): "process 1 exited with code 1",
 }
 
 
 def test_any_other_end_is_followed_by_another_start(start):
-    started = [(start(first, ["exit(0)"] * 2, grace=1), cause) for first, cause in ENDS.items()]
+    started = [(start(first, ["exit(0)"] * 2, grace=5), cause) for first, cause in ENDS.items()]
     for one, cause in started:
         done = one.end()
         assert done.out == f"restart 1 of 3: {cause}; there is no checkpoint yet\n"
@@ -235,7 +233,8 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 def test_children_of_a_dead_process_die_too(start):
     child = "if not os.fork(): note(os.getpid()); time.sleep(60)\n"
-    one = start([child + "time.sleep(0.3); die('SIGKILL')", "time.sleep(60)"], ["exit(0)"] * 2)
+    noted = "while len(open('log').readlines()) < 3: time.sleep(0.01)\n"  # two, and the child
+    one = start([child + noted + "die('SIGKILL')", "time.sleep(60)"], ["exit(0)"] * 2)
     assert one.end().code == 0
     assert len(one.log()) == 5, "two, a child, and two"
 
