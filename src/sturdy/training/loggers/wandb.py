@@ -98,7 +98,10 @@ class Wandb(Mirror):
 
     def close(self, finished: bool) -> None:
         if self.run:
+            import wandb
+
             self.run.finish(exit_code=0 if finished else 1)
+            wandb.teardown()  # when its service has left, the segment is whole; at finish it may not be
             self.run = None
             self._remove(self.older)
 
