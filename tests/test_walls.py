@@ -31,7 +31,7 @@ MAY = {
     "data": {"randomness"},
     "resume": {"randomness"},
     "evaluation": {"randomness", "diffusion"},
-    "training": {"randomness", "diffusion", "resume", "evaluation"},
+    "training": {"randomness", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
 HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}

@@ -28,7 +28,12 @@ def generator(*parts: int | str) -> torch.Generator:
 
 def reseed(*parts: int | str) -> None:
     """Reseed PyTorch's default generators, on every device; what is left for them is dropout."""
-    torch.manual_seed(key(*parts))
+    seed = key(*parts)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # before, torch.manual_seed would note the whole call stack each time, some ms
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 class Draws:

@@ -27,7 +27,7 @@ def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
         yield from unknown_arguments(value, f"{prefix}{key}.")
 
 
-OURS = {"trainer.threads"}  # read by the door's task, not handed to the Trainer
+OURS = {"trainer.threads", "trainer.compile"}  # read by the door's task, not handed to the Trainer
 
 
 def arguments(target: str) -> set[str] | None:

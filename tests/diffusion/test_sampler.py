@@ -98,6 +98,17 @@ def test_a_walk_that_starts_later_is_the_exact_one_from_there(schedule, sampler)
     assert times == [t / 2 for t in (step.t for step in sampler(4, clip=False)(exact, NOISE))]
 
 
+@pytest.mark.parametrize("s", [0.1, 1.0, 4.0, 16.0])
+def test_twenty_calls_that_keep_every_variance(s):
+    """Even times do not, as many calls: what varies most comes out too even, and what varies least too."""
+
+    def kept(sampler):
+        return (last(sampler, Exact(SCHEDULES["rectified_flow"], 0.0, s)) / NOISE).mean().item() / s
+
+    assert kept(UniPC(20, spacing="log_snr", start=0.99, clip=False)) == pytest.approx(1, abs=0.02)
+    assert (kept(Heun(10, power=1, start=0.99, clip=False)) < 0.8) == (s in (0.1, 16.0))
+
+
 def test_start_is_a_time():
     for start in (0.0, 1.01):
         with pytest.raises(ValueError, match=rf"sampler\.start={start} must be a time above 0"):

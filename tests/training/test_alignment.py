@@ -11,7 +11,7 @@ from tiny_module import batch, fit, save
 from tiny_module import make as unaligned
 from torch import nn
 
-from runs import SMALL, SMALL_DIT, differences
+from runs import SMALL, differences
 from sturdy.backbone import DiT, UNet
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
 from sturdy.evaluation.encoders import Encoder
@@ -211,7 +211,7 @@ def test_mistakes_are_told():
         aligned(dit(), wrong)(torch.zeros(1, 4, 16), torch.zeros(1, 3, 8, 8))
 
 
-RUN = [*SMALL_DIT, "data.shards=2", "reduction=tree", "learning_rate.warmup=1", "optimizer.lr=4e-3", *ALIGNED]
+RUN = [*SMALL, "data.shards=2", "reduction=tree", "learning_rate.warmup=1", "optimizer.lr=4e-3", *ALIGNED]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ WORSE = (
     "trainer.val_check_interval=1",
     "trainer.max_steps=40",
     "callbacks.early_stopping.patience=2",
+    "callbacks.checkpoint.every_n_train_steps=1",
 )
 
 

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tiny_module import fit, save
 
-from runs import ROOT, SMALL
+from runs import ROOT, SMALL_UNET
 from sturdy.resume.store import load_state
 from sturdy.training.build import build, rebuild
 
@@ -16,7 +16,7 @@ from sturdy.training.build import build, rebuild
 @pytest.fixture(scope="module")
 def config():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [*SMALL, "data.shards=2"])
+        cfg = compose("train", [*SMALL_UNET, "data.shards=2"])
     cfg.num_classes = 3
     return OmegaConf.to_container(cfg, resolve=True)
 
@@ -47,6 +47,14 @@ def test_a_checkpoint_alone_gives_the_module_back(trained, tmp_path):
     x, t, label = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 3])
     assert torch.equal(again.ema.model(x, t, label), module.ema.model(x, t, label))
     assert not torch.equal(again.ema.model(x, t, label), build(module.config).ema.model(x, t, label))
+
+
+def test_weights_of_another_network_are_refused_by_name(trained, tmp_path):
+    state = load_state(trained[1])
+    weight = state["state_dict"].pop("denoiser.backbone.out.2.weight")
+    torch.save(state | {"state_dict": state["state_dict"] | {"denoiser.backbone.out.renamed": weight}}, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"another network.*: denoiser\.backbone\.out\.2\.weight, .*out\.renamed$"):
+        rebuild(tmp_path / "a")
 
 
 FOREIGN = [

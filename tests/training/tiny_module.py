@@ -32,10 +32,10 @@ class Backbone(nn.Module):
         return self.out(self.drop(torch.nn.functional.silu(h)))
 
 
-def make(dropout=0.0, **settings):
+def make(dropout=0.0, backbone=Backbone, **settings):
     """A module whose weights are always the same."""
     reseed("tiny")
-    denoiser = Denoiser(Backbone(dropout), RectifiedFlow(), Velocity(), CLASSES)
+    denoiser = Denoiser(backbone(dropout), RectifiedFlow(), Velocity(), CLASSES)
     return DiffusionModule(denoiser, Objective(), **settings)
 
 
@@ -82,10 +82,10 @@ def trainer(directory, steps, *callbacks, **settings):
     )
 
 
-def fit(module, directory, steps=2, entry=None):
+def fit(module, directory, steps=2, entry=None, callbacks=()):
     """Train from the checkpoint ``entry`` to ``steps``; returns the trainer and what each step returned."""
     outputs = Outputs()
-    t = trainer(directory, steps, outputs)
+    t = trainer(directory, steps, outputs, *callbacks)
     start = int(entry.parent.name.removeprefix("step-")) if entry else 0
     t.fit(module, DataLoader(Stream(start), batch_size=None), ckpt_path=entry, weights_only=True)
     return t, outputs.steps

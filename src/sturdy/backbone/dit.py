@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sturdy.backbone.embed import Condition, call, numbered, zero
+from sturdy.backbone.whole import Whole
 
 
 def rotation(height: int, width: int, head_dim: int, *, like: Tensor, base: float = 100.0) -> Tensor:
@@ -97,32 +98,6 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(modulate(x, scale2, shift2)))
 
 
-class Whole(nn.Module):
-    """What each token is told of the whole picture, ``x (b, c, h, w), c (b, width) -> (b, tokens, width)``; at first 0.
-
-        tell(silu(look(x) (1 + scale(c)) + shift(c)))
-
-    Every unit compares all pixels with a picture of its own, as matched filters do; attention, which compares patches,
-    finds little in strong noise. ``c`` tells how far to trust it. For pictures that are aligned, and of one size.
-
-    Args:
-        pixels: numbers of a picture.
-        tokens: of a picture.
-        units: hidden ones.
-    """
-
-    def __init__(self, pixels: int, tokens: int, width: int, *, units: int) -> None:
-        super().__init__()
-        self.look = nn.Linear(pixels, units)
-        self.modulation = zero(nn.Linear(width, 2 * units))
-        self.tell = zero(nn.Linear(units, tokens * width))
-        self.tokens = tokens
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        scale, shift = self.modulation(c).chunk(2, dim=1)
-        return self.tell(F.silu(self.look(x.flatten(1)) * (1 + scale) + shift)).unflatten(1, (self.tokens, -1))
-
-
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """RMSNorm over the channels, whose gain and shift are the condition's."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -178,7 +153,8 @@ class DiT(nn.Module):
         self.image_size, self.whole = image_size, None
         if whole:
             if not image_size or image_size % patch:
-                raise ValueError(f"backbone.whole={whole} needs backbone.image_size, a multiple of patch={patch}")
+                asked = f"backbone.image_size={image_size} to be a multiple of backbone.patch={patch}"
+                raise ValueError(f"backbone.whole={whole} needs {asked}")
             tokens = (image_size // patch) ** 2
             self.whole = Whole(image_channels * image_size**2, tokens, width, units=whole)
         self.blocks = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))

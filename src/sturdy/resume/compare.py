@@ -15,6 +15,12 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], parts: Iterable[str] =
     return sorted(k for k in left.keys() | right.keys() if not _same(left.get(k, ...), right.get(k, ...)))
 
 
+def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Names of the first five weights that only one of two networks has, or that have another shape; '' if none."""
+    odd = (k for k in own.keys() | given.keys() if k not in own or k not in given or own[k].shape != given[k].shape)
+    return ", ".join(sorted(odd)[:5])
+
+
 def first_divergence(a: Iterable[Mapping[str, str]], b: Iterable[Mapping[str, str]]) -> tuple[int, str] | None:
     """The first step at which two records differ, and in which column; None if they are equal.
 

@@ -73,7 +73,7 @@ def describe_attempt(
         "git": _git(),
         "stack": dict(stack),
         "hardware": _hardware(),
-        "packages": dict(sorted((d.name, d.version) for d in metadata.distributions())),
+        "packages": dict(sorted((m["Name"], m["Version"]) for m in (d.metadata for d in metadata.distributions()))),
     }
     (directory / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.randomness import reseed
+from sturdy.resume.compare import misfits
 from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
 from sturdy.training.trusted import strangers
@@ -54,8 +55,9 @@ def rebuild(path: str | Path) -> DiffusionModule:
     """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
 
     Raises:
-        ValueError: if the file holds no config of ours, or its config names code that is not ours: a checkpoint
-            must not choose what is executed. Then use ``DiffusionModule.load_from_checkpoint(path, **modules)``.
+        ValueError: if the file holds no config of ours, or its weights are not those of the network that this code
+            makes of it, or it names code that is not ours: a checkpoint must not choose what is executed. Then use
+            ``DiffusionModule.load_from_checkpoint(path, **modules)``.
     """
     state = load_state(Path(path))
     config = state.get("config")
@@ -68,6 +70,11 @@ def rebuild(path: str | Path) -> DiffusionModule:
                 f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
             )
     module = build(config)
+    if odd := misfits(module.state_dict(), state["state_dict"]):
+        raise ValueError(
+            f"{path} is of code that builds another network. Use that code, whose commit is in the run's "
+            f"attempts/*/environment.json, or train anew. What differs: {odd}"
+        )
     module.load_state_dict(state["state_dict"])
     return module
 
@@ -84,13 +91,8 @@ def init_from(module: DiffusionModule, path: str) -> None:
     state, prefix = load_state(file), "ema.model."
     weights = {k.removeprefix(prefix): v for k, v in state.get("state_dict", {}).items() if k.startswith(prefix)}
     own = module.denoiser.state_dict()
-    odd = [
-        k for k in own.keys() | weights.keys() if k not in own or k not in weights or own[k].shape != weights[k].shape
-    ]
-    if odd:
-        raise ValueError(
-            f"init_from={path} holds another network; parameters that differ: {', '.join(sorted(odd)[:5])}"
-        )
+    if odd := misfits(own, weights):
+        raise ValueError(f"init_from={path} holds another network; parameters that differ: {odd}")
     module.denoiser.load_state_dict(weights)
     for average in module.ema.networks():
         average.load_state_dict(weights)

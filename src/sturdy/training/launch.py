@@ -83,6 +83,9 @@ def check_settings(cfg: DictConfig) -> None:
         raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
     if cfg.reduction not in (None, "tree", "allreduce"):
         raise Unfit(f"reduction={cfg.reduction} must be tree, allreduce or null, which chooses")
+    for key, why in {"alignment": "looks into the network", "strategy": "takes it apart"}.items():
+        if cfg.trainer.compile and (target := (cfg[key] or {}).get("_target_", "")).endswith((".Alignment", ".fsdp2")):
+            raise Unfit(f"trainer.compile=true does not go with {target.rpartition('.')[2].lower()}, which {why}")
     if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
         raise Unfit(
             f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "

@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
+from sturdy.resume.compare import misfits
 from sturdy.resume.reduction import Sum, Tree, alone
+from sturdy.resume.store import Unloadable
 from sturdy.resume.world import gather, rank, size
 from sturdy.training.ema import EMA
 from sturdy.training.optim import (
@@ -76,10 +78,9 @@ class DiffusionModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         tree = Tree()
-        for shard, *samples in self._shards(batch):
-            reseed(self.seed, "shard", self.global_step, shard)
-            loss, terms = self._loss(*samples)
-            tree.push([*self._gradients(loss), torch.stack(list(terms.values()))])
+        for shard, *samples in self.shards_of(batch):
+            gradients, terms = self.gradients(shard, *samples)
+            tree.push([*gradients, torch.stack(list(terms.values()))])
         *gradients, means = total = self.sum(tree.sum())
         torch._foreach_div_(total, self.shards)
         return dict(zip(terms, means, strict=True)) | {"grad_norm": self._optimizer_step(gradients)}
@@ -134,22 +135,42 @@ class DiffusionModule(L.LightningModule):
         """Optimizer state by index; its options are those of the config, which may have changed on purpose.
 
         What was aligned and, on purpose, no longer is leaves its projection and its encoder behind.
+
+        Raises:
+            Unloadable: if its weights are not those of this network, naming the first that differ.
         """
         if self.alignment is None:
             without(checkpoint, "alignment.")
+        weights = checkpoint.get("state_dict")  # not there where fsdp2 has loaded them already
+        if weights and (odd := misfits(self.state_dict(), weights)):
+            raise Unloadable(
+                f"the checkpoint is of another network than backbone, ema or code are now of: {odd}. Undo the change, "
+                f"or begin another run: name=..."
+            )
         if "optimizer_states" in checkpoint:
             names = names_in_order(self, parameter_groups(self))
             groups = self.configure_optimizers().state_dict()["param_groups"]
             states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
             checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
 
-    def _shards(self, batch: Any) -> Iterator[tuple[Any, ...]]:
-        """Those of this process, with their numbers."""
+    def shards_of(self, batch: Any) -> Iterator[tuple[Any, ...]]:
+        """Those of this process: number, and a part of each of the values of ``batch``."""
         mine = self.shards // size()
         b = len(batch[0]) // mine
         for i in range(mine):
             part = slice(i * b, (i + 1) * b)
             yield rank() * mine + i, *(values[part] for values in batch)
+
+    def gradients(self, shard: int, *samples: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Of a shard's loss by each of ``trained()``, taken out of ``.grad``, and the means that are recorded of it."""
+        reseed(self.seed, "shard", self.global_step, shard)
+        loss, means = self._loss(*samples)
+        self.manual_backward(loss)
+        parameters = self.trained()
+        gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return gradients, means
 
     def _loss(self, x0: Tensor, label: Tensor, positions: Any, *condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised on a shard, ``()``, and the means that are recorded of it."""
@@ -162,15 +183,6 @@ class DiffusionModule(L.LightningModule):
         alignment = self.alignment(*inner, x0)
         means = {"loss": loss.detach().mean(), "alignment": alignment.detach().mean()}
         return (loss - self.alignment.weight * alignment).mean(), means
-
-    def _gradients(self, loss: Tensor) -> list[Tensor]:
-        """The gradient of ``loss`` by each parameter, taken out of ``.grad``, where the next would be added."""
-        self.manual_backward(loss)
-        parameters = self.trained()
-        gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
-        for p in parameters:
-            p.grad = None
-        return gradients
 
     def _optimizer_step(self, gradients: list[Tensor]) -> Tensor:
         """Clip, step and average; returns the norm of the gradient before clipping, ``()``."""

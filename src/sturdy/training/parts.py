@@ -24,7 +24,9 @@ from sturdy.resume.reduction import AllReduce, Sum, alone, is_tree, sharded, tre
 from sturdy.resume.store import Store, load_state
 from sturdy.resume.supervisor import launched
 from sturdy.resume.writer import StoreIO
+from sturdy.signatures import OURS
 from sturdy.training import strategies
+from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.guard import Guard
 from sturdy.training.callbacks.preempt import Preempt
 from sturdy.training.callbacks.record import Record
@@ -167,6 +169,7 @@ def make_trainer(
         Record(metrics),
         Preempt(preemption),  # before those that take their time after a step
         *(instantiate(node, _convert_="all") for node in wanted),
+        *([Compile()] if cfg.trainer.compile else []),
     ]
     first = [callback for kind in (Watchdog, Guard) for callback in callbacks if isinstance(callback, kind)]
     callbacks = first + [callback for callback in callbacks if callback not in first]  # time, then what is bad
@@ -176,7 +179,7 @@ def make_trainer(
     mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger and world.rank() == 0 else []
     for mirror in mirrors:
         mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-    settings = {k: v for k, v in cfg.trainer.items() if k != "threads"}
+    settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in OURS}
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     trainer: L.Trainer = instantiate(
         settings | strategies.processes() | {"limit_val_batches": 1.0},
