@@ -8,20 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
-defaults:
-  - _self_
-  - override hydra/hydra_logging: none
-  - override hydra/job_logging: none
 name: mini
 seed: 0
 end: 0 # exit code
 wait: null # heard: for a signal, once, and then save; deaf: without listening; slow: a save that takes for ever
 paths:
   runs: runs
-hydra:
-  run:
-    dir: .
-  output_subdir: null
 """
 
 

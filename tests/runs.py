@@ -15,9 +15,10 @@ from sturdy.resume.compare import differing
 from sturdy.resume.store import Store, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
+# There is one such server a process: nobody else may tell it what to import.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([f"sturdy.{name}" for name in ("training.run", "data.cars", "backbone")])
-SMALL = [
+COMMON = [
     "trainer=cpu",
     "trainer.threads=1",
     "trainer.max_steps=12",
@@ -28,19 +29,21 @@ SMALL = [
     "data.source.n=60",
     "data.holdout=0.2",
     "sampler.steps=2",
+    "callbacks.checkpoint.every_n_train_steps=3",
+    "callbacks.samples.every_n_steps=6",
+    "callbacks.samples.n=8",
+    "backbone.dropout=0.2",
+]
+SMALL = [*COMMON, "backbone=dit", "backbone.width=32", "backbone.depth=2", "backbone.heads=2", "backbone.whole=4"]
+SMALL_UNET = [
+    *COMMON,
+    "backbone=unet",
     "backbone.width=8",
     "backbone.head_dim=8",
     "backbone.multipliers=[1,2]",
     "backbone.attention=[False,True]",
     "backbone.blocks=1",
-    "backbone.dropout=0.2",
-    "callbacks.checkpoint.every_n_train_steps=3",
-    "callbacks.samples.every_n_steps=6",
-    "callbacks.samples.n=8",
 ]
-SMALL_DIT = [k for k in SMALL if not k.startswith("backbone.")] + (
-    ["backbone=dit", "backbone.width=32", "backbone.depth=2", "backbone.heads=2", "backbone.dropout=0.2"]
-)
 
 
 def command(tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "") -> list[str]:
@@ -80,11 +83,15 @@ def kill_at(
 def start(
     tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = ""
 ) -> tuple[BaseProcess, Path, Path]:
-    """A process that runs ``command``, and where its output and its errors go.
+    """A process that runs ``command``, and where its output and its errors go."""
+    return fork(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
 
-    It is forked from one that has imported what it takes (and done nothing else): most of a small run's time is that.
+
+def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:
+    """``python *words``, forked from a process that has imported what a run takes: most of a small run's time is that.
+
+    Returns it, and where its output and its errors go.
     """
-    words = command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:]
     out, err = (tmp / f"{name.replace('/', '-')}.{kind}" for kind in ("out", "err"))
     process = SERVER.Process(target=_become, args=(words, dict(os.environ), str(out), str(err)))
     process.start()

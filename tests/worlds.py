@@ -15,10 +15,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 import sturdy.training.run as run
-from runs import ROOT, SMALL, SMALL_DIT
+from runs import ROOT, SMALL, SMALL_UNET
 from sturdy.randomness import Draws, key
+from sturdy.resume.store import Store
 
-SHARDED, SHARDED_UNET = ([*base, "data.shards=4", "reduction=tree"] for base in (SMALL_DIT, SMALL))
+SHARDED, SHARDED_UNET = ([*base, "data.shards=4", "reduction=tree"] for base in (SMALL, SMALL_UNET))
 
 
 class World:
@@ -37,6 +38,8 @@ class World:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("train", words)
         self.home = tmp / "runs" / name
+        self.store = Store(self.home / "checkpoints")
+        self.older = set(self.store.steps())
         self.outputs = [tmp / f"{name}-{rank}.out" for rank in range(n)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -62,9 +65,11 @@ class World:
                 os._exit(code)
 
     def until(self, step: int) -> "World":
-        """Return when ``step`` is in the record, or nobody lives."""
+        """Return when ``step`` is in the record, and a checkpoint of this world on the disk, however slow that is."""
         metrics = self.home / "metrics.csv"
-        while not (metrics.exists() and any(r.startswith(f"{step},") for r in metrics.read_text().splitlines())):
+        while set(self.store.steps()) <= self.older or not (
+            metrics.exists() and any(r.startswith(f"{step},") for r in metrics.read_text().splitlines())
+        ):
             if all(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in self.pids):
                 raise AssertionError(f"the run ended before step {step}:\n{self.output()}")
             time.sleep(0.01)

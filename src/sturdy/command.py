@@ -13,11 +13,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from sturdy.signatures import unknown_arguments
@@ -45,6 +46,8 @@ REFUSED = {
     "trainer.callbacks": "use callbacks",
     "trainer.logger": "use logger",
     "trainer.plugins": "the store is the plugin",
+    "hydra.run.dir": "the run's directory is paths.runs/name",
+    "hydra.job.chdir": "start it where it should be, or give paths.runs and paths.cache",
     "hydra.mode": "a sweep is asked for with -m",
     "hydra/sweeper": "a sweep goes through every combination of the values given",
     "hydra.sweeper.params": "give the values on the command line: key=1,2,3",
@@ -74,7 +77,11 @@ def check(config: Path, words: list[str]) -> DictConfig:
         for override in overrides:
             if override not in chosen:
                 _check_key(override, base)
-        return compose(config.stem, words)
+        cfg = compose(config.stem, words, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)  # for what reads ${hydra:...}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 @cache

@@ -24,11 +24,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from sturdy.command import LAUNCHER
 from sturdy.resume.preemption import RESUMABLE
 from sturdy.sweep import Child, Job, report, say
 
-NOWHERE = ["hydra.sweep.dir=.", "hydra.sweep.subdir=."]  # Hydra makes no directory of its own
+# Hydra makes no directory and no log of its own.
+NOWHERE = ["hydra.sweep.dir=.", "hydra.sweep.subdir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
 
 def launch(config: Path, words: list[str], script: str, jobs: Sequence[Job]) -> int:
@@ -62,10 +62,8 @@ def launch(config: Path, words: list[str], script: str, jobs: Sequence[Job]) -> 
 
 def on_node(script: str, cfg: DictConfig) -> int:
     """Run one job where the launcher put it; returns its exit code, unless it was queued again."""
-    overrides = HydraConfig.get().overrides
-    own = [word for word in overrides.hydra if not word.startswith((*LAUNCHER, "hydra.sweep"))]
     queue_again = signal.getsignal(signal.SIGUSR1)
-    code = Child().run([sys.executable, script, *own, *overrides.task])
+    code = Child().run([sys.executable, script, *HydraConfig.get().overrides.task])
     if code in (RESUMABLE, None) and callable(queue_again) and not ending():
         queue_again(signal.SIGUSR1, None)  # submitit counts, asks SLURM, and leaves the process
     return RESUMABLE if code is None else code

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 
 from runs import ROOT, command, train
-from sturdy.door import check_composed
+from sturdy.command import check, check_composed
 from sturdy.resume.preemption import SIGNALS
 from sturdy.training.build import rebuild
 from sturdy.training.draw import draw
@@ -32,6 +33,8 @@ MISTAKES = {
     "+trainer.accumulate_grad_batches=2": "refused: use data.shards",
     "trainer.fast_dev_run=true": "refused: use debug=default",
     "trainer.limit_train_batches=2": "refused: use trainer.max_steps",
+    "hydra.run.dir=there": "refused: the run's directory is paths.runs/name",
+    "--config-dir=there": "--config-dir is refused: configs are in",
 }
 
 
@@ -41,6 +44,11 @@ def test_mistakes_are_answered(word):
     assert done.returncode == 2
     assert MISTAKES[word] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_may_ask_what_was_chosen():
+    words = ["experiment=cars", "name=${hydra:runtime.choices.experiment}-${hydra:runtime.choices.backbone}"]
+    assert check(ROOT / "conf" / "train.yaml", words).name == "cars-dit"
 
 
 def test_mistakes_and_help_import_neither_torch_nor_lightning():
@@ -68,7 +76,15 @@ def test_an_experiment_goes_with_ones_own_images():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", ["experiment=cars", "data=folder", "data.root=."])
     check_composed(cfg)
-    assert cfg.backbone.width == 160
+    assert cfg.backbone.width == 128
+
+
+@pytest.mark.parametrize("choice", [o for o in OPTIONS if o.startswith(("objective=", "sampler="))])
+def test_an_experiment_goes_with_other_choices(choice):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["experiment=cars", choice])
+    instantiate(cfg.objective)
+    instantiate(cfg.sampler)
 
 
 @pytest.mark.parametrize("group", ["alignment", "ema"])
@@ -114,8 +130,8 @@ REFUSALS = {
     "name=other trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5 must be a whole number of steps"],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],
-    "name=other data.image_size=17": ["make data.image_size a multiple of"],
-    "name=other backbone.head_dim=7": ["backbone.head_dim=7 does not divide"],
+    "name=other data.image_size=17": ["backbone.image_size=17 to be a multiple of backbone.patch=2"],
+    "name=other backbone.heads=7": ["backbone.width=32 is not a multiple of 4 * heads = 28"],
     "name=other target=velocity schedule=linear": ["velocity"],
     "name=other objective.label_drop=3": ["objective.label_drop=3"],
     "name=other callbacks.checkpoint.keep_last=0": ["callbacks.checkpoint.keep_last=0 must be at least 1"],
@@ -167,6 +183,12 @@ def test_on_purpose_from_last_from_best_and_from_a_path(run):
     best = train(tmp, "run", "ckpt_path=best", "trainer.max_steps=13").stdout
     scores = MetricsFile(home / "metrics.csv").column("val/loss")
     assert f"resumed from step {min(scores, key=scores.get)}," in best
+
+
+def test_another_network_cannot_go_on_from_these_weights(run):
+    done = train(run[0], "run", "backbone.depth=1", "trainer.max_steps=99", "ckpt_path=last", code=2)
+    assert "is of another network than backbone, ema or code are now of: denoiser.backbone.blocks.1." in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_fine_tuning_starts_from_the_weights_of_another_run(run):

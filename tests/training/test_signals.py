@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import command, differences, train
+from runs import command, differences, fork, train
 from sturdy.resume.preemption import AT_ONCE, RESUMABLE, SIGNALS, Preempted, Preemption
 from sturdy.resume.store import Store
 
@@ -16,10 +16,18 @@ SIGNALLED = str(Path(__file__).with_name("signalled.py"))
 
 
 def struck(tmp, name, place, number, *overrides, **options):
-    """The run of ``command``, with a signal at ``place``."""
+    """The run of ``command`` from its imports on, with a signal at ``place``."""
     python, _, *words = command(tmp, name, *overrides)
     words = [python, SIGNALLED, place, number, *words]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+
+
+def struck_later(tmp, name, place, number, *overrides):
+    """The same, forked from what has imported it all: its exit code, and all it said."""
+    _, _, *words = command(tmp, name, *overrides)
+    process, out, err = fork(tmp, name, [SIGNALLED, place, number, *words])
+    process.join(300)
+    return process.exitcode, out.read_text() + err.read_text()
 
 
 def steps(tmp, name):
@@ -36,11 +44,11 @@ def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
         ("validation", "SIGINT", 4, []),
         ("sampling", "SIGUSR1", 6, []),
     ):
-        done = struck(tmp_path, "stopped", place, number, *overrides)
-        assert done.returncode == RESUMABLE, done.stdout + done.stderr
-        assert "Traceback" not in done.stdout + done.stderr
-        assert f"{number}: {f'saved step {step}' if step else 'nothing was trained yet'}." in done.stdout
-        assert "Run the same command to continue" in done.stdout
+        code, said = struck_later(tmp_path, "stopped", place, number, *overrides)
+        assert code == RESUMABLE, said
+        assert "Traceback" not in said
+        assert f"{number}: {f'saved step {step}' if step else 'nothing was trained yet'}." in said
+        assert "Run the same command to continue" in said
         assert steps(tmp_path, "stopped")[-1:] == ([step] if step else [])
     assert "resumed from step 6, to step 12 (bitwise" in train(tmp_path, "stopped").stdout
     assert differences(tmp_path, "whole", "stopped") == []
@@ -50,7 +58,9 @@ def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
         assert a.read_bytes() == b.read_bytes()
 
 
-@pytest.mark.parametrize("number", [s.name for s in SIGNALS])
+@pytest.mark.parametrize(
+    "number", [pytest.param(s.name, marks=[pytest.mark.slow] if i else []) for i, s in enumerate(SIGNALS)]
+)
 def test_during_import_it_is_the_signals_own_death(number, tmp_path):
     done = struck(tmp_path, "run", "import", number)
     assert done.returncode == -signal.Signals[number]
