@@ -3,13 +3,17 @@
 import os
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from runs import command, differences
+from runs import ROOT, command, differences
+from sturdy.resume.store import Store
 from worlds import SHARDED, finish
 
 PATIENT = [*SHARDED, "trainer.devices=2", "restarts=100"]
@@ -111,3 +115,57 @@ def test_thirty_faults_of_four_kinds_at_random_instants(tmp_path: Path) -> None:
     assert run.process.returncode == 0, run.log.read_text()
     assert sum(counts.values()) >= 30, counts
     assert differences(tmp_path, "one", "struck") == []
+
+
+class Machine:
+    """torchrun, one process, of a run that takes up to two machines; what it prints is in ``log``."""
+
+    def __init__(self, tmp: Path, port: int, number: int, *words: str) -> None:
+        elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=10", "--rdzv-backend=c10d", "--rdzv-id=test"]
+        elastic += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=2"]
+        environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # docs/running.md says why
+        self.log = tmp / f"machine-{number}.out"
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *elastic, str(ROOT / "train.py"), *words],
+                stdout=output,
+                stderr=output,
+                env=environment,
+            )
+
+
+@pytest.mark.slow
+def test_a_machine_joins_and_is_lost(tmp_path: Path) -> None:
+    """Both are this one, but torchrun does not know: it meets, parts and numbers its machines as ever."""
+    long = ["trainer.max_steps=2000", "trainer.val_check_interval=500", "callbacks.checkpoint.every_n_train_steps=20"]
+    long += ["callbacks.samples.every_n_steps=2000"]
+    finish(tmp_path, "one", 1, *long)
+    words = command(tmp_path, "elastic", *long, base=SHARDED)[2:]
+    store = Store(tmp_path / "runs" / "elastic" / "checkpoints")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def until(happened: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not happened():
+            assert time.monotonic() < end, first.log.read_text()
+            assert first.process.poll() is None, first.log.read_text()
+            time.sleep(0.05)
+
+    first = Machine(tmp_path, port, 1, *words)
+    until(lambda: bool(store.steps()))
+    second = Machine(tmp_path, port, 2, *words)
+    try:
+        until(lambda: "2 processes; resumed" in first.log.read_text() + second.log.read_text())
+        joined = store.steps()[-1]
+        until(lambda: store.steps()[-1] > joined)
+        second.process.kill()
+        assert first.process.wait(timeout=300) == 0, first.log.read_text()
+    finally:
+        for machine in (first, second):
+            machine.process.kill()
+            machine.process.wait()
+    assert "(bitwise" in first.log.read_text()
+    assert "same samples" not in first.log.read_text() + second.log.read_text()
+    assert differences(tmp_path, "one", "elastic") == []
