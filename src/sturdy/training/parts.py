@@ -23,7 +23,7 @@ from sturdy.resume.preemption import Preemption
 from sturdy.resume.reduction import AllReduce, Sum, alone, is_tree, sharded, tree
 from sturdy.resume.store import Store, load_state
 from sturdy.resume.supervisor import launched
-from sturdy.resume.writer import StoreIO
+from sturdy.resume.writer import MAY_PASS, StoreIO
 from sturdy.signatures import OURS
 from sturdy.training import strategies
 from sturdy.training.callbacks.compile import Compile
@@ -41,11 +41,19 @@ if TYPE_CHECKING:  # imported by those that are aligned
 
 @contextmanager
 def unfit() -> Iterator[None]:
-    """Turn what building raises about its arguments into ``Unfit``, without Hydra's wrapping."""
+    """Turn what building raises about its arguments into ``Unfit``, without Hydra's wrapping.
+
+    Raises:
+        Unfit: which nobody tries again.
+        OSError: what may pass, such as a network disk that is away; a supervisor starts the run again.
+    """
     try:
         yield
     except (InstantiationException, ValueError, OSError) as error:
-        raise Unfit(str(error.__cause__ or error)) from error
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in MAY_PASS:
+            raise cause from None
+        raise Unfit(str(cause)) from error
 
 
 def settle(cfg: DictConfig, entry: Entry | None) -> None:
