@@ -228,7 +228,7 @@ def test_refusals_say_what_to_do_and_write_nothing(through, file):
 def test_without_labels_guidance_is_not_swept(through, file):
     code, said = through("tune", "tune.labels=none", "tune.n=8", "tune.steps=[1,2]", "tune.ema=[null]")
     assert code == 0, said
-    assert "2 recipes like Heun" in said
+    assert "2 recipes like UniPC" in said
     assert [line.split()[:3] for line in said.splitlines()[3:5]] == [["own", "none", "1"], ["own", "none", "2"]]
     assert OmegaConf.load(file).guidance.scale == 2  # the run's
 
