@@ -16,7 +16,7 @@ test: $(VENV)/ready ## all tests but the slow campaigns
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready ## the slow campaigns
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2
 
 bench: $(VENV)/ready ## what saving, starting again and shards cost training; minutes, on a quiet machine
 	$(BIN)/python benchmarks/saving.py

@@ -22,7 +22,7 @@ from sturdy.training.tune import Figures, Trial, best, tune
 
 DOORS = {"tune": tune, "sample": draw, "evaluate": evaluate}
 WORDS = {
-    "tune": ["features.seen=300", "tune.n=16", "tune.batch_size=8", "tune.scales=[1,2]", "tune.steps=[1,2]"],
+    "tune": ["features.seen=300", "tune.n=16", "tune.batch_size=8", "tune.scales=[1,2]", "tune.steps=[2,5]"],
     "sample": ["sample.n=2"],
     "evaluate": ["features.seen=300", "evaluate.n=8", "evaluate.levels=4", "evaluate.audit_seen=0"],
 }
@@ -88,10 +88,10 @@ def test_killed_it_goes_on_and_the_others_follow_what_it_found(run, through, fil
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     rows = [line.split() for line in said.splitlines()[2:11]]
     assert rows[0][:2] == ["real", "images"]
-    asked = [[ema, scale, steps] for ema in ("own", "0.08") for scale in "12" for steps in "12"]
+    asked = [[ema, scale, steps] for ema in ("own", "0.08") for scale in "12" for steps in "25"]
     assert [row[:3] for row in rows[1:]] == asked
-    # Heun asks 1 and 3 times, and twice as often guided
-    assert [int(row[3]) for row in rows[1:5]] == [1, 3, 2, 6]
+    # UniPC asks once a step, and twice where it is guided
+    assert [int(row[3]) for row in rows[1:5]] == [2, 5, 4, 10]
     assert len({row[4] for row in rows[1:]}) == 8, "eight recipes draw eight sets"
 
     text, found = file.read_text(), OmegaConf.load(file)
@@ -107,7 +107,7 @@ def test_killed_it_goes_on_and_the_others_follow_what_it_found(run, through, fil
     for door in ("sample", "evaluate"):
         code, said = through(door)
         assert code == 0, said
-        line = next(line for line in said.splitlines() if line.startswith("drawn by Heun"))
+        line = next(line for line in said.splitlines() if line.startswith("drawn by UniPC"))
         assert f"steps {by}" in line
         assert f"guidance {found.guidance.scale:g}, " in line
         assert ("the run's own EMA" if found.ema is None else "an EMA of length 0.08") in line
