@@ -88,7 +88,7 @@ def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thirty_faults_of_four_kinds_at_random_instants(tmp_path: Path) -> None:
     """Told to stop, killed, stopped so that the other one hangs, or with an exception out of nowhere: either rank."""
-    long = ("trainer.max_steps=2500", "trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=50")
+    long = ("trainer.max_steps=4000", "trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=50")
     calm = ("callbacks.samples.every_n_steps=300",)
     finish(tmp_path, "one", 1, *long, *calm)
     kinds = (signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR2, signal.SIGTERM)
