@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sturdy.evaluation.audit import accuracy, audit, by_class, classifier, frequencies
+from sturdy.evaluation.audit import accuracy, audit, by_class, classifiers, frequencies
 from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import Report
 from sturdy.randomness import generator
@@ -27,17 +27,17 @@ def balanced(n, seed):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """Training and held-out pictures, and the classifier."""
+    """Training and held-out pictures, and two classifiers."""
     train, held_out = balanced(300, "train"), balanced(60, "held out")
     folder = tmp_path_factory.mktemp("cache")
-    network = classifier(train, OPTIONS, seen=2500, data=("digest",), folder=folder, tell=lambda done, total: None)
-    return train, held_out, network
+    how = {"seen": 2500, "data": ("digest",), "folder": folder, "tell": lambda done, total: None}
+    return train, held_out, classifiers(train, OPTIONS, count=2, **how)
 
 
 def test_good_samples_pass(judge, tmp_path):
-    train, held_out, network = judge
+    train, held_out, readers = judge
     report = Report(tmp_path, "good")
-    verdict = audit(report, network, balanced(120, "samples"), train, held_out, OPTIONS, "shape")
+    verdict = audit(report, readers, balanced(120, "samples"), train, held_out, OPTIONS, "shape")
     assert report.numbers["classifier_accuracy"]["shape"] > 0.95
     assert report.numbers["class_accuracy"]["all"] > 0.95
     assert all(abs(f["samples"] - f["truth"]) < 0.05 for f in report.numbers["frequencies"])
@@ -45,12 +45,12 @@ def test_good_samples_pass(judge, tmp_path):
 
 
 def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):
-    train, held_out, network = judge
+    train, held_out, readers = judge
     shape = torch.arange(120) % 2
     samples = drawn(shape, torch.arange(120) // 2 % 2, "samples")  # never blue
     wrong = Pictures(samples.pixels, torch.where(torch.arange(120) < 30, 1 - shape, shape), samples.features, {})
     report = Report(tmp_path, "bad")
-    verdict = audit(report, network, wrong, train, held_out, OPTIONS, "shape")
+    verdict = audit(report, readers, wrong, train, held_out, OPTIONS, "shape")
     assert report.numbers["class_accuracy"]["all"] == pytest.approx(0.75, abs=0.04)
     blue = next(f for f in report.numbers["frequencies"] if f["option"] == "blue")
     assert blue["samples"] < 0.02
@@ -60,14 +60,31 @@ def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):
 
 
 def test_shares_by_hand():
-    answers = {"shape": torch.tensor([0, 0, 0, 1])}
+    answers = {"shape": torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]])}  # of two readers
     none = {"shape": torch.tensor([0])}
     square, bar = frequencies({"shape": OPTIONS["shape"]}, none, answers, answers, none)
-    assert (square.truth, square.samples, square.difference, square.ratio) == (1, 0.75, -25, 0.75)
-    assert (bar.samples, bar.known) == (0.25, 0)
+    assert (square.truth, square.samples, square.difference, square.ratio) == (1, 0.625, -37.5, 0.625)
+    assert (bar.samples, bar.known) == (0.375, 0)
+    assert (square.apart, bar.apart) == (0.25, 0.25)
     assert math.isnan(bar.ratio)
     assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
     shares = by_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 3)
+    assert by_class(torch.tensor([[True, False, True]] * 2), torch.tensor([0, 0, 2]), 3)[::2] == [0.5, 1]
     assert shares[0] == 0.5
     assert math.isnan(shares[1])
     assert shares[2] == 1
+
+
+def test_between_two_options_readers_part_and_on_real_pictures_they_do_not(judge, tmp_path):
+    train, held_out, readers = judge
+    assert not torch.equal(readers[0].heads["colour"].weight, readers[1].heads["colour"].weight)
+    red, green = (drawn(torch.zeros(200, dtype=torch.int64), torch.full((200,), k), "same") for k in (0, 1))
+    between = ((red.pixels.float() + green.pixels.float()) / 2).round().to(torch.uint8)
+
+    def apart(pixels):
+        report = Report(tmp_path, "apart")
+        audit(report, readers, Pictures(pixels, red.labels, red.features, {}), train, held_out, OPTIONS, "shape")
+        return max(f["apart"] for f in report.numbers["frequencies"] if f["attribute"] == "colour")
+
+    assert apart(red.pixels) < 0.02
+    assert apart(between) > 0.05

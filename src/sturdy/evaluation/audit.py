@@ -1,21 +1,27 @@
-"""Is everything generated as often as it should be? Attributes of samples, as a classifier of real images reads them.
+"""Is everything generated as often as it should be? Attributes of samples, as classifiers of real images read them.
 
     share of samples that are read as an option   against   its share in truth
 
-The classifier errs too: what it makes of held-out images, whose attributes are known, stands beside every figure.
+Classifiers err too: what they make of held-out images, whose attributes are known, stands beside every figure. And
+between two options no real image tells where one ends: there several readers differ, who were trained from other
+weights, so a share is their mean, with how far apart they are.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sturdy.evaluation.cached import cached
 from sturdy.evaluation.network import VERSION, Network, Tell, answer, fit
 from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import Report, percent
+
+Answers = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,9 @@ class Frequency:
 
     Attributes:
         truth: of the training images; of a class, what was asked for.
-        samples: read off the samples by the classifier.
-        read, known: of the held-out images, by the classifier and in truth.
+        samples: read off the samples by the classifiers, on average.
+        read, known: of the held-out images, by the classifiers and in truth.
+        apart: between the classifier that reads it off the samples most often and the one that does so least often.
     """
 
     attribute: str
@@ -34,6 +41,7 @@ class Frequency:
     samples: float
     read: float
     known: float
+    apart: float
 
     @property
     def difference(self) -> float:
@@ -46,53 +54,69 @@ class Frequency:
         return self.samples / self.truth if self.truth else float("nan")
 
 
-def frequencies(options: Mapping[str, Sequence[str]], *answers: Mapping[str, Tensor]) -> list[Frequency]:
-    """Every option's; ``answers`` are the four of ``Frequency``, ``(n,)`` an attribute, counted in its ``options``."""
+def frequencies(
+    options: Mapping[str, Sequence[str]], truth: Answers, samples: Answers, read: Answers, known: Answers
+) -> list[Frequency]:
+    """Every option's. ``truth`` and ``known`` are ``(n,)`` an attribute, counted in its ``options``; what was read,
+    ``samples`` and ``read``, is ``(readers, n)``."""
     rows = []
     for name, names in options.items():
-        counts = [torch.bincount(those[name], minlength=len(names)).double() for those in answers]
-        shares = [(count / count.sum()).tolist() for count in counts]
-        rows += [Frequency(name, option, *each) for option, *each in zip(names, *shares, strict=True)]
+        each = shares(samples[name], len(names))
+        apart = (each.amax(0) - each.amin(0)).tolist()
+        means = [shares(those[name], len(names)).mean(0).tolist() for those in (truth, samples, read, known)]
+        rows += [Frequency(name, *row) for row in zip(names, *means, apart, strict=True)]
     return rows
 
 
+def shares(answers: Tensor, options: int) -> Tensor:
+    """Of each option among ``answers`` ``(n,)`` or ``(readers, n)``: ``(readers, options)`` in float64."""
+    return F.one_hot(torch.atleast_2d(answers), options).double().mean(1)
+
+
 def accuracy(answers: Tensor, right: Tensor) -> float:
-    """Share of answers that are right."""
+    """Share of answers, ``(n,)`` or ``(readers, n)``, that are right."""
     return (answers == right).double().mean().item()
 
 
 def by_class(hits: Tensor, labels: Tensor, classes: int) -> list[float]:
-    """The share of ``hits`` ``(n,)`` in each class; NaN for a class without pictures."""
-    return [hits[labels == k].double().mean().item() for k in range(classes)]
+    """The share of ``hits`` ``(n,)`` or ``(readers, n)`` in each class; NaN for a class without pictures."""
+    return [hits[..., labels == k].double().mean().item() for k in range(classes)]
 
 
-def classifier(
+def classifiers(
     train: Pictures,
     options: Mapping[str, Sequence[str]],
     *,
+    count: int,
     seen: int,
     data: tuple[object, ...],
     folder: Path,
     tell: Tell,
-) -> Network:
-    """Trained to read ``options`` off the training images; arguments as of ``Features.prepare``."""
+) -> list[Network]:
+    """``count`` of them, trained to read ``options`` off the training images; arguments as of ``Features.prepare``."""
     questions = {name: (train.answers[name], len(names)) for name, names in options.items()}
-    network = Network(train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}).eval()
-    depends = (VERSION, seen, sorted(questions), *data)
-    network.load_state_dict(
-        cached(
-            folder,
-            "audit-network",
-            depends,
-            lambda: fit(train.pixels, questions, contrast=False, seen=seen, tell=tell).state_dict(),
-        )
-    )
-    return network
+
+    def trained(seed: int) -> Network:
+        network = Network(train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}).eval()
+
+        def make() -> dict[str, Tensor]:
+            so_far = partial(_tell_all, tell, seed, count)
+            return fit(train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=so_far).state_dict()
+
+        depends = (VERSION, seen, sorted(questions), *data)
+        network.load_state_dict(cached(folder, f"audit-network-{seed}", depends, make))
+        return network
+
+    return [trained(seed) for seed in range(count)]
+
+
+def _tell_all(tell: Tell, before: int, count: int, done: int, total: int) -> None:
+    tell(before * total + done, count * total)
 
 
 def audit(
     report: Report,
-    network: Network,
+    readers: Sequence[Network],
     samples: Pictures,
     train: Pictures,
     held_out: Pictures,
@@ -102,16 +126,18 @@ def audit(
     """How often each option comes, and whether samples are of the class asked for; returns the verdict.
 
     Args:
-        network: as of ``classifier``.
+        readers: as of ``classifiers``.
         options: names of the answers of each attribute.
         labelled: the attribute that is the class.
     """
-    read, sampled, asked = answer(network, held_out.pixels), answer(network, samples.pixels), samples.labels
+    read, sampled, asked = answers(readers, held_out), answers(readers, samples), samples.labels
     trust = {name: accuracy(read[name], held_out.answers[name]) for name in options}
     report.heading("Audit")
     report.text(
-        f"What a classifier trained on the training images reads off the samples. Of {len(held_out):,} held-out images "
-        f"it gets right: " + ", ".join(f"{name} {percent(right)}" for name, right in trust.items()) + "."
+        f"What {len(readers)} classifiers trained on the training images read off the samples, on average. Of "
+        f"{len(held_out):,} held-out images they get right: "
+        + ", ".join(f"{name} {percent(right)}" for name, right in trust.items())
+        + "."
     )
     report.numbers["classifier_accuracy"] = trust
     verdicts, truth = [], dict(train.answers)
@@ -132,16 +158,27 @@ def audit(
         )
     found = frequencies(options, truth, sampled, read, held_out.answers)
     report.numbers["frequencies"] = [asdict(f) | {"ratio": f.ratio} for f in found]
-    report.text("How often each attribute comes; *difference* (in points) and *ratio* are of samples to the truth.")
-    head = ["attribute", "option", "truth", "samples", "difference", "ratio", "held-out read", "held-out truth"]
-    report.table(head, [_row(f) for f in found])
+    report.text(
+        "How often each attribute comes; *difference* (in points) and *ratio* are of samples to the truth, and *apart* "
+        "(in points) are the two classifiers that read it most and least often."
+    )
+    head = "attribute, option, truth, samples, difference, apart, ratio, held-out read, held-out truth"
+    report.table(head.split(", "), [_row(f) for f in found])
     worst = max(found, key=lambda f: abs(f.difference))
     rarest = min((f for f in found if f.truth), key=lambda f: f.truth)
-    verdicts.append(f"worst frequency: {worst.attribute} {worst.option}, {worst.difference:+.1f} points")
+    differs = f"{worst.difference:+.1f} points (classifiers {100 * worst.apart:.1f} apart)"
+    verdicts.append(f"worst frequency: {worst.attribute} {worst.option}, {differs}")
     verdicts.append(f"rarest: {rarest.attribute} {rarest.option}, {rarest.ratio:.2f} times the truth")
     return "; ".join(verdicts)
 
 
+def answers(readers: Sequence[Network], pictures: Pictures) -> dict[str, Tensor]:
+    """Of all readers about all pictures, ``(readers, n)`` a question."""
+    each = [answer(reader, pictures.pixels) for reader in readers]
+    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+
 def _row(f: Frequency) -> list[str]:
-    shares = [percent(share) for share in (f.truth, f.samples)]
-    return [f.attribute, f.option, *shares, f"{f.difference:+.1f}", f"{f.ratio:.2f}", percent(f.read), percent(f.known)]
+    truth, samples, read, known = (percent(share) for share in (f.truth, f.samples, f.read, f.known))
+    points = f"{f.difference:+.1f}", f"{100 * f.apart:.1f}"
+    return [f.attribute, f.option, truth, samples, *points, f"{f.ratio:.2f}", read, known]

@@ -21,7 +21,7 @@ from torch import Tensor
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.sampler import sample
 from sturdy.evaluation.attention import where_it_looks
-from sturdy.evaluation.audit import audit, classifier
+from sturdy.evaluation.audit import audit, classifiers
 from sturdy.evaluation.cached import cached
 from sturdy.evaluation.features import Features
 from sturdy.evaluation.grids import to_uint8
@@ -41,7 +41,7 @@ from sturdy.training.record_evaluation import record
 from sturdy.training.teller import Teller
 
 LABELS = ("prior", "even", "none")
-LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0}
+LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1}
 OUT = "evaluation"  # in the run's directory
 
 
@@ -161,15 +161,16 @@ def report_on(cfg: DictConfig) -> None:
     said = [quality(report, subject.features.distance, samples, train, held_out, data.classes)]
     said.append(memorisation(report, samples, train, held_out, mirrored=mirrored))
     if subject.answers and options.audit_seen:
-        auditor = classifier(
+        readers = classifiers(
             train,
             subject.answers,
+            count=options.auditors,
             seen=options.audit_seen,
             data=subject.known,
             folder=subject.folder,
-            tell=Teller("the auditing classifier"),
+            tell=Teller("the auditing classifiers"),
         )
-        said.append(audit(report, auditor, samples, train, held_out, subject.answers, subject.labelled))
+        said.append(audit(report, readers, samples, train, held_out, subject.answers, subject.labelled))
     report.blocks.insert(2, "\n".join(f"- {line}" for line in said[1:]))
     few = slice(0, min(options.levels, len(train), len(held_out)))
     denoising = Denoising(network, device=cfg.device)
