@@ -42,6 +42,7 @@ def test_good_samples_pass(judge, tmp_path):
     assert report.numbers["class_accuracy"]["all"] > 0.95
     assert all(abs(f["samples"] - f["truth"]) < 0.05 for f in report.numbers["frequencies"])
     assert "class accuracy" in verdict
+    assert any("a quarter would be off by 4.0 points with 120 pictures" in block for block in report.blocks)
 
 
 def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):

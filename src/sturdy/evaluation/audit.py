@@ -7,6 +7,7 @@ between two options no real image tells where one ends: there several readers di
 weights, so a share is their mean, with how far apart they are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -160,7 +161,9 @@ def audit(
     report.numbers["frequencies"] = [asdict(f) | {"ratio": f.ratio} for f in found]
     report.text(
         "How often each attribute comes; *difference* (in points) and *ratio* are of samples to the truth, and *apart* "
-        "(in points) are the two classifiers that read it most and least often."
+        "(in points) are the two classifiers that read it most and least often. Of a perfect model, a quarter would be "
+        f"off by {100 * math.sqrt(0.25 * 0.75 / len(samples)):.1f} points with {len(samples):,} pictures, by "
+        "chance (standard error)."
     )
     head = "attribute, option, truth, samples, difference, apart, ratio, held-out read, held-out truth"
     report.table(head.split(", "), [_row(f) for f in found])
