@@ -10,7 +10,6 @@ weights, so a share is their mean, with how far apart they are.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,8 +99,10 @@ def classifiers(
     def trained(seed: int) -> Network:
         network = Network(train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}).eval()
 
+        def so_far(done: int, total: int) -> None:
+            tell(seed * total + done, count * total)
+
         def make() -> dict[str, Tensor]:
-            so_far = partial(_tell_all, tell, seed, count)
             return fit(train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=so_far).state_dict()
 
         depends = (VERSION, seen, sorted(questions), *data)
@@ -109,10 +110,6 @@ def classifiers(
         return network
 
     return [trained(seed) for seed in range(count)]
-
-
-def _tell_all(tell: Tell, before: int, count: int, done: int, total: int) -> None:
-    tell(before * total + done, count * total)
 
 
 def audit(
