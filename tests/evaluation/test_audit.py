@@ -1,6 +1,7 @@
 """The audit sees what is missing, what is too frequent and what is of the wrong class."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -78,14 +79,18 @@ def test_shares_by_hand():
 
 def test_between_two_options_readers_part_and_on_real_pictures_they_do_not(judge, tmp_path):
     train, held_out, readers = judge
-    assert not torch.equal(readers[0].heads["colour"].weight, readers[1].heads["colour"].weight)
-    red, green = (drawn(torch.zeros(200, dtype=torch.int64), torch.full((200,), k), "same") for k in (0, 1))
-    between = ((red.pixels.float() + green.pixels.float()) / 2).round().to(torch.uint8)
+    shape = torch.zeros(100, dtype=torch.int64)
+    pure = [drawn(shape, torch.full((100,), colour), "same").pixels for colour in range(3)]
 
     def apart(pixels):
         report = Report(tmp_path, "apart")
-        audit(report, readers, Pictures(pixels, red.labels, red.features, {}), train, held_out, OPTIONS, "shape")
+        audit(report, readers, Pictures(pixels, shape, torch.empty(100, 0), {}), train, held_out, OPTIONS, "shape")
         return max(f["apart"] for f in report.numbers["frequencies"] if f["attribute"] == "colour")
 
-    assert apart(red.pixels) < 0.02
-    assert apart(between) > 0.05
+    assert max(map(apart, pure)) < 0.02
+    between = [
+        torch.lerp(a.float(), b.float(), share).round().to(torch.uint8)
+        for a, b in combinations(pure, 2)
+        for share in (0.4, 0.5, 0.6)
+    ]
+    assert max(map(apart, between)) > 0.2

@@ -132,7 +132,7 @@ def audit(
     trust = {name: accuracy(read[name], held_out.answers[name]) for name in options}
     report.heading("Audit")
     report.text(
-        f"What {len(readers)} classifiers trained on the training images read off the samples, on average. Of "
+        f"What classifiers trained on the training images ({len(readers)}) read off the samples, on average. Of "
         f"{len(held_out):,} held-out images they get right: "
         + ", ".join(f"{name} {percent(right)}" for name, right in trust.items())
         + "."
