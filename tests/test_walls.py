@@ -100,11 +100,6 @@ def test_the_rooms_are_those_that_have_rules():
     assert {room(file) for file in FILES} - {"__init__"} == MAY.keys()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_a_file_fits_in_the_head(file):
-    assert len(file.read_text().splitlines()) <= 250
-
-
 def readme_tree():
     """Paths that the README's section "The tree" names, from its indented block."""
     section = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
