@@ -281,7 +281,6 @@ def test_what_is_not_known_here_is_no_hindrance(store):
     [
         ("config", "seed: nothing -> 0"),
         ("data", "the data changed: digest nothing -> digest"),
-        ("source", "the source changed: backbone/dit.py"),
         (None, "fingerprint"),
     ],
 )

@@ -168,11 +168,11 @@ def test_a_changed_trajectory_is_refused_with_the_difference_unless_named_on_pur
 
 
 def test_a_long_difference_is_cut(store, now):
-    other = dataclasses.replace(now, source={f"file{i:02}.py": "0" for i in range(50)})
+    other = dataclasses.replace(now, config=now.config | {f"key{i:02}": 0 for i in range(50)})
     with pytest.raises(Refused) as error:
         judge(find_entry(store, "auto", {}, "min"), other, **LISTS)
-    assert str(error.value).count("the source changed") == 20
-    assert f"... and {50 + len(now.source) - 20} more" in str(error.value)
+    assert str(error.value).count(": nothing -> 0") == 20
+    assert "... and 30 more" in str(error.value)
 
 
 def test_a_manifest_survives_json(store, now):

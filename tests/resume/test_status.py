@@ -165,13 +165,13 @@ def test_another_stack_or_source_is_told(run, capsys):
     seal(run, 9, fingerprint=then | {"stack": then["stack"] | {"torch": "0.1"}})
     out = " ".join(said(capsys, "status", "runs/a")[1].split())
     assert f"the same command would resume from step 9, same samples: torch: 0.1 -> {torch.__version__}" in out
-    seal(run, 9, fingerprint=then | {"source": then["source"] | {"randomness.py": "0"}})
+    seal(run, 9, fingerprint=then | {"code": {"sturdy.randomness": "0"}})
     out = " ".join(said(capsys, "status", "runs/a")[1].split())
     assert "the same command would refuse to resume from step 9" in out
-    assert "the source changed: randomness.py" in out
+    assert "the code changed, 1 of 1 modules: sturdy.randomness" in out
 
 
-@pytest.mark.parametrize("missing", ["fingerprint", "config", "data", "source", "stack", "time"])
+@pytest.mark.parametrize("missing", ["fingerprint", "config", "data", "code", "stack", "time"])
 def test_a_manifest_of_another_version_is_no_reason_to_fail(missing, run, capsys):
     then = fingerprint(CONFIG, "digest").as_dict()
     if missing in then:

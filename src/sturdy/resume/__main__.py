@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from sturdy.resume.fingerprint import Fingerprint, compare, source_hashes, stack
+from sturdy.resume.code import code_hashes
+from sturdy.resume.fingerprint import Fingerprint, compare, stack
 from sturdy.resume.store import Corrupt, NothingVerifies, Store, name_of
 
 USAGE = "usage: python -m sturdy.resume status|verify runs/NAME"
@@ -106,9 +107,10 @@ def _promise(step: int, manifest: Mapping[str, Any]) -> str:
     """What resuming from ``step`` would promise, for the config that it was written with."""
     config = _config(manifest)
     torch.set_num_threads(config.get("trainer.threads") or torch.get_num_threads())  # as the run would
-    then = {"config": {}, "data": "", "source": {}, "stack": {}} | manifest.get("fingerprint", {})
+    then = {"config": {}, "data": "", "stack": {}} | manifest.get("fingerprint", {})
     here = stack() | {k: v for k, v in then["stack"].items() if k == "gradients"}  # that is of the processes to come
-    guarantee = compare(then, Fingerprint(dict(config), then["data"], source_hashes(), here), ignore=(), rounding=())
+    code = code_hashes(then.get("code", ()), leave_out=["*"])  # of the same modules, whatever imports them now
+    guarantee = compare(then, Fingerprint(dict(config), then["data"], code, here), ignore=(), rounding=())
     reasons = "; ".join(guarantee.reasons[:10]) + ("; ..." if len(guarantee.reasons) > 10 else "")
     if guarantee.level == "refused":
         return f"the same command would refuse to resume from step {step}, and ckpt_path=last would do it: {reasons}"

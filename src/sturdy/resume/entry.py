@@ -7,14 +7,20 @@ PATH    that one
 null    fresh, and only into a directory without checkpoints
 """
 
+import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sturdy.resume.durable import durable
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, compare
 from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, read_manifest
+
+ENTERED = ".entered"  # in the run's directory
+MOST_REASONS = 20  # that a refusal shows
 
 
 class Refused(Exception):
@@ -72,19 +78,19 @@ def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float],
             return _at(Path(str(ckpt_path)))
 
 
-def judge(entry: Entry, now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:
-    """What entering at ``entry`` promises.
+def judge(entry: Entry, now: Fingerprint, **how: Any) -> Guarantee:
+    """Judge what entering at ``entry`` promises; ``how`` is as of ``fingerprint.compare``.
 
     Raises:
         Refused: with the difference, if the trajectory changed and the entry was not named on purpose.
     """
     if "fingerprint" in entry.manifest:
-        guarantee = compare(entry.manifest["fingerprint"], now, ignore=ignore, rounding=rounding)
+        guarantee = compare(entry.manifest["fingerprint"], now, **how)
     else:
         guarantee = Guarantee("refused", [f"{entry.state} has no manifest with a fingerprint: its origin is unknown"])
     if guarantee.level == "refused" and not entry.on_purpose:
-        lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:20])
-        more = f"\n    ... and {len(guarantee.reasons) - 20} more" if len(guarantee.reasons) > 20 else ""
+        lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:MOST_REASONS])
+        more = f"\n    ... and {len(guarantee.reasons) - MOST_REASONS} more" * (len(guarantee.reasons) > MOST_REASONS)
         raise Refused(
             f"this is not the run that {entry.state.parent} belongs to; what changed:\n{lines}{more}\n"
             f"Undo the change, or continue on purpose with ckpt_path=last, or start another run with name=..."
@@ -129,3 +135,70 @@ def _step_of(state: Path) -> int:
         return int(load_state(state)["global_step"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise Refused(f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint") from None
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Where the newest start entered a run: by which word, at which step of which file.
+
+    It is kept in the run's directory, so that ``ckpt_path=PATH`` or ``best`` in a command that is repeated (by a queue,
+    a supervisor, a person) is entered once, and what was trained from there is continued.
+
+    Attributes:
+        ckpt_path: as the user gave it; a path is absolute.
+        step: of the entry, 0 for a fresh start.
+        sha256: of its ``state.ckpt``; None where there is none, or it has no manifest.
+    """
+
+    ckpt_path: str | None
+    step: int = 0
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, ckpt_path: str | None, entry: Entry | None) -> "Entered":
+        """Describe entering at ``entry`` by the word ``ckpt_path``."""
+        files = entry.manifest.get("files", {}) if entry else {}
+        return cls(absolute(ckpt_path), entry.step if entry else 0, files.get(STATE, {}).get("sha256"))
+
+    @classmethod
+    def read(cls, run: Path) -> "Entered | None":
+        """Read what the newest start left in directory ``run``; None where it left nothing that can be read."""
+        try:
+            return cls(**json.loads((run / ENTERED).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, run: Path) -> None:
+        """Keep it in directory ``run``, whole or not at all."""
+        aside = run / f"{ENTERED}.tmp"
+        with durable(aside) as file:
+            file.write(json.dumps(asdict(self)).encode())
+        os.replace(aside, run / ENTERED)
+
+
+def once(ckpt_path: str | None, run: Path, store: Store, *, restart: bool) -> str | None:
+    """Turn the word of a command that is repeated into the one to resolve: an entry by PATH or ``best`` happens once.
+
+    Args:
+        run: the run's directory; ``store`` has its checkpoints.
+        restart: whether no person made this start, so that ``null`` is no wish to start afresh again.
+    """
+    before = Entered.read(run)
+    if ckpt_path in ("auto", "last") or before is None or before.ckpt_path != absolute(ckpt_path):
+        return ckpt_path
+    if max(store.steps(), default=-1) < before.step:
+        return ckpt_path  # it was killed before anything of its own was there to continue
+    if ckpt_path is None:
+        return "auto" if restart else None
+    there = Path(ckpt_path).expanduser()
+    manifest = (there if there.is_dir() else there.parent) / MANIFEST
+    if ckpt_path != "best" and before.sha256 and manifest.is_file() and before.sha256 not in manifest.read_text():
+        return ckpt_path  # another checkpoint lies there now
+    return "last"
+
+
+def absolute(ckpt_path: str | None) -> str | None:
+    """The word, or the absolute path that it is."""
+    if ckpt_path in (None, "auto", "last", "best"):
+        return ckpt_path
+    return str(Path(str(ckpt_path)).expanduser().absolute())

@@ -4,7 +4,8 @@
     same samples   the same order, noise and times; rounding and dropout masks may differ
     refused        a field that is part of the trajectory differs
 
-The trajectory is the whole resolved config but for a short named list, the data's digest and our own source.
+The trajectory is the whole resolved config but for a short named list, the data's digest, the content of files that the
+config names, and the code that runs (see ``sturdy.resume.code``).
 """
 
 import fnmatch
@@ -12,16 +13,14 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sturdy
-
 PACKAGES = ("torch", "lightning", "numpy")
+MOST_NAMES = 6  # modules that are named when the code changed
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,18 @@ class Fingerprint:
     Attributes:
         config: the resolved config, flattened to dotted keys.
         data: digest of images, labels and classes.
-        source: SHA-256 of each of our own source files.
+        code: hash of each module that training runs, by name; the version of a package that is installed.
         stack: what may change rounding though the config is equal: versions, device, threads.
+        files: SHA-256 of each file that a key of the config names.
+        initial: SHA-256 of the checkpoint that the run's first weights came from; None without one.
     """
 
     config: dict[str, Any]
     data: str
-    source: dict[str, str]
+    code: dict[str, str]
     stack: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
+    initial: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As primitives, for the manifest."""
@@ -53,45 +56,92 @@ class Guarantee:
     reasons: list[str] = field(default_factory=list)
 
 
-def fingerprint(config: Mapping[str, Any], data: str, gradients: str = "tree over 1 shards") -> Fingerprint:
-    """The fingerprint of this process.
+def fingerprint(
+    config: Mapping[str, Any],
+    data: str,
+    gradients: str = "tree over 1 shards",
+    *,
+    code: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+    initial: str | None = None,
+) -> Fingerprint:
+    """Take the fingerprint of this process; the other arguments are as of ``Fingerprint``.
 
     Args:
         config: resolved.
-        data: the data's digest.
         gradients: how they are summed, as of ``sturdy.resume.reduction.describe``; the default is one process.
     """
-    return Fingerprint(flatten(config), data, source_hashes(), stack() | {"gradients": gradients})
+    return Fingerprint(
+        flatten(config), data, dict(code or {}), stack() | {"gradients": gradients}, dict(files or {}), initial
+    )
 
 
-def compare(then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str], rounding: Iterable[str]) -> Guarantee:
-    """What continuing the run with fingerprint ``then`` as ``now`` promises.
+def compare(
+    then: Mapping[str, Any],
+    now: Fingerprint,
+    *,
+    ignore: Iterable[str],
+    rounding: Iterable[str],
+    added: Mapping[str, Any] | None = None,
+    data_changes: Iterable[str] = (),
+) -> Guarantee:
+    """Judge what continuing the run with fingerprint ``then`` as ``now`` promises.
 
     Args:
         then: a stored fingerprint, as of ``Fingerprint.as_dict``.
         ignore: config keys (with all below them; ``*`` matches) that cannot change a weight.
         rounding: config keys that change rounding or dropout masks, not samples, noise or times.
+        added: config keys that older versions lacked, with the value that means what those did.
+        data_changes: what differs in the data, where more than the digest is known.
     """
-    then = {"config": {}, "data": "nothing", "source": {}, "stack": {}} | dict(then)  # other versions may lack some
-    changed = {
-        k: f"{k}: {_show(then['config'], k)} -> {_show(now.config, k)}"
-        for k in sorted(then["config"].keys() | now.config.keys())
-        if then["config"].get(k, ...) != now.config.get(k, ...) and not _matches(k, ignore)  # null is not nothing
-    }
-    refusals = [line for k, line in changed.items() if not _matches(k, rounding)]
+    then = {"config": {}, "data": "nothing", "stack": {}, "files": {}, "initial": None} | dict(then)
+    changed = config_changes(then, now, ignore=ignore, added=added)
+    refusals = [line for k, line in changed.items() if not matches(k, rounding)]
+    if then["initial"] and now.initial and then["initial"] != now.initial:
+        refusals.append(
+            f"init_from: the run began with the weights {then['initial'][:12]}, this file holds {now.initial[:12]}"
+        )
     if then["data"] != now.data:
-        refusals.append(f"the data changed: digest {then['data'][:12]} -> {now.data[:12]}")
-    refusals += [f"the source changed: {name}" for name in _differing(then["source"], now.source)]
+        told = "; ".join(data_changes) or f"digest {then['data'][:12]} -> {now.data[:12]}"
+        refusals.append(f"the data changed: {told}")
+    if odd := _differing(then.get("code", now.code), now.code):
+        more = f", and {len(odd) - MOST_NAMES} more" if len(odd) > MOST_NAMES else ""
+        refusals.append(
+            f"the code changed, {len(odd)} of {len(then['code'].keys() | now.code.keys())} modules: "
+            f"{', '.join(odd[:MOST_NAMES])}{more}"
+        )
     if refusals:
         return Guarantee("refused", refusals)
-    reasons = [line for k, line in changed.items() if _matches(k, rounding)]
+    reasons = [line for k, line in changed.items() if matches(k, rounding)]
     reasons += [
         f"{k}: {then['stack'].get(k, 'nothing')} -> {now.stack.get(k, 'nothing')}"
         for k in _differing(then["stack"], now.stack)
     ]
+    if "code" not in then:
+        reasons.append("an older version of this project wrote the checkpoint, and its code cannot be compared")
     if now.config.get("trainer.deterministic") is not True:
         reasons.append("trainer.deterministic is off")
     return Guarantee("same samples", reasons) if reasons else Guarantee("bitwise")
+
+
+def config_changes(
+    then: Mapping[str, Any], now: Fingerprint, *, ignore: Iterable[str], added: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Describe each key that differs, in order; arguments as of ``compare``.
+
+    A key that names a file counts by the file's content, never by its path.
+    """
+    old, files = dict(added or {}) | then.get("config", {}), then.get("files", {})
+    told = {}
+    for k in sorted(old.keys() | now.config.keys()):
+        if matches(k, ignore) or (k not in now.config and k in (added or {})):
+            continue
+        if k in files and k in now.files:
+            if files[k] != now.files[k]:
+                told[k] = f"{k}: the content of {_show(now.config, k)} changed"
+        elif old.get(k, ...) != now.config.get(k, ...):  # null is not nothing
+            told[k] = f"{k}: {_show(old, k)} -> {_show(now.config, k)}"
+    return told
 
 
 def stack() -> dict[str, str]:
@@ -107,14 +157,31 @@ def stack() -> dict[str, str]:
     }
 
 
-@cache
-def source_hashes() -> dict[str, str]:
-    """SHA-256 of each of our own source files, by name; as this process has found them when it first asked."""
-    root = Path(sturdy.__file__).parent
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        for path in sorted(root.rglob("*.py"))
-    }
+def file_hashes(config: Mapping[str, Any], *, leave_out: Iterable[str] = ()) -> dict[str, str]:
+    """Hash each file, or all files of each folder, that a text value of the flat ``config`` names.
+
+    Args:
+        config: flattened.
+        leave_out: keys (with all below them) whose files are not read.
+    """
+    found = {k: Path(v).expanduser() for k, v in config.items() if isinstance(v, str) and v and "\0" not in v}
+    return {k: digest for k, path in found.items() if not matches(k, leave_out) and (digest := content_hash(path))}
+
+
+def content_hash(path: Path) -> str | None:
+    """Hash a file, or the files of a folder with their names; None where there is neither."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            return hashlib.sha256(
+                "".join(f"{f.relative_to(path)} {content_hash(f)}\n" for f in inside).encode()
+            ).hexdigest()
+    except OSError:  # a name too long for a file, or nothing that may be read
+        pass
+    return None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -129,7 +196,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _matches(key: str, patterns: Iterable[str]) -> bool:
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Whether one of ``patterns`` is ``key`` or above it."""
     return any(fnmatch.fnmatchcase(key, p) or fnmatch.fnmatchcase(key, p + ".*") for p in patterns)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from sturdy.resume.fingerprint import Fingerprint
+
 CONSOLE = logging.getLogger("sturdy")
 
 # Said by libraries of things that are so on purpose here.
@@ -59,10 +61,8 @@ def log_to(directory: Path, rank: int) -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def describe_attempt(
-    directory: Path, config: Mapping[str, Any], overrides: list[str], stack: Mapping[str, str]
-) -> None:
-    """Write the resolved config, the overrides and the environment."""
+def describe_attempt(directory: Path, config: Mapping[str, Any], overrides: list[str], now: Fingerprint) -> None:
+    """Write the resolved config, the overrides, the environment and what the fingerprint knows of data and code."""
     OmegaConf.save(OmegaConf.create(dict(config)), directory / "config.yaml")
     environment = {
         "start": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -71,7 +71,9 @@ def describe_attempt(
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "git": _git(),
-        "stack": dict(stack),
+        "data": now.data,
+        "code": now.code,
+        "stack": now.stack,
         "hardware": _hardware(),
         "packages": dict(sorted((m["Name"], m["Version"]) for m in (d.metadata for d in metadata.distributions()))),
     }

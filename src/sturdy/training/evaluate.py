@@ -33,9 +33,9 @@ from sturdy.evaluation.report import Report
 from sturdy.evaluation.walk import walk
 from sturdy.randomness import Draws, key
 from sturdy.resume.entry import Entry, Refused, find_entry
-from sturdy.resume.fingerprint import source_hashes
 from sturdy.resume.store import NothingVerifies, Store
 from sturdy.training.build import rebuild
+from sturdy.training.identity import sampling_code
 from sturdy.training.recipe import Recipe, asked, ours, recipe_of
 from sturdy.training.record_evaluation import record
 from sturdy.training.teller import Teller
@@ -61,6 +61,9 @@ def answered(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         print(f"error: {error.__cause__ or error}", file=sys.stderr)
         return 2
     return 0
+
+
+NETWORK = ("backbone", "schedule", "target")  # keys of what draws an image, beside the sampler
 
 
 class Subject:
@@ -108,7 +111,7 @@ class Subject:
     ) -> Pictures:
         """``options.n`` samples, each batch kept in ``out``, by default with the run, as soon as it is drawn."""
         denoiser, size, tell = recipe.guided(network, labels), self.data.image_size, Teller("pictures")
-        code = sorted(item for item in source_hashes().items() if item[0].startswith(("diffusion", "backbone")))
+        code = sampling_code({key: self.config[key] for key in NETWORK} | {"sampler": recipe.given})
         checkpoint = str(
             self.entry.manifest.get("files") or (str(self.entry.state), self.entry.state.stat().st_mtime_ns)
         )

@@ -9,6 +9,8 @@ import gc
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sturdy.resume import world
-from sturdy.resume.entry import Entry, Refused, find_entry, judge
-from sturdy.resume.fingerprint import Guarantee, fingerprint
+from sturdy.resume.entry import MOST_REASONS, Entered, Entry, Refused, find_entry, judge, once
+from sturdy.resume.fingerprint import Guarantee, config_changes, fingerprint
 from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
 from sturdy.resume.reduction import describe
@@ -26,14 +28,14 @@ from sturdy.resume.store import NothingVerifies, Store, Unloadable
 from sturdy.resume.supervisor import die_with_parent, launched
 from sturdy.resume.writer import SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
+from sturdy.training.begun import FROM_DATA, find_begun, is_restart, restore
 from sturdy.training.branch import leave_branch
 from sturdy.training.build import build, init_from
 from sturdy.training.callbacks.watchdog import watch_start
+from sturdy.training.identity import run_fingerprint, weights_id
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
-
-ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
@@ -81,13 +83,17 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     with unfit():
         skips = Skips(home / "skips.jsonl")
     cfg = cfg.copy()  # the caller's still tells what was asked for
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:  # a person's start, and not an agent's
-        (home / ENTERED).unlink(missing_ok=True)
-    elif entered(home):
-        cfg.ckpt_path = onwards(cfg.ckpt_path)
+    asked = cfg.ckpt_path
+    restart = world.decide(lambda: is_restart(cfg.as_begun))
+    cfg.ckpt_path = world.decide(lambda: once(asked, home, Store(home / "checkpoints"), restart=restart))
+    start = Start(asked)
+    if restart:
+        beside = [*cfg.resume.ignore, *cfg.resume.rounding]
+        begun = world.decide(lambda: find_begun(home, overrides, ignore=cfg.resume.ignore))
+        start = Start(asked, True, begun.data if begun else None, restore(cfg, begun, keep=beside) if begun else [])
     while True:
         try:
-            code = enter(cfg, overrides, home, skips, preemption)
+            code = enter(cfg, overrides, home, skips, preemption, start)
             if held:
                 held.close()
             return code
@@ -112,11 +118,6 @@ def watch(cfg: DictConfig) -> None:
 def onwards(ckpt_path: str | None) -> str:
     """What to enter at once the run was entered at ``ckpt_path`` and has gone on from there."""
     return "auto" if ckpt_path in ("auto", None) else "last"
-
-
-def entered(home: Path) -> bool:
-    """Whether a start since that of a person came so far that what there is to continue is its own."""
-    return (home / ENTERED).exists() and bool(Store(home / "checkpoints").steps())
 
 
 def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
@@ -145,7 +146,24 @@ def leave_out(skip: Skip, skips: Skips, max_skips: int) -> None:
     CONSOLE.warning(f"{skip}\nback to the last checkpoint; this batch is left out, {skips.path} names its images")
 
 
-def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preemption: Preemption) -> int:
+@dataclass(frozen=True)
+class Start:
+    """Who made this start, and how.
+
+    Attributes:
+        asked: ``ckpt_path`` as the user gave it.
+        restart: whether no person made it: the run goes on with what it began with.
+        data: digest of the data that it began with; None where that is not known.
+        edited: what of the config differs from what it began with, a line each.
+    """
+
+    asked: str | None
+    restart: bool = False
+    data: str | None = None
+    edited: Sequence[str] = ()
+
+
+def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preemption: Preemption, start: Start) -> int:
     """Find where the run is entered, say so, and train to its end; arguments and results as of ``run``."""
     store, metrics = Store(home / "checkpoints"), MetricsFile(home / "metrics.csv")
 
@@ -156,6 +174,11 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
             return find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
 
     entry = world.decide(find)
+    stored = entry.manifest.get("fingerprint", {}) if entry else {}
+    if entry and entry.step >= cfg.trainer.max_steps:
+        if world.rank() == 0:
+            print("\n    ".join(finished(cfg, entry)), flush=True)
+        return 0
     with world.ahead():
         settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
@@ -163,17 +186,19 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         data = open_data(cfg)
     data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    now = fingerprint(config, data.digest, describe(cfg.data.shards, world.size(), how_summed(cfg)))
+    gradients = describe(cfg.data.shards, world.size(), how_summed(cfg))
+    initial = world.decide(lambda: weights_id(cfg.init_from)) or stored.get("initial")
+    now = run_fingerprint(config, data.digest, gradients, ignore=cfg.resume.ignore, initial=initial)
     guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
     if world.rank() == 0:
-        describe_attempt(attempt, config, overrides, now.stack)
+        describe_attempt(attempt, config, overrides, now)
         if report := data.cache.report():
             CONSOLE.warning(report)
         CONSOLE.info(banner(cfg, data, entry, guarantee))
-    if entry and entry.step >= cfg.trainer.max_steps:
-        return 0
+        for line in start.edited:
+            CONSOLE.warning(f"the configuration was edited: {line}")
     with world.ahead(), unfit():
         module = build(config)
         try_out(module, data.image_size)
@@ -185,8 +210,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     furnish(module, data, entry, Path(cfg.paths.cache) / "evaluation")
     module.sum = summing(cfg, module)
     world.decide(lambda: leave_branch(home, store, metrics, entry))
-    if world.rank() == 0:
-        (home / ENTERED).touch()
+    if world.rank() == 0 and cfg.ckpt_path == start.asked:  # else it was entered by that word before
+        Entered.of(start.asked, entry).write(home)
     preemption.listen(training=world.size() > 1)  # several leave together or not at all
     try:
         with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]  # left when the last save is durable
@@ -204,15 +229,28 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     return 0
 
 
+def finished(cfg: DictConfig, entry: Entry) -> list[str]:
+    """Say that there is nothing to do, and where the config is not the one that the run was trained with."""
+    told = [f"{cfg.name}: finished at step {entry.step} (trainer.max_steps={cfg.trainer.max_steps}), nothing to do"]
+    stored = entry.manifest.get("fingerprint", {})
+    cfg = cfg.copy()
+    for key in FROM_DATA:
+        cfg[key] = stored.get("config", {}).get(key, cfg[key])
+    beside = [*cfg.resume.ignore, *cfg.resume.rounding, *FROM_DATA, "init_from"]
+    now = fingerprint(OmegaConf.to_container(cfg, resolve=True), stored.get("data", ""))  # type: ignore[arg-type]
+    odd = [*config_changes(stored, now, ignore=beside, added=cfg.resume.added).values()] if stored else []
+    if odd:
+        told.append("it was trained with another configuration; to train this one, give it a name of its own: name=...")
+    return told + odd[:MOST_REASONS]
+
+
 def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None) -> str:
-    """The one thing said before training: fresh, resumed or finished."""
+    """The one thing said before training: fresh or resumed."""
     title = f"{cfg.name}: {len(data.cache)} images, {len(data.classes) or 'no'} classes"
     if world.size() > 1:
         title += f", {world.size()} processes"
     if entry is None:
         return f"{title}; fresh, to step {cfg.trainer.max_steps}"
-    if entry.step >= cfg.trainer.max_steps:
-        return f"{title}; finished at step {entry.step} (trainer.max_steps={cfg.trainer.max_steps}), nothing to do"
     assert guarantee is not None
     promise = {
         "bitwise": "bitwise: same stack, same shards, deterministic kernels",

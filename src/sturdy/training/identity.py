@@ -1,0 +1,94 @@
+"""What a run is, for the fingerprint: the code that its training runs, and the files that its config names."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sturdy.resume.code import code_hashes, targets
+from sturdy.resume.fingerprint import PACKAGES, Fingerprint, content_hash, file_hashes, fingerprint
+from sturdy.resume.store import STATE
+
+# The modules of ours that compute every run, whatever its config names.
+ENGINE = (
+    "sturdy.training.module",
+    "sturdy.training.build",
+    "sturdy.training.parts",
+    "sturdy.training.strategies",
+    "sturdy.resume.reduction",
+)
+
+# The modules of ours that these import and that cannot change a weight, unless the config names them as a part of the
+# trajectory. What reads and decodes images is among them: the digest of the data says whether it changed anything.
+BESIDE = (
+    "sturdy",
+    "sturdy.backbone",
+    "sturdy.data",
+    "sturdy.diffusion",
+    "sturdy.evaluation",
+    "sturdy.resume",
+    "sturdy.training",
+    "sturdy.command",
+    "sturdy.signatures",
+    "sturdy.data.build",
+    "sturdy.data.cache",
+    "sturdy.data.colour",
+    "sturdy.data.decode",
+    "sturdy.data.folder",
+    "sturdy.data.options",
+    "sturdy.data.progress",
+    "sturdy.data.source",
+    "sturdy.evaluation.cached",
+    "sturdy.resume.*",
+    "sturdy.training.attempt",
+    "sturdy.training.branch",
+    "sturdy.training.callbacks*",
+    "sturdy.training.identity",
+    "sturdy.training.launch",
+    "sturdy.training.loggers*",
+    "sturdy.training.run",
+    "sturdy.training.teller",
+    "sturdy.training.trusted",
+)
+
+
+def run_fingerprint(
+    config: Mapping[str, Any], data: str, gradients: str, *, ignore: Iterable[str], initial: str | None
+) -> Fingerprint:
+    """Take the fingerprint of a run.
+
+    Args:
+        config: resolved.
+        data: digest of the data. It speaks for the source of the images and for what lies in its files, too.
+        gradients: as of ``sturdy.resume.reduction.describe``.
+        ignore: keys that cannot change a weight; the code and the files that they name are left out.
+        initial: SHA-256 of the checkpoint that the first weights come from.
+    """
+    ignore = [*ignore, "data.source", "init_from"]
+    now = fingerprint(config, data, gradients, initial=initial)
+    roots = [*ENGINE, *targets(without(config, ignore))]
+    code = code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
+    files = file_hashes(now.config, leave_out=[*ignore, "data"])
+    return Fingerprint(now.config, data, code, now.stack, files, initial)
+
+
+def sampling_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the code that draws images with the parts that ``config`` names."""
+    roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets(config)]
+    return code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
+
+
+def weights_id(path: str | None) -> str | None:
+    """Hash the checkpoint ``path``, a ``state.ckpt`` or its directory; None where there is none."""
+    if path is None:
+        return None
+    there = Path(path).expanduser()
+    return content_hash(there / STATE if there.is_dir() else there)
+
+
+def without(node: Any, patterns: Iterable[str], prefix: str = "") -> Any:
+    """Copy ``node``, a config as primitives, without the keys that ``patterns`` match."""
+    if isinstance(node, Mapping):
+        kept = {k: v for k, v in node.items() if not any(fnmatch.fnmatchcase(f"{prefix}{k}", p) for p in patterns)}
+        return {k: without(v, patterns, f"{prefix}{k}.") for k, v in kept.items()}
+    return node
