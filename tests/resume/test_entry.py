@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from sturdy.resume.entry import Refused, find_entry, judge
+from sturdy.resume.entry import Entered, Refused, find_entry, judge, once
 from sturdy.resume.fingerprint import fingerprint
 from sturdy.resume.store import MANIFEST, STATE, NothingVerifies, Store
 
@@ -177,3 +177,63 @@ def test_a_long_difference_is_cut(store, now):
 
 def test_a_manifest_survives_json(store, now):
     assert json.loads((store.path(9) / MANIFEST).read_bytes())["fingerprint"] == now.as_dict()
+
+
+def enter(store, ckpt_path):
+    """Enter the run as training does, which moves newer checkpoints away."""
+    entry = find_entry(store, ckpt_path, {3: 0.5, 6: 0.1}, "min")
+    if entry:
+        store.abandon(entry.step, store.directory.parent / "abandoned")
+    Entered.of(ckpt_path, entry).write(store.directory.parent)
+
+
+def repeated(store, ckpt_path, *, restart=False):
+    return once(ckpt_path, store.directory.parent, store, restart=restart)
+
+
+@pytest.mark.parametrize("word", ["PATH", "best"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_entry_on_purpose_happens_once_however_often_the_command_is_repeated(word, restart, store):
+    word = str(store.path(6)) if word == "PATH" else word
+    assert repeated(store, word, restart=restart) == word
+    enter(store, word)
+    store.commit(7, {"global_step": 7})
+    for _ in range(3):
+        assert repeated(store, word, restart=restart) == "last"
+    assert find_entry(store, "last", {}, "min").step == 7
+
+
+def test_another_word_and_then_the_same_again_enters_anew(store):
+    six, three = str(store.path(6)), str(store.path(3))
+    enter(store, six)
+    assert repeated(store, three) == three  # another path branches
+    enter(store, "auto")
+    assert repeated(store, six) == six
+
+
+def test_a_path_is_the_same_however_it_is_written_and_not_when_another_checkpoint_lies_there(store, monkeypatch):
+    enter(store, str(store.path(6)))
+    monkeypatch.chdir(store.directory)
+    assert repeated(store, "step-00000006") == "last"
+    manifest = store.path(6) / MANIFEST
+    sha256 = json.loads(manifest.read_text())["files"][STATE]["sha256"]
+    manifest.write_text(manifest.read_text().replace(sha256, "0" * 64))
+    assert repeated(store, "step-00000006") == "step-00000006"
+
+
+def test_what_was_killed_before_it_had_a_checkpoint_of_its_own_enters_again(store, tmp_path):
+    elsewhere = Store(tmp_path / "other")
+    Entered.of(str(store.path(9)), find_entry(store, str(store.path(9)), {}, "min")).write(tmp_path)
+    assert once(str(store.path(9)), tmp_path, elsewhere, restart=True) == str(store.path(9))
+
+
+def test_null_is_continued_by_a_restart_only(store):
+    Entered.of(None, None).write(store.directory.parent)
+    assert repeated(store, None, restart=True) == "auto"
+    assert repeated(store, None) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}'])
+def test_a_mark_that_cannot_be_read_counts_as_none(content, store):
+    (store.directory.parent / ".entered").write_text(content)
+    assert repeated(store, "best") == "best"

@@ -114,9 +114,17 @@ def test_the_same_command_on_a_finished_run_says_finished(run):
     assert "finished at step 12 (trainer.max_steps=12), nothing to do" in train(run[0], "run").stdout
 
 
+def test_a_finished_run_is_finished_before_it_is_judged_and_what_differs_is_said(run):
+    said = train(run[0], "run", "optimizer.lr=0.5", "data.source.n=61").stdout
+    assert "finished at step 12 (trainer.max_steps=12), nothing to do" in said
+    assert "to train this one, give it a name of its own: name=..." in said
+    assert "optimizer.lr: 0.001 -> 0.5" in said
+    assert "num_classes" not in said  # what the data fill in is no difference
+
+
 REFUSALS = {
-    "optimizer.lr=0.5": ["optimizer.lr: 0.001 -> 0.5", "Undo the change", "ckpt_path=last", "name=..."],
-    "seed=7": ["seed: 0 -> 7"],
+    "trainer.max_steps=13 optimizer.lr=0.5": ["optimizer.lr: 0.001 -> 0.5", "Undo the change", "ckpt_path=last", "name=..."],
+    "trainer.max_steps=13 seed=7": ["seed: 0 -> 7"],
     "ckpt_path=null": ["starts afresh, but", "has checkpoints up to step 12", "ckpt_path=auto"],
     "ckpt_path=nowhere": ["ckpt_path=nowhere is not there", "auto, last, best, null"],
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
