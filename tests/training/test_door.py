@@ -123,7 +123,12 @@ def test_a_finished_run_is_finished_before_it_is_judged_and_what_differs_is_said
 
 
 REFUSALS = {
-    "trainer.max_steps=13 optimizer.lr=0.5": ["optimizer.lr: 0.001 -> 0.5", "Undo the change", "ckpt_path=last", "name=..."],
+    "trainer.max_steps=13 optimizer.lr=0.5": [
+        "optimizer.lr: 0.001 -> 0.5",
+        "Undo the change",
+        "ckpt_path=last",
+        "name=...",
+    ],
     "trainer.max_steps=13 seed=7": ["seed: 0 -> 7"],
     "ckpt_path=null": ["starts afresh, but", "has checkpoints up to step 12", "ckpt_path=auto"],
     "ckpt_path=nowhere": ["ckpt_path=nowhere is not there", "auto, last, best, null"],

@@ -9,7 +9,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sturdy.resume import world
 from sturdy.resume.entry import MOST_REASONS, Entered, Entry, Refused, find_entry, judge, once
-from sturdy.resume.fingerprint import Guarantee, config_changes, fingerprint
+from sturdy.resume.fingerprint import MOST_NAMES, Guarantee, config_changes, fingerprint
 from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
 from sturdy.resume.reduction import describe
@@ -189,6 +189,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     gradients = describe(cfg.data.shards, world.size(), how_summed(cfg))
     initial = world.decide(lambda: weights_id(cfg.init_from)) or stored.get("initial")
     now = run_fingerprint(config, data.digest, gradients, ignore=cfg.resume.ignore, initial=initial)
+    everywhere = world.gather((now.code, data.digest))
+    world.decide(lambda: check_all_alike(everywhere))
     guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
@@ -227,6 +229,18 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     if world.rank() == 0:
         CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     return 0
+
+
+def check_all_alike(everywhere: Sequence[tuple[Mapping[str, str], str]]) -> None:
+    """Raise Refused if processes, by rank, would train with other code or data than rank 0."""
+    code, data = everywhere[0]
+    for rank, (its_code, its_data) in enumerate(everywhere):
+        if odd := sorted(name for name in code.keys() | its_code.keys() if code.get(name) != its_code.get(name)):
+            raise Refused(
+                f"process {rank} runs other code than process 0: {', '.join(odd[:MOST_NAMES])}; update it there"
+            )
+        if data != its_data:
+            raise Refused(f"process {rank} has other data than process 0; see data.root and paths.cache there")
 
 
 def finished(cfg: DictConfig, entry: Entry) -> list[str]:
