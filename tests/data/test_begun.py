@@ -3,9 +3,7 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 from test_module import Steps, batches, equal
 from test_split import draw
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -169,6 +170,12 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
     words = [word for word in SMALL_RUN if not word.startswith("data.source")]
     train(tmp, "mine", "data=folder", f"data.root={pictures}", "trainer.max_steps=2", base=words)
     moved = pictures.rename(tmp / "moved")
+    caches = [path.parent for path in (tmp / "cache").glob("*/manifest.json")]
+    code, said = again("run=mine", f"evaluate.out={tmp_path}")
+    assert code == 0, said  # the decoded images are still there
+    assert "The 40 images that the run began with are still in" in said
+    for cache in caches:
+        shutil.rmtree(cache)
     code, said = again("run=mine", f"evaluate.out={tmp_path}")
     assert code == 2
     assert "data.root" in said

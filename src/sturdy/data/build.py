@@ -100,7 +100,7 @@ def build(
             error.errno,
             f"the disk is full after {done:,} of {total:,} images: make room, or move paths.cache",
             str(path.parent),
-        ) from error
+        ) from None  # a cause would be told instead
     return quarantine
 
 

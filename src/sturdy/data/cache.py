@@ -232,7 +232,7 @@ def _locked(path: Path) -> Iterator[None]:
         file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
         what = f"paths.cache cannot be written ({error.strerror}): choose another folder with paths.cache=..."
-        raise OSError(error.errno, what, str(path.parent)) from error
+        raise OSError(error.errno, what, str(path.parent)) from None  # a cause would be told instead
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
