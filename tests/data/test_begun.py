@@ -129,6 +129,9 @@ def test_without_the_cache_the_folder_is_read_as_ever(photos):
     shutil.rmtree(first.cache.path)
     again = opened(photos, begun=first.digest)
     assert again.digest == first.digest
+    assert again.notes == [
+        f"the images that the run began with are not in paths.cache={photos.parent / 'cache'}: all are read"
+    ]
     assert equal(stream(again), expected)
     shutil.rmtree(again.cache.path)
     remove(photos)

@@ -126,3 +126,4 @@ def test_where_no_cache_can_be_made_the_key_is_named(tmp_path):
         with pytest.raises(OSError, match=r"paths\.cache cannot be written .*choose another folder") as error:
             open_cache(Noise(), root=root)
         assert error.value.filename == str(root)
+        assert error.value.__cause__ is None  # which would be told instead

@@ -153,6 +153,7 @@ class ImageData(L.LightningDataModule):
         if cache is None or (self.split_by == "content" and cache.contents is None):
             if away:
                 raise away
+            self.notes = [f"the images that the run began with are not in paths.cache={self.cache_root}: all are read"]
             return self._cached(source)
         if away:
             self.notes = [f"{away}. The {len(cache):,} images that the run began with are still in {cache.path}"]
