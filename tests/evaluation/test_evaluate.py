@@ -20,7 +20,7 @@ from runs import SMALL as SMALL_RUN
 from sturdy.door import check_composed
 from sturdy.randomness import generator
 from sturdy.resume.entry import Entry, Refused
-from sturdy.training.evaluate import asked, evaluate, open_data, ours
+from sturdy.training.evaluate import asked, evaluate, open_data, ours, real_images
 from sturdy.training.loggers.metrics_file import MetricsFile
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
@@ -195,7 +195,9 @@ def test_other_images_are_refused(tmp_path):
     then = Entry(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
     with pytest.raises(Refused, match=r"not those that mine was trained on .* data_root=\.\.\."):
         open_data(cfg, {"data": data}, then)
-    assert open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True)).held_out == 1
+    opened = open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True))
+    with pytest.raises(ValueError, match="1 of 10 images are held out, and a report compares with at least 2"):
+        real_images(opened, 8)
 
 
 def test_a_checkpoint_does_not_choose_what_is_executed():

@@ -218,7 +218,16 @@ def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry) -> Any:
 
 def real_images(data: Any, most: int) -> tuple[Pictures, Pictures, dict[str, Sequence[str]], str | None]:
     """Training and held-out images, without features; what the answers to each question are called, and which
-    question is the class."""
+    question is the class.
+
+    Raises:
+        ValueError: if there are too few of either to be compared with.
+    """
+    if data.held_out < 2 or len(data.cache) - data.held_out < 4:
+        raise ValueError(
+            f"{data.held_out} of {len(data.cache)} images are held out, and a report compares with at least 2 that are, "
+            f"and 4 that are not: train with another data.holdout, or with more images"
+        )
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     counts = range(data.held_out), range(data.held_out, min(data.held_out + most, len(data.cache)))
     batches = [images[np.array(positions)] for positions in counts]
