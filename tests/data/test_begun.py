@@ -101,7 +101,10 @@ def test_a_run_goes_on_with_the_images_it_began_with(photos, happens, notes, spl
         with pytest.raises((OSError, ValueError), match=r"data\.root"):  # the control: without it, there is no way
             opened(photos, split=split)
     else:
-        assert opened(photos, split=split).digest != first.digest  # the control: without it, they are others
+        now = opened(photos, split=split)
+        assert now.digest != first.digest  # the control: without it, they are others
+        assert now.changes_since(first.digest) == describe_changes(first.cache, now.cache)
+        assert now.changes_since("0" * 64) == []
 
 
 def test_nothing_is_said_where_nothing_changed(photos):
@@ -184,7 +187,7 @@ def test_what_changed_is_told_by_name(photos, tmp_path):
         return open_cache(Folder(root=photos, size=8), root=tmp_path / "cache", max_broken=0.5)
 
     old = cache()
-    assert describe_changes(old, old) == ["the images are the same, in another order or of another size"]
+    assert describe_changes(old, old) == ["the files are the same; their order differs, or how they are decoded"]
     add(photos)
     remove(photos)
     rename(photos)
@@ -195,14 +198,14 @@ def test_what_changed_is_told_by_name(photos, tmp_path):
         "14 images are new (a/new20.png, a/new21.png, a/new22.png, ...)",
         "2 images are gone (b/01.png, b/03.png)",
         "1 image changed (b/05.png)",
-        "1 image was renamed (a/00.png -> a/zz.png)",
+        "1 image was renamed or moved (a/00.png -> a/zz.png)",
         "1 image cannot be read any more (a/02.png)",
         "the classes were a, b, and are a, b, c",
     ]
     new = cache()
     (photos / "b").rename(photos / "bus")
     lines = describe_changes(new, cache())
-    assert lines[0].startswith("8 images were renamed (b/05.png -> bus/05.png, ")
+    assert lines[0].startswith("8 images were renamed or moved (b/05.png -> bus/05.png, ")
     assert lines[1] == "the classes were a, b, c, and are a, bus, c"
 
 

@@ -196,7 +196,7 @@ def test_other_images_are_refused(tmp_path):
     with pytest.raises(Refused, match=r"not those that mine was trained on .* data_root=\.\.\."):
         open_data(cfg, {"data": data}, then)
     opened = open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True))
-    with pytest.raises(ValueError, match="1 of 10 images are held out, and a report compares with at least 2"):
+    with pytest.raises(ValueError, match="1 of 10 images are held out; a report compares with at least 2"):
         real_images(opened, 8)
 
 

@@ -34,13 +34,13 @@ def describe_changes(old: Cache, new: Cache) -> list[str]:
         *_count(came, "is new", "are new"),
         *_count([name for name in gone if name not in broken], "is gone", "are gone"),
         *_count(changed, "changed", "changed"),
-        *_count(renamed, "was renamed", "were renamed"),
+        *_count(renamed, "was renamed or moved", "were renamed or moved"),
         *_count(broken, "cannot be read any more", "cannot be read any more"),
         *_count(moved, "has another class", "have another class"),
     ]
     if old.classes != new.classes:
         lines.append(f"the classes were {_some(old.classes) or 'none'}, and are {_some(new.classes) or 'none'}")
-    return lines or ["the images are the same, in another order or of another size"]
+    return lines or ["the files are the same; their order differs, or how they are decoded"]
 
 
 def describe_unused(cache: Cache, source: Source) -> list[str]:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache, find_cache, open_cache
-from sturdy.data.changes import describe_unused
+from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.images import Augmented, Batch, Images, in_sequence
@@ -134,7 +134,13 @@ class ImageData(L.LightningDataModule):
         self.order = self._order(n - self.held_out)
         return self.cache
 
+    def changes_since(self, begun: str) -> list[str]:
+        """Say how the open images differ from those of the digest ``begun``, by name; nothing if these are not cached."""
+        old = find_cache(self.cache_root, begun)
+        return describe_changes(old, self.cache) if old else []
+
     def _listed(self) -> Source:
+        """The source, listed now."""
         self.source: Source | None = self.given() if callable(self.given) else self.given
         return self.source
 
