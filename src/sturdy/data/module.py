@@ -135,7 +135,7 @@ class ImageData(L.LightningDataModule):
         return self.cache
 
     def changes_since(self, begun: str) -> list[str]:
-        """Say how the open images differ from those of the digest ``begun``, by name; nothing if these are not cached."""
+        """Say how the open images differ by name from those of the digest ``begun``, where these are cached."""
         old = find_cache(self.cache_root, begun)
         return describe_changes(old, self.cache) if old else []
 

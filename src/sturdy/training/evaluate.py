@@ -225,8 +225,8 @@ def real_images(data: Any, most: int) -> tuple[Pictures, Pictures, dict[str, Seq
     """
     if data.held_out < 2 or len(data.cache) - data.held_out < 4:
         raise ValueError(
-            f"{data.held_out} of {len(data.cache)} images are held out; a report compares with at least 2 that are, and "
-            f"4 that are not: train with another data.holdout, or with more images"
+            f"{data.held_out} of {len(data.cache)} images are held out; a report compares with at least 2 "
+            f"that are, and 4 that are not: train with another data.holdout, or with more images"
         )
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     counts = range(data.held_out), range(data.held_out, min(data.held_out + most, len(data.cache)))
