@@ -12,6 +12,7 @@ import time
 import pytest
 from pictures import Noise, Slow, content, only_the_cache
 
+from sturdy.data.build import need_room
 from sturdy.data.cache import Cache, open_cache
 
 fork = multiprocessing.get_context("fork")
@@ -102,3 +103,27 @@ def test_manifest_is_plain_json(tmp_path):
     assert (manifest["n"], manifest["shape"]) == (6, [3, 8, 8])
     assert manifest["quarantine"] == [[f"noise {k}", "on purpose"] for k in (0, 4, 8)]
     assert manifest["digest"] == cache.digest
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"paths\.cache=.* has room for .* GB, and the decoded images take 192,000\.0 GB"
+    ):
+        open_cache(Noise(10**12, shape=(3, 8, 8)), root=tmp_path)
+    assert all(name.endswith(".lock") for name in os.listdir(tmp_path))
+
+
+def test_a_large_cache_is_announced(tmp_path, caplog):
+    need_room(tmp_path, 10**9)
+    assert caplog.text == ""
+    need_room(tmp_path, 10**9 + 10**8)
+    assert f"the decoded images take 1.1 GB in {tmp_path}" in caplog.text
+
+
+def test_where_no_cache_can_be_made_the_key_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=r"paths\.cache cannot be written .*choose another folder") as error:
+            open_cache(Noise(), root=root)
+        assert error.value.filename == str(root)
+        assert error.value.__cause__ is None  # which would be told instead

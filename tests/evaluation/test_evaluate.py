@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from runs import SMALL as SMALL_RUN
 from sturdy.door import check_composed
 from sturdy.randomness import generator
 from sturdy.resume.entry import Entry, Refused
-from sturdy.training.evaluate import asked, evaluate, open_data, ours
+from sturdy.training.evaluate import asked, evaluate, open_data, ours, real_images
 from sturdy.training.loggers.metrics_file import MetricsFile
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
@@ -169,6 +170,12 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
     words = [word for word in SMALL_RUN if not word.startswith("data.source")]
     train(tmp, "mine", "data=folder", f"data.root={pictures}", "trainer.max_steps=2", base=words)
     moved = pictures.rename(tmp / "moved")
+    caches = [path.parent for path in (tmp / "cache").glob("*/manifest.json")]
+    code, said = again("run=mine", f"evaluate.out={tmp_path}")
+    assert code == 0, said  # the decoded images are still there
+    assert "The 40 images that the run began with are still in" in said
+    for cache in caches:
+        shutil.rmtree(cache)
     code, said = again("run=mine", f"evaluate.out={tmp_path}")
     assert code == 2
     assert "data.root" in said
@@ -188,7 +195,9 @@ def test_other_images_are_refused(tmp_path):
     then = Entry(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
     with pytest.raises(Refused, match=r"not those that mine was trained on .* data_root=\.\.\."):
         open_data(cfg, {"data": data}, then)
-    assert open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True)).held_out == 1
+    opened = open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True))
+    with pytest.raises(ValueError, match="1 of 10 images are held out; a report compares with at least 2"):
+        real_images(opened, 8)
 
 
 def test_a_checkpoint_does_not_choose_what_is_executed():

@@ -1,13 +1,16 @@
 """Writing a cache: everything a source decodes, durably, into a new folder.
 
 images.bin   the pixels of image after image        labels.npy, shapes.npy, names.json   one entry an image
-quarantine.txt   what was left out and why           manifest.json   what the files must be, sealed by a hash
+contents.npy   a hash of each image's content       quarantine.txt   what was left out and why
+manifest.json   what the files must be, sealed by a hash
 """
 
 import errno
 import hashlib
 import json
+import logging
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +24,9 @@ from sturdy.data.source import Broken, Source
 
 CHUNK = 16  # images a worker decodes at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGE = 10**9  # bytes; a cache of more is announced
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -30,11 +36,16 @@ def build(
 
     Returns:
         The quarantine: names and reasons of the broken images.
+
+    Raises:
+        ValueError: if the disk has not enough room; told after the first image.
+        OSError: if it cannot be written.
     """
     total, done = len(source), 0
     names: list[str] = []
     labels: list[int] = []
     shapes: list[tuple[int, int]] = []
+    contents: list[int] = []
     quarantine: list[tuple[str, str]] = []
     digest = hashlib.sha256()
     tell = progress or (lambda done, total: None)
@@ -42,10 +53,14 @@ def build(
     try:
         tell(0, total)
         with _durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
-            for done, image in enumerate(images, start=1):
-                if isinstance(image, Broken):
-                    quarantine.append((source.name(done - 1), str(image)))
+            for done, found in enumerate(images, start=1):
+                if isinstance(found, Broken):
+                    quarantine.append((source.name(done - 1), str(found)))
                 else:
+                    image, content = found
+                    if not names:
+                        need_room(path.parent, total * image.nbytes)
+                    contents.append(content)
                     names.append(source.name(done - 1))
                     labels.append(source.label(done - 1))
                     shapes.append(image.shape[1:])
@@ -56,9 +71,11 @@ def build(
                     tell(done, total)
         digest.update(np.array(labels, dtype="<i8").tobytes())
         digest.update(json.dumps(source.classes).encode())
-        for name, array in (("labels", labels), ("shapes", shapes)):
+        with_contents = digest.copy()
+        with_contents.update(np.array(contents, dtype="<u8").tobytes())
+        for name, array, dtype in (("labels", labels, "i8"), ("shapes", shapes, "i8"), ("contents", contents, "u8")):
             with _durable(path / f"{name}.npy") as file:
-                np.save(file, np.array(array, dtype=np.int64))
+                np.save(file, np.array(array, dtype=dtype))
         with _durable(path / "names.json") as file:
             file.write(json.dumps(names).encode())
         with _durable(path / "quarantine.txt") as file:
@@ -70,6 +87,7 @@ def build(
             "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
             "quarantine": quarantine,
             "digest": digest.hexdigest(),
+            "digest_with_contents": with_contents.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
         }
         with _durable(path / "manifest.json") as file:
@@ -82,8 +100,36 @@ def build(
             error.errno,
             f"the disk is full after {done:,} of {total:,} images: make room, or move paths.cache",
             str(path.parent),
-        ) from error
+        ) from None  # a cause would be told instead
     return quarantine
+
+
+def need_room(root: Path, size: int) -> None:
+    """Tell of a cache of ``size`` bytes in ``root`` if that is much.
+
+    Raises:
+        ValueError: if the disk has less room.
+    """
+    if (free := shutil.disk_usage(root).free) < size:
+        raise ValueError(
+            f"paths.cache={root} has room for {free / 1e9:,.1f} GB, and the decoded images take {size / 1e9:,.1f} GB: "
+            f"make room, move paths.cache to a larger disk, or lower data.image_size"
+        )
+    if size > LARGE:
+        log.warning("the decoded images take %s GB in %s", f"{size / 1e9:,.1f}", root)
+
+
+def hashed(*parts: bytes | memoryview) -> int:
+    """Hash ``parts`` to 64 bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def hashed_pixels(image: np.ndarray) -> int:
+    """Hash the shape and the pixels of ``image``, contiguous uint8 ``(3, h, w)``, to 64 bits."""
+    return hashed(np.array(image.shape, dtype="<i8").tobytes(), image.data)
 
 
 def seal(manifest: dict[str, Any]) -> str:
@@ -109,10 +155,13 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Broken, None, None]:
+Decoded = tuple[np.ndarray, int]  # an image, and the hash of its content
+
+
+def _decoded(source: Source, workers: int | None) -> Generator[Decoded | Broken, None, None]:
     """Every image of the source, or why not, in its order."""
 
-    def chunk(start: int) -> list[np.ndarray | Broken]:
+    def chunk(start: int) -> list[Decoded | Broken]:
         return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
 
     starts = range(0, len(source), CHUNK)
@@ -124,7 +173,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Brok
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        waiting: deque[Future[list[np.ndarray | Broken]]] = deque()
+        waiting: deque[Future[list[Decoded | Broken]]] = deque()
         for start in starts:
             waiting.append(pool.submit(chunk, start))
             if len(waiting) > 2 * workers:  # bounds the memory
@@ -135,11 +184,13 @@ def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Brok
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(source: Source, index: int) -> np.ndarray | Broken:
+def _attempt(source: Source, index: int) -> Decoded | Broken:
     try:
         image = source.decode(index)
+        content = source.content(index) if hasattr(source, "content") else None
     except Broken as broken:
         return broken
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
-    return np.ascontiguousarray(image)
+    image = np.ascontiguousarray(image)
+    return image, hashed_pixels(image) if content is None else hashed(content)

@@ -3,7 +3,8 @@
     cache[source.key] = [decode(0), decode(1), ...] without the broken ones
 
 It is written aside and renamed when whole: a kill at any instant leaves either a whole cache or none. Its
-``digest`` hashes the content alone, so that equal images have equal digests wherever they lie.
+``digest`` hashes the content alone, so that equal images have equal digests wherever they lie; a run keeps it, and
+finds the images it began with again by it, whatever became of the source.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import numpy as np
 from sturdy.data.build import build, seal, sync
 from sturdy.data.source import Source
 
-LAYOUT = 2  # of the files that ``build`` writes; raise it whenever they change
+LAYOUT = 3  # of the files that ``build`` writes; raise it whenever they change
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ class Damaged(Exception):
 class Cache:
     """The decoded images of a source. It pickles as its path, and every process maps the same memory.
 
+    Attributes:
+        digest: of images, labels and classes.
+        contents, digest_with_contents: a hash of each image's content, ``(n,)``, and the digest of these too; ``None``
+            in a cache that an older version made.
+
     Args:
         path: a folder made by ``open_cache``.
 
@@ -52,15 +59,18 @@ class Cache:
             self.key: str = manifest["key"]
             self.classes: tuple[str, ...] = tuple(manifest["classes"])
             self.digest: str = manifest["digest"]
+            self.digest_with_contents: str | None = manifest.get("digest_with_contents")
             self.quarantine: list[tuple[str, str]] = [(name, why) for name, why in manifest["quarantine"]]
             self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
             self.shapes: np.ndarray = np.load(self.path / "shapes.npy")  # (n, 2) int64, heights and widths
+            self.contents: np.ndarray | None = None  # (n,) uint64
+            if self.digest_with_contents:
+                self.contents = np.load(self.path / "contents.npy")
             pixels = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r").view(np.ndarray)
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{self.path}: {error}") from error
         self.labels.flags.writeable = self.shapes.flags.writeable = False
         self.uniform = bool((self.shapes == self.shapes[0]).all())
-        self._names: list[str] | None = None
         if self.uniform:
             self._images = pixels.reshape(-1, 3, *self.shapes[0])
         else:
@@ -75,9 +85,13 @@ class Cache:
 
     def name(self, index: int) -> str:
         """What to call the image in messages and tables."""
-        if self._names is None:
-            self._names = json.loads((self.path / "names.json").read_bytes())
-        return self._names[index]
+        return self.names[index]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What to call each image."""
+        names: list[str] = json.loads((self.path / "names.json").read_bytes())
+        return names
 
     def image(self, index: int) -> np.ndarray:
         """One image, uint8 ``(3, h, w)``, a read-only view of the memory map."""
@@ -122,8 +136,8 @@ def open_cache(
 
     Raises:
         TooManyBroken: the share is larger, or no image is left.
-        ValueError: the source has no images.
-        OSError: the disk is full (nothing is left behind), or cannot be locked.
+        ValueError: the source has no images, or the disk not enough room.
+        OSError: the disk is full (nothing is left behind), or ``root`` cannot be written or locked.
     """
     total = len(source)
     if total == 0:
@@ -133,7 +147,6 @@ def open_cache(
     path, aside = root / stem, root / f"{stem}.building"
     cache = _existing(path, source.key)
     if cache is None:
-        root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{stem}.lock"):
             cache = _existing(path, source.key)  # another process may have made it while this one waited
             if cache is None:
@@ -156,6 +169,33 @@ def open_cache(
             "Repair or remove them, or raise data.max_broken."
         )
     return cache
+
+
+def find_cache(root: str | os.PathLike[str], digest: str, *, prefer: str | None = None) -> Cache | None:
+    """The cache under ``root`` that holds the images of ``digest``, whatever source they came from.
+
+    Only manifests are read, and that all files are as long as these say.
+
+    Args:
+        root: the folder of all caches.
+        digest: with or without contents.
+        prefer: the key of the source to take it from, where several have the same images.
+    """
+    found = None
+    for path in sorted(Path(root).expanduser().absolute().glob("*/manifest.json")):
+        if path.parent.suffix:  # one that is being built
+            continue
+        try:
+            manifest = _read_manifest(path.parent)
+            if digest not in (manifest["digest"], manifest.get("digest_with_contents")):
+                continue
+            cache = Cache(path.parent)
+        except (OSError, ValueError, KeyError, TypeError, Damaged):
+            continue
+        if cache.key == prefer:
+            return cache
+        found = found or cache
+    return found
 
 
 def _table(broken: list[tuple[str, str]], most: int = 10) -> str:
@@ -187,7 +227,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file: one process at a time. The lock dies with its process; the empty file stays."""
-    with open(path, "ab") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        what = f"paths.cache cannot be written ({error.strerror}): choose another folder with paths.cache=..."
+        raise OSError(error.errno, what, str(path.parent)) from None  # a cause would be told instead
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -93,6 +93,10 @@ class Cars:
         """The picture of car ``index``, uint8 ``(3, size, size)``."""
         return draw(self.attributes(index), self.size)
 
+    def content(self, index: int) -> bytes:
+        """What car ``index`` is, at any size."""
+        return repr(self.attributes(index)).encode()
+
     def _checked(self, index: int) -> int:
         index = int(index)  # a NumPy integer would hash differently
         if not 0 <= index < self.n:

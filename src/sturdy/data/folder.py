@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode, read
 from sturdy.data.options import colour, one_of, whole
 
 SUFFIXES = frozenset({b".bmp", b".gif", b".jfif", b".jpe", b".jpeg", b".jpg", b".png", b".tif", b".tiff", b".webp"})
@@ -105,8 +105,14 @@ class Folder:
 
     def decode(self, index: int) -> np.ndarray:
         """The image, uint8 ``(3, h, w)``; raises ``Broken``."""
-        path = os.path.join(os.fspath(self.root), os.fsdecode(self._name(index)))
-        return decode(path, **self.options)
+        return decode(self._path(index), **self.options)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of the file; raises ``Broken``."""
+        return read(self._path(index), most=16 * max(self.options["max_pixels"], MAX_PIXELS))
+
+    def _path(self, index: int) -> str:
+        return os.path.join(os.fspath(self.root), os.fsdecode(self._name(index)))
 
     def _name(self, index: int) -> bytes:
         index = range(len(self))[index]

@@ -7,8 +7,9 @@ position. So neither the number of workers nor what they had prefetched when the
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from sturdy.data.augment import Augment
-from sturdy.data.cache import Cache, open_cache
+from sturdy.data.cache import Cache, find_cache, open_cache
+from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.images import Augmented, Batch, Images, in_sequence
@@ -26,12 +28,14 @@ from sturdy.data.order import Balanced, Endless, Order, Split
 from sturdy.data.progress import Progress
 from sturdy.data.source import Source
 
+SplitBy = Literal["count", "content"]
+
 
 class ImageData(L.LightningDataModule):
     """Images of ``source``, decoded once into a cache, of which a fixed share is held out.
 
     Args:
-        source: what can be decoded; its labels and classes.
+        source: what can be decoded; its labels and classes. Or a function that lists it, which ``open`` calls.
         image_size: height and width of the pictures.
         batch_size: the *global* batch B.
         shards: V, the number of equal parts a batch is computed in; must divide it.
@@ -41,6 +45,8 @@ class ImageData(L.LightningDataModule):
         balance: from 0, classes as often as they are, to 1, all equally often in training.
         holdout: share of the images held out for validation.
         fold, folds: hold out part ``fold``, from 1 on, of ``folds`` equal ones instead; together they are all images.
+        split: ``"content"`` decides by the content of each image alone whether it is held out, so that no image changes
+            sides when others come or go; ``"count"`` holds out the exact share of how many there are.
         max_broken: largest share of broken images that is tolerated.
         cache: directory of decoded images.
         seed: the run's seed.
@@ -51,7 +57,7 @@ class ImageData(L.LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Callable[[], Source],
         *,
         image_size: int,
         batch_size: int = 64,
@@ -65,12 +71,13 @@ class ImageData(L.LightningDataModule):
         holdout: float = 0.1,
         fold: int | None = None,
         folds: int | None = None,
+        split: SplitBy = "count",  # what runs began with that were before there was a choice
         max_broken: float = 0.01,
         cache: str | Path = ".cache",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.source, self.cache_root, self.seed = source, Path(cache), seed
+        self.given, self.cache_root, self.seed = source, Path(cache), seed
         self.image_size = whole("data.image_size", image_size)
         self.batch_size = whole("data.batch_size", batch_size)
         self.num_workers = whole("data.num_workers", num_workers, least=0)
@@ -80,6 +87,7 @@ class ImageData(L.LightningDataModule):
         self.conditions = how.size if augment else 0  # that the network is told of each training image
         self.balance = share("data.balance", balance)
         self.holdout, self.fold, self.folds = share("data.holdout", holdout), fold, folds
+        self.split_by = one_of("data.split", split, get_args(SplitBy))
         self.max_broken = share("data.max_broken", max_broken)
         self.shards = whole("data.shards", shards)
         if batch_size % shards:
@@ -95,18 +103,23 @@ class ImageData(L.LightningDataModule):
         self.rank, self.processes = 0, 1  # which consecutive part of every batch is computed here
         self.limit_val: int | float = 1.0  # of the held-out batches: how many, or what share
 
-    def open(self) -> Cache:
+    def open(self, begun: str | None = None) -> Cache:
         """Decode what is not yet decoded, telling how far it is where that takes more than seconds.
 
         Afterwards ``classes``, their frequencies ``prior``, ``digest`` and the loaders are there, and
         ``cache.report()`` tells what was left out.
 
+        Args:
+            begun: the ``digest`` of the images that a run began with. If they are still in the cache, they are used,
+                whatever the source has now; nothing is decoded, and ``notes`` tells what the source has otherwise.
+                The source need not be there: it is then ``None``. The options must be those that the run began with.
+
         Raises:
             ValueError: if there are too few images to hold any out, too many broken ones, or too small ones.
             OSError: if they cannot be read, or the cache cannot be written.
         """
-        with Progress("preparing images") as progress:
-            self.cache = open_cache(self.source, root=self.cache_root, max_broken=self.max_broken, progress=progress)
+        self.notes: list[str] = []
+        self.cache = self._begun_with(begun) if begun else self._cached(self._listed())
         n = len(self.cache)
         if n < 2:
             raise ValueError("there is one image only: at least two are needed, one to train on and one held out")
@@ -114,12 +127,57 @@ class ImageData(L.LightningDataModule):
             raise ValueError(
                 f"the source gives images of {smallest} pixels, fewer than data.image_size={self.image_size}"
             )
-        self.split = Split.share(n, self.holdout) if not self.folds else Split.fold(n, self.fold or 1, self.folds)
+        self.split, self.digest = self._split()
         self.held_out = len(self.split.held_out)
-        self.classes, self.digest = self.cache.classes, self.cache.digest
+        self.classes = self.cache.classes
         self.prior = (np.bincount(self.cache.labels, minlength=len(self.classes)) / n).tolist() if self.classes else []
         self.order = self._order(n - self.held_out)
         return self.cache
+
+    def changes_since(self, begun: str) -> list[str]:
+        """Say how the open images differ by name from those of the digest ``begun``, where these are cached."""
+        old = find_cache(self.cache_root, begun)
+        return describe_changes(old, self.cache) if old else []
+
+    def _listed(self) -> Source:
+        """The source, listed now."""
+        self.source: Source | None = self.given() if callable(self.given) else self.given
+        return self.source
+
+    def _cached(self, source: Source) -> Cache:
+        with Progress("preparing images") as progress:
+            return open_cache(source, root=self.cache_root, max_broken=self.max_broken, progress=progress)
+
+    def _begun_with(self, digest: str) -> Cache:
+        """The images of ``digest``, if they are in the cache; else those of the source."""
+        away: Exception | None = None
+        try:
+            source = self._listed()
+        except (OSError, ValueError) as error:
+            self.source, away = None, error
+        cache = find_cache(self.cache_root, digest, prefer=None if away else source.key)
+        if cache is None or (self.split_by == "content" and cache.contents is None):
+            if away:
+                raise away
+            self.notes = [f"the images that the run began with are not in paths.cache={self.cache_root}: all are read"]
+            return self._cached(source)
+        if away:
+            self.notes = [f"{away}. The {len(cache):,} images that the run began with are still in {cache.path}"]
+        else:
+            self.notes = describe_unused(cache, source)
+        return cache
+
+    def _split(self) -> tuple[Split, str]:
+        """What is held out, and the digest of all that this depends on."""
+        n, contents = len(self.cache), self.cache.contents
+        if self.split_by == "count":
+            split = Split.fold(n, self.fold or 1, self.folds) if self.folds else Split.share(n, self.holdout)
+            return split, self.cache.digest
+        assert contents is not None
+        assert self.cache.digest_with_contents is not None
+        if self.folds:
+            return Split.content_fold(contents, self.fold or 1, self.folds), self.cache.digest_with_contents
+        return Split.content_share(contents, self.holdout), self.cache.digest_with_contents
 
     def _order(self, n: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
         """Of the ``n`` training images."""
@@ -201,4 +259,4 @@ def folder_data(
 ) -> ImageData:
     """``ImageData`` of a ``Folder``, the options of both side by side: short to type, and each said once."""
     options: dict[str, Any] = {"crop": crop, "background": background, "labels": labels, "max_pixels": max_pixels}
-    return ImageData(Folder(root=root, size=image_size, **options), image_size=image_size, **stream)
+    return ImageData(partial(Folder, root=root, size=image_size, **options), image_size=image_size, **stream)

@@ -7,8 +7,8 @@ until it lands below ``n`` (Black & Rogaway 2002). It is computed, not stored: O
 a billion images as at ten. There is no padding and no dropped tail, and a batch may span two epochs.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from itertools import count
 
 import numpy as np
@@ -70,35 +70,81 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+Places = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # an index in [0, n) at each place
+
+
 class Split:
-    """All ``n`` images, those held out first; which these are depends on no seed.
+    """All images in one order, those held out first; which these are depends on no seed.
+
+    By count, the order is a permutation of the ``n`` images: one image more, and most of those held out are others.
+    By content, the order is that of a number in [0, 1) which each image has from a hash of its content, and those
+    whose number lies in a fixed interval are held out: no image changes sides when others come, go or are renamed.
 
     Args:
-        held_out: where they are in the one order that every split is cut from.
+        order: the image's index in [0, n) at each place, ``(b,) -> (b,)``.
+        n: number of images.
+        held_out: where those held out are in that order.
     """
 
-    def __init__(self, n: int, held_out: range) -> None:
-        self.n, self.held_out, self.order = n, held_out, Order(n, 0, purpose="split")
+    def __init__(self, order: Places, n: int, held_out: range) -> None:
+        self.order, self.n, self.held_out = order, n, held_out
 
     @classmethod
     def share(cls, n: int, share: float) -> "Split":
-        """That ``share`` is held out, but at least one image, and not all."""
-        return cls(n, range(min(max(1, round(n * share)), n - 1)))
+        """Hold out that ``share`` by count, but at least one image, and not all."""
+        return cls(Order(n, 0, purpose="split"), n, range(min(max(1, round(n * share)), n - 1)))
 
     @classmethod
     def fold(cls, n: int, number: int, folds: int) -> "Split":
-        """Part ``number``, from 1 on, is held out of ``folds`` parts whose sizes differ by one at most.
+        """Hold out part ``number``, from 1 on, of ``folds`` parts by count, whose sizes differ by one at most.
 
         Raises:
             ValueError: if some would be empty.
         """
         if folds > n:
             raise ValueError(f"data.folds={folds} cannot be made of {n} images; use at most {n}")
-        return cls(n, range(n * (number - 1) // folds, n * number // folds))
+        part = range(n * (number - 1) // folds, n * number // folds)
+        return cls(Order(n, 0, purpose="split"), n, part)
+
+    @classmethod
+    def content_share(cls, contents: NDArray[np.uint64], share: float) -> "Split":
+        """Hold out the images whose number is below ``share``, but at least that of the smallest, and not all.
+
+        Args:
+            contents: a hash of each image, ``(n,)``. Equal ones fall on the same side, unless all are equal.
+        """
+        order, numbers = _by_content(contents)
+        least = np.searchsorted(numbers, numbers[0], side="right")
+        most = np.searchsorted(numbers, numbers[-1], side="left")
+        n = max(1, min(max(np.searchsorted(numbers, share), least), most))
+        return cls(order, len(contents), range(int(n)))
+
+    @classmethod
+    def content_fold(cls, contents: NDArray[np.uint64], number: int, folds: int) -> "Split":
+        """Hold out the images whose number is in [(number - 1) / folds, number / folds); arguments as above.
+
+        Raises:
+            ValueError: if these are none, or all.
+        """
+        order, numbers = _by_content(contents)
+        first, end = np.searchsorted(numbers, [(number - 1) / folds, number / folds]).tolist()
+        if (size := end - first) in (0, len(contents)):
+            raise ValueError(
+                f"data.fold={number} of data.folds={folds} would hold out {size} of {len(contents)} images, as their "
+                f"contents decide: use fewer folds, or data.split=count for equal ones"
+            )
+        return cls(order, len(contents), range(first, end))
 
     def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
         """The image's index in [0, n) at each of the places, ``(b,) -> (b,)``."""
         return self.order((self.held_out.start + np.asarray(places, dtype=np.int64)) % self.n)
+
+
+def _by_content(contents: NDArray[np.uint64]) -> tuple[Places, NDArray[np.float64]]:
+    """The order of the images by their numbers in [0, 1), and these numbers in that order, ``(n,)``."""
+    order = np.argsort(contents, kind="stable")
+    numbers = (contents[order] >> np.uint64(11)).astype(np.float64) * 2.0**-53  # as many bits as float64 has below 1
+    return partial(np.take, order), numbers
 
 
 class Balanced:

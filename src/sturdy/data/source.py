@@ -10,7 +10,11 @@ class Broken(Exception):
 
 
 class Source(Protocol):
-    """A finite collection of images that can be decoded one by one, from several threads at once."""
+    """A finite collection of images that can be decoded one by one, from several threads at once.
+
+    It may also have ``content(index) -> bytes``: bytes that tell the image from all others and stay the same at any
+    image size, such as those of its file. ``data.split=content`` is decided by them; else by the decoded pixels.
+    """
 
     classes: tuple[str, ...]
     """Label ``k`` is ``classes[k]``; empty when unlabelled."""

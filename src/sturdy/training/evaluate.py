@@ -198,18 +198,20 @@ def check(options: DictConfig, name: str) -> DictConfig:
 
 
 def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry) -> Any:
-    """The run's own data module, with its cache open.
+    """The run's own data module, open on the images that it was trained on.
 
     Raises:
-        Refused: if its images are not those that the run was trained on.
+        Refused: if they are neither in the cache nor what the source has now.
     """
     settings = {**config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
         settings["root"] = cfg.data_root
     data = instantiate(ours(settings, "sturdy.data.", kinds=(type, FunctionType)))
-    data.open()
-    trained_on = entry.manifest.get("fingerprint", {}).get("data", data.digest)
-    if data.digest != trained_on:
+    trained_on = entry.manifest.get("fingerprint", {}).get("data")
+    data.open(begun=trained_on)
+    for note in data.notes:
+        print(note, flush=True)
+    if trained_on not in (None, data.digest):
         raise Refused(
             f"the images are not those that {cfg.run} was trained on (digest {trained_on[:12]}, now "
             f"{data.digest[:12]}): nothing could be said about memorisation. Give the folder of those as data_root=..."
@@ -219,7 +221,16 @@ def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry) -> Any:
 
 def real_images(data: Any, most: int) -> tuple[Pictures, Pictures, dict[str, Sequence[str]], str | None]:
     """Training and held-out images, without features; what the answers to each question are called, and which
-    question is the class."""
+    question is the class.
+
+    Raises:
+        ValueError: if there are too few of either to be compared with.
+    """
+    if data.held_out < 2 or len(data.cache) - data.held_out < 4:
+        raise ValueError(
+            f"{data.held_out} of {len(data.cache)} images are held out; a report compares with at least 2 "
+            f"that are, and 4 that are not: train with another data.holdout, or with more images"
+        )
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     counts = range(data.held_out), range(data.held_out, min(data.held_out + most, len(data.cache)))
     batches = [images[np.array(positions)] for positions in counts]
@@ -227,7 +238,7 @@ def real_images(data: Any, most: int) -> tuple[Pictures, Pictures, dict[str, Seq
     options: dict[str, Sequence[str]] = {"class": classes} if classes else {}
     answers: list[dict[str, Tensor]] = [{"class": batch.label} if classes else {} for batch in batches]
     labelled = "class" if classes else None
-    if hasattr(data.source, "attributes") and not data.cache.quarantine:
+    if hasattr(data.source, "attributes") and data.source.key == data.cache.key and not data.cache.quarantine:
         known = [[vars(data.source.attributes(i)) for i in images.split(np.array(where))] for where in counts]
         names = [name for name, value in known[0][0].items() if isinstance(value, str)]
         options = {name: sorted({one[name] for part in known for one in part}) for name in names}

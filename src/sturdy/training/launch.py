@@ -79,6 +79,13 @@ def check_settings(cfg: DictConfig) -> None:
     for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
         if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
             raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
+    limit = cfg.trainer.limit_val_batches
+    whole, share = isinstance(limit, int) and limit is not True, isinstance(limit, float)
+    if not ((whole and limit >= 1) or (share and 0 < limit <= 1)):
+        raise Unfit(
+            f"trainer.limit_val_batches={limit} must be a number of batches, 1 or more, or a share up to 1.0: "
+            f"the best checkpoint is known by them. To validate less often, raise trainer.val_check_interval"
+        )
     if not isinstance(cfg.restarts, int) or cfg.restarts < 0:
         raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
     if cfg.reduction not in (None, "tree", "allreduce"):
