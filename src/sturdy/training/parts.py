@@ -57,7 +57,7 @@ def unfit() -> Iterator[None]:
 
 
 def settle(cfg: DictConfig, entry: Entry | None) -> None:
-    """Fill in what is decided at the first start and then belongs to the run: shards, their sum, and threads.
+    """Fill in what is decided at the first start and then belongs to the run: shards, their sum, threads, the split.
 
     Raises:
         Unfit: if the processes cannot have equal parts of a batch.
@@ -74,6 +74,9 @@ def settle(cfg: DictConfig, entry: Entry | None) -> None:
     if cfg.reduction is None:
         kept = stored.get("reduction") if shards == cfg.data.shards else None
         cfg.reduction = kept or ("allreduce" if cfg.data.shards == w > 1 else "tree")
+    for key, older in cfg.resume.added.items():
+        if stored and key not in stored:
+            OmegaConf.update(cfg, key, older)
     if cfg.trainer.threads is None:
         cfg.trainer.threads = stored.get("trainer.threads", max(1, len(os.sched_getaffinity(0)) // world.local_size()))
 
@@ -96,11 +99,15 @@ def summing(cfg: DictConfig, module: DiffusionModule) -> Sum:
     return {"tree": lambda: tree, "fsdp2": lambda: sharded, "allreduce": allreduce}[how_summed(cfg)]()
 
 
-def open_data(cfg: DictConfig) -> Any:
-    """The data module with its cache open; its classes go into the config, for the backbone to know."""
+def open_data(cfg: DictConfig, begun: str | None = None) -> Any:
+    """Open the data module; its classes go into the config, for the backbone to know.
+
+    Args:
+        begun: the digest of the images that the run goes on with; None for those that are there now.
+    """
     data = instantiate(cfg.data)
     data.rank, data.processes, data.limit_val = world.rank(), world.size(), cfg.trainer.limit_val_batches
-    data.open()
+    data.open(begun)
     cfg.classes = list(data.classes)
     cfg.num_classes, cfg.num_conditions, cfg.prior = len(data.classes), data.conditions, data.prior
     return data

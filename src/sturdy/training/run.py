@@ -183,7 +183,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
     with world.ahead(), unfit():
-        data = open_data(cfg)
+        begun = (start.data or stored.get("data")) if start.restart else None
+        data = open_data(cfg, begun)
     data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     gradients = describe(cfg.data.shards, world.size(), how_summed(cfg))
@@ -191,7 +192,12 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     now = run_fingerprint(config, data.digest, gradients, ignore=cfg.resume.ignore, initial=initial)
     everywhere = world.gather((now.code, data.digest))
     world.decide(lambda: check_all_alike(everywhere))
-    guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
+
+    def promise() -> Guarantee | None:
+        changes = data.changes_since(stored["data"]) if stored.get("data", data.digest) != data.digest else []
+        return judge(entry, now, **config["resume"], data_changes=changes) if entry else None
+
+    guarantee = world.decide(promise)
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
     if world.rank() == 0:
@@ -199,8 +205,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         if report := data.cache.report():
             CONSOLE.warning(report)
         CONSOLE.info(banner(cfg, data, entry, guarantee))
-        for line in start.edited:
-            CONSOLE.warning(f"the configuration was edited: {line}")
+        for line in (*(f"the configuration was edited: {line}" for line in start.edited), *data.notes):
+            CONSOLE.warning(line)
     with world.ahead(), unfit():
         module = build(config)
         try_out(module, data.image_size)
