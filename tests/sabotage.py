@@ -8,6 +8,7 @@ batch with the last of the positions was computed, and as its skip is recorded.
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 from sturdy.sabotage import BREAK, main
 
@@ -43,9 +44,15 @@ def in_samples() -> None:
 
 def in_snapshot() -> None:
     """The averages are written, their file has not yet its name."""
-    import sturdy.training.snapshots as snapshots
+    import sturdy.training.callbacks.snapshots as snapshots
 
-    snapshots.os = type("os", (), {"rename": die})
+    write = snapshots.write
+
+    def dying(*args):
+        _die_at("replace")
+        return write(*args)
+
+    snapshots.write = dying
 
 
 def poison(*positions: str, then=lambda: None) -> None:
@@ -88,13 +95,20 @@ def _at_the_last_skip(positions, name) -> None:
 
     def dying(self, skip):
         if skip.position <= int(positions[-1]) < skip.position + skip.size:
-            if name == "replace":
-                skips.os = type("os", (), {"fsync": os.fsync, "replace": die})
-            else:
-                skips.fsync_directory = die
+            _die_at(name)
         add(self, skip)
 
     skips.Skips.add = dying
+
+
+def _die_at(name) -> None:
+    """Die where the next file would be renamed into place, or where its directory would be synced."""
+    from sturdy import files
+
+    if name == "replace":
+        files.os = SimpleNamespace(**vars(os) | {"replace": die})
+    else:
+        files.fsync_directory = die
 
 
 def throw_on_usr2() -> None:

@@ -7,17 +7,18 @@ quarantine.txt   what was left out and why           manifest.json   what the fi
 import errno
 import hashlib
 import json
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from sturdy.data.source import Broken, Source
+from sturdy.files import fsync_directory, open_durable
+from sturdy.system import available_cpus
 
 CHUNK = 16  # images a worker decodes at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -41,7 +42,7 @@ def build(
     path.mkdir()
     try:
         tell(0, total)
-        with _durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
+        with open_durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
             for done, image in enumerate(images, start=1):
                 if isinstance(image, Broken):
                     quarantine.append((source.name(done - 1), str(image)))
@@ -57,11 +58,11 @@ def build(
         digest.update(np.array(labels, dtype="<i8").tobytes())
         digest.update(json.dumps(source.classes).encode())
         for name, array in (("labels", labels), ("shapes", shapes)):
-            with _durable(path / f"{name}.npy") as file:
+            with open_durable(path / f"{name}.npy") as file:
                 np.save(file, np.array(array, dtype=np.int64))
-        with _durable(path / "names.json") as file:
+        with open_durable(path / "names.json") as file:
             file.write(json.dumps(names).encode())
-        with _durable(path / "quarantine.txt") as file:
+        with open_durable(path / "quarantine.txt") as file:
             file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
         manifest: dict[str, Any] = {
             "key": source.key,
@@ -72,9 +73,9 @@ def build(
             "digest": digest.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
         }
-        with _durable(path / "manifest.json") as file:
+        with open_durable(path / "manifest.json") as file:
             file.write(json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
-        sync(path)
+        fsync_directory(path)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -91,24 +92,6 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, whose content is on the disk when the block ends."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Broken, None, None]:
     """Every image of the source, or why not, in its order."""
 
@@ -117,7 +100,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Brok
 
     starts = range(0, len(source), CHUNK)
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = available_cpus()
     if workers == 0:
         for start in starts:
             yield from chunk(start)

@@ -6,7 +6,6 @@ It is written aside and renamed when whole: a kill at any instant leaves either 
 ``digest`` hashes the content alone, so that equal images have equal digests wherever they lie.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from sturdy.data.build import build, seal, sync
+from sturdy.data.build import build, seal
 from sturdy.data.source import Source
+from sturdy.files import LockUnsupportedError, fsync_directory, lock_file
 
 LAYOUT = 2  # of the files that ``build`` writes; raise it whenever they change
 
@@ -145,7 +145,7 @@ def open_cache(
                     if len(broken) == total:
                         raise TooManyBroken(f"all {total:,} images are broken:\n{_table(broken)}")
                     os.rename(aside, path)
-                    sync(root)
+                    fsync_directory(root)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
                 cache = Cache(path)
@@ -189,11 +189,9 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file: one process at a time. The lock dies with its process; the empty file stays."""
     with open(path, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for copies that a fork took with it
+            if not lock_file(file):
+                log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
+                lock_file(file, wait=True)
+        except LockUnsupportedError as error:
+            raise LockUnsupportedError(f"paths.cache: {error}") from None
+        yield
