@@ -5,8 +5,11 @@ The deaths are SIGKILL, from inside, where no watcher could aim: in the middle o
 batch with the last of the positions was computed, and as its skip is recorded.
 """
 
+import errno
+import fcntl
 import os
 import signal
+import stat
 import sys
 from types import SimpleNamespace
 
@@ -120,7 +123,30 @@ def throw_on_usr2() -> None:
     signal.signal(signal.SIGUSR2, throw)
 
 
+def without_locks() -> None:
+    """As on a mounted Drive, or Lustre without ``flock``."""
+
+    def missing(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = fcntl.lockf = missing
+
+
+def without_directory_sync() -> None:
+    """As on a share of Windows, and some of FUSE."""
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    os.fsync = files_only
+
+
 WAYS = {
+    "without-locks": without_locks,
+    "without-directory-sync": without_directory_sync,
     "throw-on-usr2": throw_on_usr2,
     "die-in-validation": in_validation,
     "die-in-save": in_save,
