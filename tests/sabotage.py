@@ -5,9 +5,13 @@ The deaths are SIGKILL, from inside, where no watcher could aim: in the middle o
 batch with the last of the positions was computed, and as its skip is recorded.
 """
 
+import errno
+import fcntl
 import os
 import signal
+import stat
 import sys
+from types import SimpleNamespace
 
 from sturdy.sabotage import BREAK, main
 
@@ -43,9 +47,15 @@ def in_samples() -> None:
 
 def in_snapshot() -> None:
     """The averages are written, their file has not yet its name."""
-    import sturdy.training.snapshots as snapshots
+    import sturdy.training.callbacks.snapshots as snapshots
 
-    snapshots.os = type("os", (), {"rename": die})
+    write = snapshots.write
+
+    def dying(*args):
+        _die_at("replace")
+        return write(*args)
+
+    snapshots.write = dying
 
 
 def poison(*positions: str, then=lambda: None) -> None:
@@ -88,13 +98,20 @@ def _at_the_last_skip(positions, name) -> None:
 
     def dying(self, skip):
         if skip.position <= int(positions[-1]) < skip.position + skip.size:
-            if name == "replace":
-                skips.os = type("os", (), {"fsync": os.fsync, "replace": die})
-            else:
-                skips.fsync_directory = die
+            _die_at(name)
         add(self, skip)
 
     skips.Skips.add = dying
+
+
+def _die_at(name) -> None:
+    """Die where the next file would be renamed into place, or where its directory would be synced."""
+    from sturdy import files
+
+    if name == "replace":
+        files.os = SimpleNamespace(**vars(os) | {"replace": die})
+    else:
+        files.fsync_directory = die
 
 
 def throw_on_usr2() -> None:
@@ -106,7 +123,30 @@ def throw_on_usr2() -> None:
     signal.signal(signal.SIGUSR2, throw)
 
 
+def without_locks() -> None:
+    """As on a mounted Drive, or Lustre without ``flock``."""
+
+    def missing(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = fcntl.lockf = missing
+
+
+def without_directory_sync() -> None:
+    """As on a share of Windows, and some of FUSE."""
+    fsync = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    os.fsync = files_only
+
+
 WAYS = {
+    "without-locks": without_locks,
+    "without-directory-sync": without_directory_sync,
     "throw-on-usr2": throw_on_usr2,
     "die-in-validation": in_validation,
     "die-in-save": in_save,

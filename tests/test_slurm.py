@@ -46,7 +46,8 @@ echo "$(basename $0) $*" >> $here/calls
 """
 
 PROGRAMS = {
-    # An element of an array is a job by itself. What reads sbatch's answer must not wait for the job.
+    # An element of an array is a job by itself; the last one has the array's own id.
+    # What reads sbatch's answer must not wait for the job.
     "sbatch": """
 script=${@: -1}
 n=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $script)
@@ -59,7 +60,8 @@ if [ -z "$n" ]; then
     setsid $here/batch 7 < /dev/null > $here/output 2>&1 &
 fi
 for i in $(seq 0 ${n:--1}); do
-    export SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=$((7 + i))
+    export SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$i SLURM_JOB_ID=$((8 + i))
+    if [ $i = $n ]; then export SLURM_JOB_ID=7; fi
     setsid $here/batch 7_$i < /dev/null > $here/output 2>&1 &
 done
 echo "Submitted batch job 7"
@@ -89,7 +91,14 @@ exec "$@" >> ${output:-$here/output} 2>&1
 setsid bash -c 'while kill -0 $(cat $0/pid.$1) 2> /dev/null; do sleep 0.05; done; rm $0/exit.$1; exec $0/batch $1' \\
     $here $2 < /dev/null > /dev/null 2>&1 &
 """,
-    "squeue": "cat $here/state\n",
+    # Asked for an array, it tells of each of its elements.
+    "squeue": """
+elements=$(ls $here | grep -c '^pid.7_')
+case $* in
+    *--jobs=7) for i in $(seq ${elements/#0/1}); do cat $here/state; done ;;
+    *) cat $here/state ;;
+esac
+""",
     "sacct": "echo 'JobID|State|NodeList'; echo '7|RUNNING|localhost'\n",
 }
 
@@ -150,6 +159,17 @@ def test_what_was_stopped_is_queued_again_once_and_what_ended_is_not(cluster):
         assert f"#SBATCH --{option}\n" in script
     assert {path.name for path in cluster.parent.iterdir()} == {"cluster", "conf", "train.py", "runs"}
     assert {path.name for path in (cluster.parent / "runs").iterdir()} == {"mini", ".submitit"}
+
+
+@submitit
+def test_the_last_job_of_a_sweep_is_queued_again_too(cluster):
+    runs = cluster.parent / "runs" / "mini"
+    process = sweep(cluster, "hydra/launcher=slurm", "wait=heard", "seed=0,1")
+    for seed in (0, 1):
+        tell_all(runs / f"seed-{seed}", signal.SIGUSR1)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert sorted(calls(cluster, "scontrol")) == ["requeue 7_0", "requeue 7_1"]
 
 
 @submitit

@@ -20,18 +20,20 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 MAY = {
     "randomness": set(),
     "signatures": set(),
+    "files": set(),
+    "system": set(),
     "command": {"signatures"},
     "sweep": {"command", "resume"},
     "slurm": {"command", "resume", "sweep"},
-    "door": {"command", "sweep", "slurm"},
-    "prove": {"door", "resume"},
+    "door": {"command", "sweep", "slurm", "system"},
+    "prove": {"door", "resume", "system"},
     "sabotage": {"randomness", "data", "training", "resume"},
     "diffusion": {"randomness"},
     "backbone": {"randomness"},
-    "data": {"randomness"},
-    "resume": {"randomness"},
+    "data": {"randomness", "files", "system"},
+    "resume": {"randomness", "files"},
     "evaluation": {"randomness", "diffusion"},
-    "training": {"randomness", "signatures", "diffusion", "resume", "evaluation"},
+    "training": {"randomness", "files", "system", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
 HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}

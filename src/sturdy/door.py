@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sturdy.command import LAUNCHER, Mistake, check, check_composed, meant, parsed
-from sturdy.sweep import plan, sweep
+from sturdy.system import UnsupportedSystemError, check_system
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ def open_door(config: Path, task: str) -> None:
         config: the YAML file of the script; its folder holds the groups.
         task: called with the config and the list of overrides; returns the exit code.
     """
+    _or_exit(check_system)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
     args = get_args_parser().parse_intermixed_args()  # -m may stand anywhere
@@ -62,6 +63,8 @@ def open_sweep(config: Path, words: list[str]) -> int:
     Raises:
         Mistake: if one of them cannot be meant; none was started.
     """
+    from sturdy.sweep import plan, sweep
+
     jobs = plan(config, words)
     if not any(word.startswith(LAUNCHER) for word in words):
         return sweep(sys.argv[0], jobs)
@@ -82,6 +85,6 @@ def _refuse_flags(config: Path, args: Namespace) -> None:
 def _or_exit(action: Callable[[], T]) -> T:
     try:
         return action()
-    except Mistake as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+    except (Mistake, UnsupportedSystemError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)

@@ -22,6 +22,8 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
+from sturdy.system import UnsupportedSystemError, check_system
+
 USAGE = """usage: python prove.py experiment=cars [kills=N] [break=order|noise|dropout]
                        [any override of train.py]
 Trains three times, the third time killed N (default 5) times at random instants,
@@ -128,6 +130,10 @@ class Run:
 
 def prove(project: Path, words: list[str]) -> int:
     """Run the proof, print its table and verdict; 0 proved, 1 not, 2 a mistake in the command, 130 interrupted."""
+    try:
+        check_system()
+    except UnsupportedSystemError as error:
+        fail(f"error: {error}", 2)
     own = dict(word.split("=", 1) for word in words if word.startswith(("kills=", "break=")))
     overrides = [word for word in words if not word.startswith(("kills=", "break="))]
     if not own.get("kills", "5").isdigit() or own.get("break", "order") not in ("order", "noise", "dropout"):

@@ -73,5 +73,7 @@ def ending() -> bool:
     """Whether SLURM is about to end this job for good: scancel, too, sends SIGTERM first."""
     if not (job := os.environ.get("SLURM_JOB_ID")):
         return False
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"  # the last element's job id is that of the whole array
     ask = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
     return subprocess.run(ask, capture_output=True, text=True).stdout.strip() not in ("RUNNING", "")

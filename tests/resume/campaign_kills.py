@@ -15,7 +15,8 @@ from typing import Any
 import campaign
 import pytest
 
-from sturdy.resume import durable, store
+from sturdy import files
+from sturdy.resume import store
 
 FORK = multiprocessing.get_context("fork")
 PR_SET_PTRACER = 0x59616D61  # linux/prctl.h; where Yama guards processes, a brother may then trace
@@ -24,7 +25,7 @@ PR_SET_PTRACER = 0x59616D61  # linux/prctl.h; where Yama guards processes, a bro
 class ByLine:
     """Death before the n-th line that the store, or the deletion of a directory, is about to run."""
 
-    files = (store.__file__, durable.__file__, shutil.__file__, campaign.__file__)
+    files = (store.__file__, files.__file__, shutil.__file__, campaign.__file__)
 
     def points(self, home: Path, ckpt_path: str) -> list[int]:
         ours, theirs = FORK.Pipe()

@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from runs import command, differences, train
-from sturdy.resume.durable import durable
+from sturdy.files import open_durable
 from sturdy.resume.store import Store, load_state
 from sturdy.resume.writer import SaveFailed, StoreIO
 from sturdy.training.loggers.metrics_file import MetricsFile
@@ -126,7 +126,7 @@ def test_a_full_directory_for_temporary_files_does_not_matter(disk, tmp_path, mo
 
 
 def test_a_device_that_is_always_full():
-    with pytest.raises(OSError, match="No space left"), durable(Path("/dev/full")) as file:
+    with pytest.raises(OSError, match="No space left"), open_durable(Path("/dev/full")) as file:
         file.write(bytes(100))
 
 

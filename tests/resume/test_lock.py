@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -79,6 +80,29 @@ def test_children_of_a_killed_process_do_not_hold_it(tmp_path):
         lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def hold_elsewhere(directory, ready):
+    socket.gethostname = lambda: "elsewhere"
+    hold(directory, ready)
+
+
+def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
+    """Over a network the lock of a machine that died is free only when the server has noticed that."""
+    first, pid = start(hold_elsewhere, tmp_path)
+    with pytest.raises(AlreadyRunning, match=f"process {pid} on elsewhere"):
+        lock(tmp_path, patience=0.2)
+    threading.Timer(0.5, first.kill).start()
+    lock(tmp_path).close()
+    first.join()
+    assert capsys.readouterr().err.count(f"in use by process {pid} on elsewhere") == 2
+
+
+def test_the_holder_is_durable_so_that_other_machines_see_it(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    lock(tmp_path).close()
+    assert synced[-1] == str(tmp_path / ".lock")
 
 
 def test_a_closed_lock_is_free(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from power import Recorder, lay_out, listening
 
-from sturdy.resume.durable import make_directory
+from sturdy.files import make_directory
 from sturdy.resume.store import Corrupt, NothingVerifies, Store, load_state, name_of, read_manifest
 
 RUN = "runs/a"

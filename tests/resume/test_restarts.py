@@ -14,10 +14,17 @@ import pytest
 
 from runs import ROOT, command, differences
 from sturdy.resume.store import Store
+from sturdy.resume.world import prefix
 from worlds import SHARDED, finish
 
 PATIENT = [*SHARDED, "trainer.devices=2", "restarts=100"]
 WATCHED = ["callbacks.watchdog.at_least=4", "callbacks.watchdog.start=40", "callbacks.watchdog.pause=30"]
+
+
+def children(pid: int) -> list[int]:
+    """The process ids of the children of ``pid`` that live now."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for child in " ".join(c.read_text() for c in lists).split()]
 
 
 class Supervised:
@@ -32,11 +39,10 @@ class Supervised:
 
     def rank(self, number: int) -> int | None:
         """The process id of a rank, if it lives now."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        for pid in " ".join(c.read_text() for c in children).split():
+        for pid in children(self.process.pid):
             try:
                 if f"RANK={number}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                    return int(pid)
+                    return pid
             except OSError:
                 continue
         return None
@@ -134,6 +140,60 @@ class Machine:
             )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def until(happened: Callable[[], bool], *machines: Machine) -> None:
+    """Return when it has happened; fail when a machine has ended, or after two minutes."""
+    end = time.monotonic() + 120
+    while not happened():
+        logs = "\n".join(machine.log.read_text() for machine in machines)
+        assert time.monotonic() < end, logs
+        assert all(machine.process.poll() is None for machine in machines), logs
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("store", ["True", "False"])
+def test_machines_meet_whatever_each_has_counted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchrun keeps the store, and has the addresses of the start before, its count tells the starts apart."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", store)
+    prefixes = []
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        prefixes.append(prefix(2))
+    assert (prefixes[0] == prefixes[1]) == (store == "False")
+    assert prefix(4) != prefixes[1]
+
+
+@pytest.mark.slow
+def test_a_killed_process_of_one_machine_meets_that_of_the_other_again(tmp_path: Path) -> None:
+    """Only its own torchrun counts that as a restart."""
+    long = ["trainer.max_steps=400", "trainer.val_check_interval=200", "callbacks.checkpoint.every_n_train_steps=20"]
+    long += ["callbacks.samples.every_n_steps=400"]
+    finish(tmp_path, "one", 1, *long)
+    words = command(tmp_path, "elastic", *long, base=SHARDED)[2:]
+    store = Store(tmp_path / "runs" / "elastic" / "checkpoints")
+    port = free_port()
+    machines = [Machine(tmp_path, port, number, *words) for number in (1, 2)]
+    try:
+        until(lambda: len(store.steps()) > 2, *machines)
+        (process,) = children(machines[1].process.pid)
+        os.kill(process, signal.SIGKILL)
+        before = store.steps()[-1]
+        until(lambda: store.steps()[-1] > before + 40, *machines)
+        assert [machine.process.wait(timeout=120) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.process.kill()
+            machine.process.wait()
+    said = "".join(machine.log.read_text() for machine in machines)
+    assert said.count("2 processes; resumed") == 1
+    assert differences(tmp_path, "one", "elastic") == []
+
+
 @pytest.mark.slow
 def test_a_machine_joins_and_is_lost(tmp_path: Path) -> None:
     """Both are this one, but torchrun does not know: it meets, parts and numbers its machines as ever."""
@@ -142,24 +202,14 @@ def test_a_machine_joins_and_is_lost(tmp_path: Path) -> None:
     finish(tmp_path, "one", 1, *long)
     words = command(tmp_path, "elastic", *long, base=SHARDED)[2:]
     store = Store(tmp_path / "runs" / "elastic" / "checkpoints")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def until(happened: Callable[[], bool]) -> None:
-        end = time.monotonic() + 120
-        while not happened():
-            assert time.monotonic() < end, first.log.read_text()
-            assert first.process.poll() is None, first.log.read_text()
-            time.sleep(0.05)
-
+    port = free_port()
     first = Machine(tmp_path, port, 1, *words)
-    until(lambda: bool(store.steps()))
+    until(lambda: bool(store.steps()), first)
     second = Machine(tmp_path, port, 2, *words)
     try:
-        until(lambda: "2 processes; resumed" in first.log.read_text() + second.log.read_text())
+        until(lambda: "2 processes; resumed" in first.log.read_text() + second.log.read_text(), first)
         joined = store.steps()[-1]
-        until(lambda: store.steps()[-1] > joined)
+        until(lambda: store.steps()[-1] > joined, first)
         second.process.kill()
         assert first.process.wait(timeout=300) == 0, first.log.read_text()
     finally:

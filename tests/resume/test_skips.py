@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from sturdy.resume import skips as skips_module
+from sturdy import files
 from sturdy.resume.skips import Skip, Skips
 
 FORK = multiprocessing.get_context("fork")
@@ -41,7 +41,7 @@ def test_a_kill_leaves_the_old_file_or_the_new(place, entries, tmp_path):
         if place == "replace":
             os.replace = die
         else:
-            skips_module.fsync_directory = die
+            files.fsync_directory = die
         Skips(path).add(TWO)
 
     child = FORK.Process(target=add_and_die)

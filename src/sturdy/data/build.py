@@ -9,18 +9,19 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from sturdy.data.source import Broken, Source
+from sturdy.files import fsync_directory, open_durable
+from sturdy.system import available_cpus
 
 CHUNK = 16  # images a worker decodes at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +53,7 @@ def build(
     path.mkdir()
     try:
         tell(0, total)
-        with _durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
+        with open_durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
             for done, found in enumerate(images, start=1):
                 if isinstance(found, Broken):
                     quarantine.append((source.name(done - 1), str(found)))
@@ -74,11 +75,11 @@ def build(
         with_contents = digest.copy()
         with_contents.update(np.array(contents, dtype="<u8").tobytes())
         for name, array, dtype in (("labels", labels, "i8"), ("shapes", shapes, "i8"), ("contents", contents, "u8")):
-            with _durable(path / f"{name}.npy") as file:
+            with open_durable(path / f"{name}.npy") as file:
                 np.save(file, np.array(array, dtype=dtype))
-        with _durable(path / "names.json") as file:
+        with open_durable(path / "names.json") as file:
             file.write(json.dumps(names).encode())
-        with _durable(path / "quarantine.txt") as file:
+        with open_durable(path / "quarantine.txt") as file:
             file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
         manifest: dict[str, Any] = {
             "key": source.key,
@@ -90,9 +91,9 @@ def build(
             "digest_with_contents": with_contents.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
         }
-        with _durable(path / "manifest.json") as file:
+        with open_durable(path / "manifest.json") as file:
             file.write(json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
-        sync(path)
+        fsync_directory(path)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -137,24 +138,6 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, whose content is on the disk when the block ends."""
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
 Decoded = tuple[np.ndarray, int]  # an image, and the hash of its content
 
 
@@ -166,7 +149,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[Decoded | Broken,
 
     starts = range(0, len(source), CHUNK)
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = available_cpus()
     if workers == 0:
         for start in starts:
             yield from chunk(start)

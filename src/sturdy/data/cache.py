@@ -7,7 +7,6 @@ It is written aside and renamed when whole: a kill at any instant leaves either 
 finds the images it began with again by it, whatever became of the source.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -21,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sturdy.data.build import build, seal, sync
+from sturdy.data.build import build, seal
 from sturdy.data.source import Source
+from sturdy.files import LockUnsupportedError, fsync_directory, lock_file
 
 LAYOUT = 3  # of the files that ``build`` writes; raise it whenever they change
 
@@ -158,7 +158,7 @@ def open_cache(
                     if len(broken) == total:
                         raise TooManyBroken(f"all {total:,} images are broken:\n{_table(broken)}")
                     os.rename(aside, path)
-                    sync(root)
+                    fsync_directory(root)
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
                 cache = Cache(path)
@@ -235,11 +235,9 @@ def _locked(path: Path) -> Iterator[None]:
         raise OSError(error.errno, what, str(path.parent)) from None  # a cause would be told instead
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # also for copies that a fork took with it
+            if not lock_file(file):
+                log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
+                lock_file(file, wait=True)
+        except LockUnsupportedError as error:
+            raise LockUnsupportedError(f"paths.cache: {error}") from None
+        yield

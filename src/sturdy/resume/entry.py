@@ -9,13 +9,12 @@ null    fresh, and only into a directory without checkpoints
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sturdy.resume.durable import durable
+from sturdy.files import atomic_write
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, compare
 from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, read_manifest
 
@@ -170,10 +169,8 @@ class Entered:
 
     def write(self, run: Path) -> None:
         """Keep it in directory ``run``, whole or not at all."""
-        aside = run / f"{ENTERED}.tmp"
-        with durable(aside) as file:
+        with atomic_write(run / ENTERED) as file:
             file.write(json.dumps(asdict(self)).encode())
-        os.replace(aside, run / ENTERED)
 
 
 def once(ckpt_path: str | None, run: Path, store: Store, *, restart: bool) -> str | None:

@@ -1,18 +1,14 @@
-"""One live run on a directory: a lock that dies with its process, SIGKILL included.
+"""One live run on a directory: a lock that dies with its process, SIGKILL included."""
 
-A POSIX record lock belongs to the process and not to its children, so that a killed trainer's data workers, which
-may outlive it by seconds, do not hold it.
-"""
-
-import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sturdy.resume.durable import make_directory
+from sturdy.files import LockUnsupportedError, fsync, lock_file, make_directory
 
 PATIENCE = 120.0  # seconds
 
@@ -21,27 +17,28 @@ class AlreadyRunning(Exception):
     """Another live process trains in this run directory."""
 
 
-def lock(directory: Path, *, brief: bool = False) -> Any:
+def lock(directory: Path, *, brief: bool = False, patience: float = PATIENCE) -> Any:
     """Hold ``directory`` for this process until it ends or the returned file is closed.
 
+    A holder on another machine is waited for: over a network, the lock of a machine that died is free only when the
+    server has noticed that.
+
     Args:
-        brief: for less than ``PATIENCE`` seconds; who wants it meanwhile waits for that and is not refused.
+        brief: for less than ``patience``; who wants it meanwhile waits, too, and is not refused.
+        patience: seconds to wait at most.
 
     Raises:
         AlreadyRunning: with the holder's host, pid and start time.
+        OSError: if the directory cannot be made, written or locked; the message names ``paths.runs``.
     """
-    make_directory(directory)
-    file, end = (directory / ".lock").open("a+"), time.monotonic() + PATIENCE
-    while not _taken(file):
-        file.seek(0)
-        text = file.read()
-        if '"brief": true' not in text or time.monotonic() > end:
-            file.close()
-            raise AlreadyRunning(
-                f"{directory} is in use by {_describe(text)}. Wait for it, stop it, or give this run another "
-                f"name (name=...)"
-            )
-        time.sleep(0.05)
+    try:
+        make_directory(directory)
+        file = (directory / ".lock").open("a+")
+        _wait(file, directory, patience)
+    except LockUnsupportedError as error:
+        raise LockUnsupportedError(f"paths.runs: {error}") from None
+    except PermissionError as error:
+        raise PermissionError(f"paths.runs: {error.filename} cannot be written, permission denied") from None
     holder: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -51,20 +48,40 @@ def lock(directory: Path, *, brief: bool = False) -> Any:
     file.truncate(0)
     file.write(json.dumps(holder))
     file.flush()
+    fsync(file.fileno())  # else another machine would not see it
     return file
 
 
-def _taken(file: Any) -> bool:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows either
-        return False
-    return True
+def _wait(file: Any, directory: Path, patience: float) -> None:
+    """Return when ``file`` is locked; raise AlreadyRunning, with the file closed, if it is not to be waited for."""
+    end, told = time.monotonic() + patience, False
+    while not lock_file(file):
+        file.seek(0)
+        holder = _read(file.read())
+        elsewhere = holder.get("host", socket.gethostname()) != socket.gethostname()
+        if not (holder.get("brief") or elsewhere) or time.monotonic() > end:
+            file.close()
+            raise AlreadyRunning(
+                f"{directory} is in use by {_describe(holder)}. Wait for it, stop it, or give this run another "
+                f"name (name=...)"
+            )
+        if elsewhere and not told:
+            told = True
+            line = f"{directory} is in use by {_describe(holder)}; waiting up to {patience:.0f} s, should it have died"
+            print(line, file=sys.stderr, flush=True)
+        time.sleep(0.05)
 
 
-def _describe(text: str) -> str:
+def _read(text: str) -> dict[str, Any]:
+    """Parse what a holder wrote; empty if it was not written whole."""
     try:
         holder = json.loads(text)
-        return f"process {holder['pid']} on {holder['host']}, started {holder['start']}"
-    except (ValueError, KeyError):
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not {"pid", "host", "start"} <= holder.keys():
         return "another process"
+    return f"process {holder['pid']} on {holder['host']}, started {holder['start']}"

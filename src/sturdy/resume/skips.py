@@ -7,12 +7,11 @@ whichever checkpoint: the one that was rolled back to is older than the skip and
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sturdy.resume.durable import fsync_directory
+from sturdy.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,8 @@ class Skips:
     def add(self, skip: Skip) -> None:
         """Record ``skip`` durably; a kill leaves it whole or not at all."""
         self.entries.append(skip)
-        aside = self.path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            file.writelines(json.dumps(asdict(entry)) + "\n" for entry in self.entries)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
-        fsync_directory(self.path.parent)
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(asdict(entry)).encode() + b"\n" for entry in self.entries)
 
     def _read(self) -> Iterator[Skip]:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):

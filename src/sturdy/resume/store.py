@@ -18,12 +18,12 @@ import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from sturdy.resume.durable import durable, fsync_directory, make_directory
+from sturdy.files import fsync_directory, make_directory, open_durable
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,21 @@ class Unloadable(ValueError):
 
 class NothingVerifies(Exception):
     """There are checkpoints, and none that this version can use."""
+
+
+class Hashing:
+    """A file that hashes what is written, so that it is never read back to be summed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def name_of(step: int) -> str:
@@ -92,12 +107,13 @@ class Store:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            with durable(aside / STATE) as file:
-                torch.save(dict(state), file)  # type: ignore[arg-type]
-            files = {STATE: {"bytes": file.size, "sha256": file.sha256.hexdigest()}}
+            with open_durable(aside / STATE) as file:
+                hashing = Hashing(file)
+                torch.save(dict(state), hashing)  # type: ignore[arg-type]
+            files = {STATE: {"bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}}
             body = {"format": FORMAT, "step": step, "files": files, "time": time.time()} | facts
             manifest = json.loads(json.dumps(body))  # as it will be read again
-            with durable(aside / MANIFEST) as file:
+            with open_durable(aside / MANIFEST) as file:
                 file.write(json.dumps(manifest | {"sha256": _seal(manifest)}, indent=1).encode())
             fsync_directory(aside)
             os.rename(aside, final)
@@ -171,7 +187,7 @@ class Store:
             os.rename(self.path(step), there)
         except FileNotFoundError:
             return  # a live run pruned it while this process was reading
-        with durable(there.with_name(there.name + ".reason.txt")) as file:
+        with open_durable(there.with_name(there.name + ".reason.txt")) as file:
             file.write((reason + "\n").encode())
         log.warning("checkpoint %s does not verify (%s); moved to %s", name_of(step), reason, there)
 

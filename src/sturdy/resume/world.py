@@ -32,18 +32,26 @@ def join(accelerator: str = "cpu") -> None:
         return
     gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
     n, w = launcher.global_rank(), launcher.world_size()
-    life = os.environ.get(
-        "TORCHELASTIC_RESTART_COUNT", "0"
-    )  # torchrun's store still has the addresses of the one before
     with peers():
         store, *_ = next(dist.rendezvous(f"tcp://{launcher.main_address}:{launcher.main_port}", n, w, timeout=LONG))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=dist.PrefixStore(f"life {life} of {w}", store),
+            store=dist.PrefixStore(prefix(w), store),
             rank=n,
             world_size=w,
             timeout=LONG,
         )
+
+
+def prefix(processes: int) -> str:
+    """Name the place in the launcher's store where all processes of this start, and of no other, leave their addresses.
+
+    torchrun's store lives as long as torchrun, and has the addresses of the start before, so its number of restarts
+    tells them apart. But each torchrun counts only the failures of its own processes. So with several machines their
+    numbers differ, and there (docs/running.md) the store is made anew by rank 0 at every start.
+    """
+    new = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
+    return f"start {0 if new else os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {processes}"
 
 
 def leave() -> None:

@@ -29,7 +29,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from sturdy.resume.durable import fsync_directory
+from sturdy.files import fsync_directory
 from sturdy.resume.store import Store, assert_primitive, load_state
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ will come again.
 import logging
 from pathlib import Path
 
-from sturdy.resume.durable import make_directory
+from sturdy.files import make_directory
 from sturdy.resume.entry import Entry
 from sturdy.resume.store import Store
 from sturdy.training.loggers.evaluations import EVALUATIONS

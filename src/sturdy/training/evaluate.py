@@ -34,6 +34,7 @@ from sturdy.evaluation.walk import walk
 from sturdy.randomness import Draws, key
 from sturdy.resume.entry import Entry, Refused, find_entry
 from sturdy.resume.store import NothingVerifies, Store
+from sturdy.system import available_cpus
 from sturdy.training.build import rebuild
 from sturdy.training.identity import sampling_code
 from sturdy.training.recipe import Recipe, asked, ours, recipe_of
@@ -53,7 +54,7 @@ def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
 def answered(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
     """Do ``job``, deterministically, with what the user can mend told in a line; returns the exit code."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
-    torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cfg.threads or available_cpus())
     torch.use_deterministic_algorithms(True)
     try:
         job(cfg)

@@ -1,6 +1,5 @@
 """The parts of one start, made from its config: what is settled at the first start, data, the sum, the Trainer."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from sturdy.resume.store import Store, load_state
 from sturdy.resume.supervisor import launched
 from sturdy.resume.writer import MAY_PASS, StoreIO
 from sturdy.signatures import OURS
+from sturdy.system import available_cpus
 from sturdy.training import strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.guard import Guard
@@ -78,7 +78,7 @@ def settle(cfg: DictConfig, entry: Entry | None) -> None:
         if stored and key not in stored:
             OmegaConf.update(cfg, key, older)
     if cfg.trainer.threads is None:
-        cfg.trainer.threads = stored.get("trainer.threads", max(1, len(os.sched_getaffinity(0)) // world.local_size()))
+        cfg.trainer.threads = stored.get("trainer.threads") or max(1, available_cpus() // world.local_size())
 
 
 def how_summed(cfg: DictConfig) -> str:

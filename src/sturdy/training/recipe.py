@@ -3,7 +3,6 @@
 the command   before   runs/<name>/sampling.yaml, if there is one   before   the run's config
 """
 
-import os
 from collections.abc import Mapping
 from copy import deepcopy
 from numbers import Real
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import Estimator, Sampler
-from sturdy.resume.durable import durable, fsync_directory
+from sturdy.files import atomic_write
 from sturdy.resume.entry import Entry, Refused, find_entry
 from sturdy.resume.store import NothingVerifies, Store
 from sturdy.training.build import rebuild
@@ -131,15 +130,8 @@ class Recipe:
     def write(self, run: Path, said: str) -> Path:
         """Make this the defaults of ``run``, durably, whole or not at all; ``said``, a line, goes on top."""
         what = {"sampler": self.given, "guidance": self.guidance, "ema": self.ema}
-        aside = run / f".{SAMPLING}"
-        try:
-            with durable(aside) as file:
-                file.write(f"# {said}\n{OmegaConf.to_yaml(OmegaConf.create(what))}".encode())
-            os.rename(aside, run / SAMPLING)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        fsync_directory(run)
+        with atomic_write(run / SAMPLING) as file:
+            file.write(f"# {said}\n{OmegaConf.to_yaml(OmegaConf.create(what))}".encode())
         return run / SAMPLING
 
 

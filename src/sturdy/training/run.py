@@ -78,7 +78,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     watch(cfg)
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
-    with world.ahead():
+    with world.ahead(), unfit():
         held = lock(home) if world.rank() == 0 else None
     with unfit():
         skips = Skips(home / "skips.jsonl")

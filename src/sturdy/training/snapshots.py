@@ -4,7 +4,6 @@ Each file holds ``step``, ``stds``, and for each of them the averaged parameters
 and primitives only.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sturdy.resume.durable import durable, fsync_directory, make_directory
+from sturdy.files import atomic_write, make_directory
 from sturdy.resume.store import Unloadable
 from sturdy.training.ema import PowerEMA
 from sturdy.training.profiles import Profile, fit, gamma
@@ -40,15 +39,8 @@ def write(taken: Snapshot, directory: Path) -> Path:
     """Make ``taken`` a file in ``directory``, durably and whole or not at all; one of the same step is replaced."""
     make_directory(directory)
     final = path_of(directory, taken["step"])
-    aside = final.with_name(f".{final.name}")
-    try:
-        with durable(aside) as file:
-            torch.save(dict(taken), file)  # type: ignore[arg-type]
-        os.rename(aside, final)
-    except BaseException:
-        aside.unlink(missing_ok=True)  # a full disk gets its room back
-        raise
-    fsync_directory(directory)
+    with atomic_write(final) as file:
+        torch.save(dict(taken), file)
     return final
 
 

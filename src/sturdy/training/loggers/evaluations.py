@@ -4,10 +4,10 @@ Mirrors show its rows among those of ``metrics.csv``.
 """
 
 import csv
-import fcntl
 from collections.abc import Mapping
 from pathlib import Path
 
+from sturdy.files import lock_file
 from sturdy.training.attempt import CONSOLE
 from sturdy.training.loggers.metrics_file import MetricsFile
 
@@ -22,7 +22,7 @@ def keep(run: Path, step: int, figures: Mapping[str, float]) -> Path:
     """
     path = run / EVALUATIONS
     with path.with_name(f".{EVALUATIONS}.lock").open("a") as held:
-        fcntl.lockf(held, fcntl.LOCK_EX)  # another report may be done at the same time
+        lock_file(held, wait=True)  # another report may be done at the same time
         MetricsFile(path).replace(figures, step)
     return path
 

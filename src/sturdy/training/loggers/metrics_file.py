@@ -5,12 +5,14 @@ again. Every other logger is a mirror that can be filled up from it.
 """
 
 import csv
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+
+from sturdy.files import atomic_write, fsync
 
 
 class MetricsFile(Logger):
@@ -73,7 +75,7 @@ class MetricsFile(Logger):
         """Make what was written durable."""
         if self.path.exists():
             with self.path.open("a") as file:
-                os.fsync(file.fileno())
+                fsync(file.fileno())
 
     def _read_columns(self) -> list[str]:
         if not self.path.exists():
@@ -82,14 +84,12 @@ class MetricsFile(Logger):
             return next(csv.reader(file), [])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        aside = self.path.with_suffix(".csv.tmp")
-        with aside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_write(self.path) as file:
+            file.write(table.getvalue().encode())
 
 
 def text(value: float) -> str:
