@@ -179,11 +179,11 @@ WRONG = {
     "guidance: {guide: gone}": "guidance.guide=gone is not there; give the directory of a run",
     "guidance: {scale: high}": "guidance.scale=high must be a number",
     "ema: long": "sampling.yaml: ema=long makes no sense",
-    "sampler: {_target_: os.system, command: ls}": "os.system is not code of sturdy.diffusion, and is not run",
-    "sampler: {_target_: sturdy.diffusion.sampler.Heum}": "sampler.Heum is not code of sturdy.diffusion",
+    "sampler: {_target_: os.system, command: ls}": "sampling.yaml asks for os.system as its sampler, which is not code of this project, and is not run",
+    "sampler: {_target_: sturdy.diffusion.sampler.Heum}": "sampler.Heum as its sampler, which is not code of this project",
     "sampler: {_target_: sturdy.diffusion.schedule.Linear}": "sturdy.diffusion.schedule.Linear is no sampler",
-    "sampler: {steps: [{_target_: os.getpid}]}": "os.getpid is not code of sturdy.diffusion",
-    "sampler: {steps: '${oc.create:{_target_: os.getpid}}'}": "is not code of sturdy.diffusion, and is not run",
+    "sampler: {steps: [{_target_: os.getpid}]}": "os.getpid as its sampler, which is not code of this project",
+    "sampler: {steps: '${oc.create:{_target_: os.getpid}}'}": "is not code of this project, and is not run",
 }
 
 LATE = {
