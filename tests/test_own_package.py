@@ -1,4 +1,4 @@
-"""A package of one's own, outside the project, goes the whole way: examples/mypackage, the one that docs/extend shows."""
+"""A package of one's own, outside the project, goes the whole way: examples/mypackage, which docs/extend shows."""
 
 import os
 import re

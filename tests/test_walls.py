@@ -20,10 +20,11 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 MAY = {
     "randomness": set(),
     "signatures": set(),
+    "searchpath": {"signatures"},
     "command": {"signatures"},
     "sweep": {"command", "resume"},
-    "slurm": {"command", "resume", "sweep"},
-    "door": {"command", "sweep", "slurm"},
+    "slurm": {"command", "searchpath", "resume", "sweep"},
+    "door": {"command", "searchpath", "sweep", "slurm"},
     "prove": {"door", "resume"},
     "sabotage": {"randomness", "data", "training", "resume"},
     "diffusion": {"randomness"},
@@ -34,7 +35,7 @@ MAY = {
     "training": {"randomness", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
-HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}
+HYDRA = {"command", "searchpath", "sweep", "slurm", "door", "prove", "training"}
 TORCH_ONLY = {"diffusion", "backbone", "randomness"}
 
 
