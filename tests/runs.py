@@ -102,6 +102,8 @@ def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Pat
 def _become(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    found = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[:0] = [str(Path(words[0]).parent), *found]
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
     for stream in (sys.stdout, sys.stderr):

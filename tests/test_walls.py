@@ -22,10 +22,11 @@ MAY = {
     "signatures": set(),
     "files": set(),
     "system": set(),
+    "searchpath": {"signatures"},
     "command": {"signatures"},
     "sweep": {"command", "resume"},
-    "slurm": {"command", "resume", "sweep"},
-    "door": {"command", "sweep", "slurm", "system"},
+    "slurm": {"command", "searchpath", "resume", "sweep"},
+    "door": {"command", "searchpath", "sweep", "slurm", "system"},
     "prove": {"door", "resume", "system"},
     "sabotage": {"randomness", "data", "training", "resume"},
     "diffusion": {"randomness"},
@@ -36,7 +37,7 @@ MAY = {
     "training": {"randomness", "files", "system", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
-HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}
+HYDRA = {"command", "searchpath", "sweep", "slurm", "door", "prove", "training"}
 TORCH_ONLY = {"diffusion", "backbone", "randomness"}
 
 

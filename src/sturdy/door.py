@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sturdy.command import LAUNCHER, Mistake, check, check_composed, meant, parsed
+from sturdy.searchpath import is_place, open_folders
 from sturdy.system import UnsupportedSystemError, check_system
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ def open_door(config: Path, task: str) -> None:
     _or_exit(check_system)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
+    sys.argv[1:] = _or_exit(lambda: opened(sys.argv[1:]))
     args = get_args_parser().parse_intermixed_args()  # -m may stand anywhere
     asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
     if asks:
@@ -43,7 +45,14 @@ def open_door(config: Path, task: str) -> None:
         sys.exit(_or_exit(lambda: open_sweep(config, args.overrides)))
     cfg = _or_exit(lambda: compose_run(config, args.overrides))
     module, function = task.split(":")
-    sys.exit(getattr(importlib.import_module(module), function)(cfg, list(HydraConfig.get().overrides.task)))
+    words = [*filter(is_place, args.overrides), *HydraConfig.get().overrides.task]
+    sys.exit(getattr(importlib.import_module(module), function)(cfg, words))
+
+
+def opened(words: list[str]) -> list[str]:
+    """As of ``open_folders``; raises Mistake."""
+    with meant():
+        return open_folders(words)
 
 
 def compose_run(config: Path, words: list[str]) -> DictConfig:
@@ -79,7 +88,10 @@ def open_sweep(config: Path, words: list[str]) -> int:
 def _refuse_flags(config: Path, args: Namespace) -> None:
     for flag in ELSEWHERE:
         if getattr(args, flag):
-            raise Mistake(f"--{flag.replace('_', '-')} is refused: configs are in {config.parent}, put yours there")
+            raise Mistake(
+                f"--{flag.replace('_', '-')} is refused: configs are in {config.parent}, put yours there, or name "
+                f"their folder: hydra.searchpath=[file:///path]"
+            )
 
 
 def _or_exit(action: Callable[[], T]) -> T:

@@ -165,10 +165,11 @@ def composed(project: Path, overrides: list[str]) -> DictConfig:
     """The config of ``overrides``; leaves the program with the near misses if they are mistaken."""
     from hydra import compose, initialize_config_dir
 
-    from sturdy.door import Mistake, check, check_composed
+    from sturdy.door import Mistake, check, check_composed, opened
 
     train = project / "conf" / "train.yaml"
     try:
+        overrides = opened(overrides)
         check(train, overrides)
         with initialize_config_dir(str(train.parent), version_base="1.3"):
             cfg = compose("train", overrides)

@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 
@@ -48,6 +49,7 @@ def main(ways: dict[str, Callable[..., None]]) -> None:
     _, word, *sys.argv = sys.argv
     way, _, arguments = word.partition(":")
     ways[way](*filter(None, arguments.split(",")))
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as if it had been started itself
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

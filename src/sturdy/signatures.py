@@ -1,6 +1,7 @@
 """Which arguments a config's ``_target_`` takes, read from its source and not by importing it.
 
-Importing Lightning or torch takes seconds; a mistyped key must not.
+Importing Lightning or torch takes seconds; a mistyped key must not. Packages of one's own are read like ours, wherever
+``sys.path`` has them. Where the source does not tell, nothing is said.
 """
 
 import ast
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HYDRA = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+OURS = {"trainer.threads", "trainer.compile"}  # read by the door's task, not handed to the Trainer
+DEPTH = 20  # imports and base classes that are followed: two modules may import a name from each other
 
 
 def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str, list[str]]]:
@@ -27,53 +30,90 @@ def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
         yield from unknown_arguments(value, f"{prefix}{key}.")
 
 
-OURS = {"trainer.threads", "trainer.compile"}  # read by the door's task, not handed to the Trainer
-
-
-def arguments(target: str) -> set[str] | None:
+def arguments(target: str, depth: int = DEPTH) -> set[str] | None:
     """Names of the arguments of the class or function ``target``; None where its source does not tell."""
-    package, *rest = target.split(".")
+    module, _, name = target.rpartition(".")
+    file = located(module)
+    if file and file.is_dir():
+        file /= "__init__.py"
+    return _in_file(file, name, depth) if file else None
+
+
+def located(module: str) -> Path | None:
+    """The folder of a package or the ``.py`` file of a module, found without importing it; None if there is none."""
+    package, *rest = module.split(".")
     try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
+        spec = find_spec(package)  # of a dotted name it would import what is before the dot
+    except (ImportError, ValueError, AttributeError):
         return None
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
-    place = Path(spec.submodule_search_locations[0])
-    while rest and (place / rest[0]).is_dir():
-        place /= rest.pop(0)
-    file = place / f"{rest.pop(0)}.py" if rest and (place / f"{rest[0]}.py").is_file() else place / "__init__.py"
-    return _in_file(file, rest[0]) if len(rest) == 1 else None
-
-
-@lru_cache
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
-
-
-def _in_file(file: Path, name: str) -> set[str] | None:
-    for node in ast.walk(_parse(file)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return _parameters(node)
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_class(file, node)
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return arguments(f"{node.module}.{alias.name}")
+    if not spec.submodule_search_locations:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") and not rest else None
+    for place in spec.submodule_search_locations:  # several of a namespace package
+        path = Path(place).joinpath(*rest)
+        if path.is_dir():
+            return path
+        if path.with_name(f"{path.name}.py").is_file():
+            return path.with_name(f"{path.name}.py")
     return None
 
 
-def _of_class(file: Path, node: ast.ClassDef) -> set[str] | None:
-    for item in node.body:
-        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            return _parameters(item)
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-    return _in_file(file, bases[0]) if len(bases) == 1 and len(node.bases) == 1 else None
+@lru_cache
+def _definitions(file: Path) -> dict[str, ast.stmt]:
+    """What a module defines or imports, by name; of a name that is bound twice, the later. Empty if it is not read."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return {}
+    found: dict[str, ast.stmt] = {}
+
+    def walk(body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found[node.name] = node
+            elif isinstance(node, ast.ImportFrom):
+                found.update({alias.asname or alias.name: node for alias in node.names})
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update({target.id: node for target in targets if isinstance(target, ast.Name)})
+            for block in ("body", "orelse", "handlers", "finalbody"):
+                if isinstance(node, ast.If | ast.Try | ast.With | ast.ExceptHandler):
+                    walk(getattr(node, block, []))
+
+    walk(tree.body)
+    return found
 
 
-def _parameters(node: ast.FunctionDef) -> set[str] | None:
+def _in_file(file: Path, name: str, depth: int) -> set[str] | None:
+    node = _definitions(file).get(name)
+    if isinstance(node, ast.FunctionDef):
+        return None if node.decorator_list else _parameters(node)
+    if isinstance(node, ast.ClassDef):
+        return _of_class(file, node, depth)
+    if isinstance(node, ast.ImportFrom) and depth:
+        real = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
+        if not node.level:
+            return arguments(f"{node.module}.{real}", depth - 1)
+        folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        inner = folder / "__init__.py" if folder.is_dir() else folder.with_name(f"{folder.name}.py")
+        return _in_file(inner, real, depth - 1)
+    return None
+
+
+def _of_class(file: Path, node: ast.ClassDef, depth: int) -> set[str] | None:
+    methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+    if "__init__" in methods:
+        return _parameters(methods["__init__"], skip=1)
+    if node.decorator_list or "__new__" in methods or node.keywords or len(node.bases) != 1:
+        return None  # a decorator may write an __init__
+    base = node.bases[0]
+    return _in_file(file, base.id, depth - 1) if depth and isinstance(base, ast.Name) else None
+
+
+def _parameters(node: ast.FunctionDef, skip: int = 0) -> set[str] | None:
+    """Names that may be given as keywords, without the first ``skip``; None where any may."""
     if node.args.kwarg:
         return None
-    every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    return {arg.arg for arg in every} - {"self"}
+    in_order = [*node.args.posonlyargs, *node.args.args][skip:]
+    return {arg.arg for arg in (*in_order, *node.args.kwonlyargs)}

@@ -25,6 +25,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from sturdy.resume.preemption import RESUMABLE
+from sturdy.searchpath import is_place
 from sturdy.sweep import Child, Job, report, say
 
 # Hydra makes no directory and no log of its own.
@@ -63,7 +64,9 @@ def launch(config: Path, words: list[str], script: str, jobs: Sequence[Job]) -> 
 def on_node(script: str, cfg: DictConfig) -> int:
     """Run one job where the launcher put it; returns its exit code, unless it was queued again."""
     queue_again = signal.getsignal(signal.SIGUSR1)
-    code = Child().run([sys.executable, script, *HydraConfig.get().overrides.task])
+    overrides = HydraConfig.get().overrides
+    words = [*filter(is_place, overrides.hydra), *overrides.task]
+    code = Child().run([sys.executable, script, *words])
     if code in (RESUMABLE, None) and callable(queue_again) and not ending():
         queue_again(signal.SIGUSR1, None)  # submitit counts, asks SLURM, and leaves the process
     return RESUMABLE if code is None else code

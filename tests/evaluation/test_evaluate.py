@@ -20,7 +20,7 @@ from runs import SMALL as SMALL_RUN
 from sturdy.door import check_composed
 from sturdy.randomness import generator
 from sturdy.resume.entry import Entry, Refused
-from sturdy.training.evaluate import asked, evaluate, open_data, ours, real_images
+from sturdy.training.evaluate import asked, evaluate, open_data, real_images
 from sturdy.training.loggers.metrics_file import MetricsFile
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
@@ -198,13 +198,6 @@ def test_other_images_are_refused(tmp_path):
     opened = open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True))
     with pytest.raises(ValueError, match="1 of 10 images are held out; a report compares with at least 2"):
         real_images(opened, 8)
-
-
-def test_a_checkpoint_does_not_choose_what_is_executed():
-    ours({"_target_": "sturdy.data.module.ImageData", "source": {"_target_": "sturdy.data.cars.Cars"}}, "sturdy.data.")
-    for target in ("os.system", "sturdy.data.module.Path", "sturdy.training.run.train"):
-        with pytest.raises(ValueError, match="is not run"):
-            ours({"_target_": "sturdy.data.module.ImageData", "source": {"_target_": target}}, "sturdy.data.")
 
 
 def test_labels_come_in_proportion_and_do_not_depend_on_how_many():

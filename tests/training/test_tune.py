@@ -169,6 +169,7 @@ def test_recipes_with_a_guide_ask_two_networks(run, through, file):
     assert "step-" in OmegaConf.load(file).guidance.guide
 
 
+NOT_RUN = "as its sampler, which is not code of this project, and is not run"
 WRONG = {
     "sampler: [": "sampling.yaml cannot be read (while parsing",
     "sampler: {steps: 0}": "sampler.steps=0 must be 1 or more",
@@ -179,11 +180,11 @@ WRONG = {
     "guidance: {guide: gone}": "guidance.guide=gone is not there; give the directory of a run",
     "guidance: {scale: high}": "guidance.scale=high must be a number",
     "ema: long": "sampling.yaml: ema=long makes no sense",
-    "sampler: {_target_: os.system, command: ls}": "os.system is not code of sturdy.diffusion, and is not run",
-    "sampler: {_target_: sturdy.diffusion.sampler.Heum}": "sampler.Heum is not code of sturdy.diffusion",
+    "sampler: {_target_: os.system, command: ls}": f"sampling.yaml asks for os.system {NOT_RUN}",
+    "sampler: {_target_: sturdy.diffusion.sampler.Heum}": f"sampler.Heum {NOT_RUN}",
     "sampler: {_target_: sturdy.diffusion.schedule.Linear}": "sturdy.diffusion.schedule.Linear is no sampler",
-    "sampler: {steps: [{_target_: os.getpid}]}": "os.getpid is not code of sturdy.diffusion",
-    "sampler: {steps: '${oc.create:{_target_: os.getpid}}'}": "is not code of sturdy.diffusion, and is not run",
+    "sampler: {steps: [{_target_: os.getpid}]}": f"os.getpid {NOT_RUN}",
+    "sampler: {steps: '${oc.create:{_target_: os.getpid}}'}": NOT_RUN,
 }
 
 LATE = {

@@ -3,10 +3,11 @@
 module = rebuild("runs/cars/checkpoints/step-00002000/state.ckpt")
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from sturdy.diffusion.denoiser import Denoiser
@@ -14,36 +15,32 @@ from sturdy.randomness import reseed
 from sturdy.resume.compare import misfits
 from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
-from sturdy.training.trusted import strangers
+from sturdy.training.trust import Trust
 
-PARTS = ("backbone", "schedule", "target", "objective", "optimizer", "ema", "learning_rate", "alignment")
-TRUSTED = (
-    "sturdy.backbone.",
-    "sturdy.diffusion.",
-    "sturdy.training.ema.",
-    "sturdy.training.optim.",
-    "sturdy.training.alignment.",
-    "sturdy.evaluation.encoders.",
-    "torch.optim.",
-)
+SAMPLING = ("backbone", "schedule", "target", "ema")
+PARTS = (*SAMPLING, "objective", "optimizer", "learning_rate", "alignment")
 
 
-def build(config: Mapping[str, Any]) -> DiffusionModule:
+def build(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionModule:
     """The module of a resolved config, with weights that are a function of its seed.
+
+    Args:
+        parts: those to make; with ``SAMPLING`` it has averaged weights to draw with, and cannot be trained.
 
     Raises:
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
-    parts = {name: instantiate(config.get(name), _convert_="all") for name in PARTS}
-    denoiser = Denoiser(parts["backbone"], parts["schedule"], parts["target"], config["num_classes"])
+    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None}
+    made |= {name: instantiate(config.get(name), _convert_="all") for name in parts}
+    denoiser = Denoiser(made["backbone"], made["schedule"], made["target"], config["num_classes"])
     return DiffusionModule(
         denoiser,
-        parts["objective"],
-        optimizer=parts["optimizer"],
-        ema=parts["ema"],
-        learning_rate=parts["learning_rate"],
-        alignment=parts["alignment"],
+        made["objective"],
+        optimizer=made["optimizer"],
+        ema=made["ema"],
+        learning_rate=made["learning_rate"],
+        alignment=made["alignment"],
         clip=config["clip"],
         seed=config["seed"],
         shards=config["data"]["shards"],
@@ -51,31 +48,43 @@ def build(config: Mapping[str, Any]) -> DiffusionModule:
     )
 
 
-def rebuild(path: str | Path) -> DiffusionModule:
+def _not_made(*args: Any, **options: Any) -> Any:
+    raise RuntimeError("this module was rebuilt to draw with; rebuild(path) makes what training needs, too")
+
+
+def rebuild(path: str | Path, *, trust: Trust | Iterable[str] = (), training: bool = True) -> DiffusionModule:
     """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
+
+    Args:
+        trust: packages whose classes the file may name, such as ``["mypackage"]``. ``Trust(runs="runs")`` trusts what
+            the runs there have named in their own training.
+        training: whether it is to be trained. Else objective, optimizer, learning rate and alignment are left out:
+            they need not be installed, nor be trusted.
 
     Raises:
         ValueError: if the file holds no config of ours, or its weights are not those of the network that this code
-            makes of it, or it names code that is not ours: a checkpoint must not choose what is executed. Then use
-            ``DiffusionModule.load_from_checkpoint(path, **modules)``.
+            makes of it, or a part cannot be made, or it names code that is not trusted: a checkpoint must not choose
+            what is executed. ``DiffusionModule.load_from_checkpoint(path, **modules)`` asks the file for no code.
     """
     state = load_state(Path(path))
     config = state.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; it was not written by this project")
-    for name in PARTS:
-        for stranger in strangers(config.get(name), TRUSTED):
-            raise ValueError(
-                f"{path} asks for {stranger} as its {name}, which is not code of this project and is not run. If you "
-                f"trust it, build the modules and use DiffusionModule.load_from_checkpoint(path, **modules)"
-            )
-    module = build(config)
-    if odd := misfits(module.state_dict(), state["state_dict"]):
+    parts = PARTS if training else SAMPLING
+    (trust if isinstance(trust, Trust) else Trust(trust)).check(Path(path), config, parts)
+    try:
+        module = build(config, parts)
+    except InstantiationException as error:
+        raise ValueError(f"{path}: {' '.join(str(error.__cause__ or error).split())}") from error
+    weights = state["state_dict"]
+    if not training:
+        weights = {name: value for name, value in weights.items() if name.startswith(("denoiser.", "ema."))}
+    if odd := misfits(module.state_dict(), weights):
         raise ValueError(
             f"{path} is of code that builds another network. Use that code, whose commit is in the run's "
             f"attempts/*/environment.json, or train anew. What differs: {odd}"
         )
-    module.load_state_dict(state["state_dict"])
+    module.load_state_dict(weights)
     return module
 
 

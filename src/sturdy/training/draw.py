@@ -24,6 +24,7 @@ from sturdy.resume.entry import Refused, find_entry
 from sturdy.resume.store import NothingVerifies, Store
 from sturdy.training.build import rebuild
 from sturdy.training.recipe import by_prior, recipe_of
+from sturdy.training.trust import Trust
 
 STRENGTH = 0.6  # where nothing else is said, and all of the picture may change
 
@@ -38,12 +39,13 @@ def draw(cfg: DictConfig, overrides: list[str]) -> int:
         entry = find_entry(Store(run / "checkpoints"), cfg.ckpt_path, {}, "min")
         if entry is None:
             raise Refused(f"ckpt_path={cfg.ckpt_path} names no checkpoint to sample from; use last or a path")
-        module = rebuild(entry.state).to(cfg.device).eval()
+        trust = Trust(cfg.trust, cfg.paths.runs)
+        module = rebuild(entry.state, trust=trust, training=False).to(cfg.device).eval()
         config = cast(Mapping[str, Any], module.config)
         size = config["data"]["image_size"]
         labels = chosen(cfg.sample.label, list(config["classes"]), config.get("prior", []), cfg.sample.n)
         start = Start(cfg.sample, size)
-        recipe = recipe_of(cfg, config, run, cfg.sample.ema)
+        recipe = recipe_of(cfg, config, run, cfg.sample.ema, state=entry.state, trust=trust)
         denoiser = recipe.guided(recipe.network(module, entry), labels)
     except (ValueError, Refused, NothingVerifies) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FunctionType
 from typing import Any, cast
 
 import numpy as np
@@ -37,9 +36,10 @@ from sturdy.resume.store import NothingVerifies, Store
 from sturdy.system import available_cpus
 from sturdy.training.build import rebuild
 from sturdy.training.identity import sampling_code
-from sturdy.training.recipe import Recipe, asked, ours, recipe_of
+from sturdy.training.recipe import NOBODY, Recipe, asked, recipe_of
 from sturdy.training.record_evaluation import record
 from sturdy.training.teller import Teller
+from sturdy.training.trust import Trust
 
 LABELS = ("prior", "even", "none")
 LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1}
@@ -72,6 +72,7 @@ class Subject:
 
     Attributes:
         run, entry, module, config, data: its directory, its checkpoint, what is in that, and its data module.
+        trust: what its files may name.
         train, held_out: its real images, with their features.
         answers, labelled: as of ``real_images``.
         known, folder: primitives that tell the images from all others, and where what is made of them is kept.
@@ -86,9 +87,10 @@ class Subject:
         entry = find_entry(Store(self.run / "checkpoints"), cfg.ckpt_path, {}, "min")
         if entry is None:
             raise Refused(f"ckpt_path={cfg.ckpt_path} names no checkpoint to judge; use last or a path")
-        self.entry, self.module = entry, rebuild(entry.state).to(cfg.device).eval()
+        self.entry, self.trust = entry, Trust(cfg.trust, cfg.paths.runs)
+        self.module = rebuild(entry.state, trust=self.trust, training=False).to(cfg.device).eval()
         self.config = cast(Mapping[str, Any], self.module.config)
-        self.data = data = open_data(cfg, self.config, entry)
+        self.data = data = open_data(cfg, self.config, entry, self.trust)
         self.folder = Path(cfg.paths.cache) / "evaluation"
         train, held_out, self.answers, self.labelled = real_images(data, most)
         first = data.val_dataloader().dataset.split(np.arange(8)).tolist()  # tells folds apart
@@ -106,6 +108,10 @@ class Subject:
             )
             for p, which in ((train, "training"), (held_out, "held-out"))
         )
+
+    def recipe(self, cfg: DictConfig, run: Path | None, ema: float | None = None) -> Recipe:
+        """As of ``recipe_of``."""
+        return recipe_of(cfg, self.config, run, ema, state=self.entry.state, trust=self.trust)
 
     def draw(
         self, recipe: Recipe, network: Denoiser, labels: Tensor | None, options: DictConfig, out: Path | None = None
@@ -146,7 +152,7 @@ def report_on(cfg: DictConfig) -> None:
     subject = Subject(cfg, options.most)
     data, entry, train, held_out = subject.data, subject.entry, subject.train, subject.held_out
     labels = asked(options.labels, train.labels, len(data.classes), options.n)
-    recipe = recipe_of(cfg, subject.config, subject.run, options.get("ema"))
+    recipe = subject.recipe(cfg, subject.run, options.get("ema"))
     network, out = recipe.network(subject.module, entry), Path(options.out or subject.run / OUT)
     print(recipe.told(labels), flush=True)
     samples = subject.draw(recipe, network, labels, options, out)
@@ -185,7 +191,7 @@ def report_on(cfg: DictConfig) -> None:
     four = None if labels is None else labels[:4].to(cfg.device)
     walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
     print(*said, f"the whole report is {report.write()}", sep="\n")
-    print(record(subject.run, entry, subject.config, report.numbers))
+    print(record(subject.run, entry, subject.config, report.numbers, subject.trust))
 
 
 def check(options: DictConfig, name: str) -> DictConfig:
@@ -198,16 +204,18 @@ def check(options: DictConfig, name: str) -> DictConfig:
     return options
 
 
-def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry) -> Any:
+def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry, trust: Trust = NOBODY) -> Any:
     """The run's own data module, open on the images that it was trained on.
 
     Raises:
+        ValueError: if it is code that is not trusted.
         Refused: if they are neither in the cache nor what the source has now.
     """
     settings = {**config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
         settings["root"] = cfg.data_root
-    data = instantiate(ours(settings, "sturdy.data.", kinds=(type, FunctionType)))
+    trust.check(entry.state, config, ["data"])
+    data = instantiate(settings)
     trained_on = entry.manifest.get("fingerprint", {}).get("data")
     data.open(begun=trained_on)
     for note in data.notes:

@@ -28,10 +28,12 @@ BESIDE = (
     "sturdy.evaluation",
     "sturdy.resume",
     "sturdy.training",
-    "sturdy.command",
+    "sturdy.files",
+    "sturdy.system",
     "sturdy.signatures",
     "sturdy.data.build",
     "sturdy.data.cache",
+    "sturdy.data.changes",
     "sturdy.data.colour",
     "sturdy.data.decode",
     "sturdy.data.folder",
@@ -48,7 +50,7 @@ BESIDE = (
     "sturdy.training.loggers*",
     "sturdy.training.run",
     "sturdy.training.teller",
-    "sturdy.training.trusted",
+    "sturdy.training.trust",
 )
 
 

@@ -23,12 +23,13 @@ from sturdy.resume.store import NothingVerifies, Store
 from sturdy.training.build import rebuild
 from sturdy.training.module import DiffusionModule
 from sturdy.training.snapshots import of_length
-from sturdy.training.trusted import strangers
+from sturdy.training.trust import Trust
 
 SAMPLING = "sampling.yaml"  # in the run's directory: its defaults, as tune.py found them
 KINDS: dict[str, Any] = {"sampler": Mapping, "guidance": Mapping, "ema": Real | None}
 GUIDANCE = ("scale", "interval", "rescale", "guide")
 GOLDEN = (5**0.5 - 1) / 2
+NOBODY = Trust()
 
 
 class Recipe:
@@ -39,17 +40,25 @@ class Recipe:
         guidance: arguments of ``Guided``, its ``guide`` as a checkpoint or as the directory of a run.
         ema: None for the average that the run validates with.
         origin: where all this is from, for people.
+        trust: what the guide's checkpoint may name; ``given`` is trusted.
 
     Raises:
-        ValueError: with ``origin``, if this makes no sampler, or names code not ours or a guide that is not there.
+        ValueError: with ``origin``, if this makes no sampler, or names a guide that is not there.
     """
 
     def __init__(
-        self, given: Mapping[str, Any], guidance: Mapping[str, Any], ema: float | None = None, *, origin: str
+        self,
+        given: Mapping[str, Any],
+        guidance: Mapping[str, Any],
+        ema: float | None = None,
+        *,
+        origin: str,
+        trust: Trust = NOBODY,
     ) -> None:
         self.given, self.guidance, self.ema, self.origin = dict(given), dict(guidance), ema, origin
+        self.trust = trust
         try:
-            made = instantiate(ours(self.given, "sturdy.diffusion."))
+            made = instantiate(self.given)
         except (ValueError, InstantiationException) as error:
             raise ValueError(f"{error.__cause__ or error} (the recipe is {origin})") from None
         if not isinstance(made, Sampler):
@@ -69,7 +78,7 @@ class Recipe:
     def varied(self, *, steps: int, scale: float | None, ema: float | None, origin: str) -> "Recipe":
         """The same but for these; ``scale`` None leaves the guidance."""
         guidance = self.guidance if scale is None else {**self.guidance, "scale": scale}
-        return Recipe({**self.given, "steps": steps}, guidance, ema, origin=origin)
+        return Recipe({**self.given, "steps": steps}, guidance, ema, origin=origin, trust=self.trust)
 
     def network(self, module: DiffusionModule, entry: Entry) -> Denoiser:
         """The averaged weights of its length, where ``module`` was rebuilt from ``entry``.
@@ -102,7 +111,8 @@ class Recipe:
         if not self.guides(labels):
             return denoiser
         if self.guide and guide is None:
-            guide = cast(Denoiser, rebuild(self.guide.state).ema.model.to(next(denoiser.parameters()).device))
+            module = rebuild(self.guide.state, trust=self.trust, training=False)
+            guide = cast(Denoiser, module.ema.model.to(next(denoiser.parameters()).device))
         try:
             return Guided(denoiser, **{**self.guidance, "guide": guide})
         except (TypeError, ValueError) as error:
@@ -135,7 +145,15 @@ class Recipe:
         return run / SAMPLING
 
 
-def recipe_of(cfg: DictConfig, config: Mapping[str, Any], run: Path | None, ema: float | None = None) -> Recipe:
+def recipe_of(
+    cfg: DictConfig,
+    config: Mapping[str, Any],
+    run: Path | None,
+    ema: float | None = None,
+    *,
+    state: Path = Path("the checkpoint"),
+    trust: Trust = NOBODY,
+) -> Recipe:
     """What a command draws by.
 
     Args:
@@ -143,22 +161,30 @@ def recipe_of(cfg: DictConfig, config: Mapping[str, Any], run: Path | None, ema:
         config: of the run.
         run: its directory, or None to leave ``sampling.yaml`` aside.
         ema: the length that the command gives.
+        state: the checkpoint that ``config`` was read from.
+        trust: what that and ``sampling.yaml`` may name.
 
     Raises:
         ValueError: naming the file or the key.
     """
-    base = {"sampler": config["sampler"], "guidance": config["guidance"], "ema": None}
-    origin = "the run's config"
-    if run is not None and (run / SAMPLING).is_file():
-        base, origin = over(base, read(run / SAMPLING)), str(run / SAMPLING)
     command: dict[str, Any] = {"sampler": _given(cfg.get("sampler")), "guidance": _given(cfg.get("guidance"))}
+    base = {"sampler": config["sampler"], "guidance": config["guidance"], "ema": None}
+    origin, written = "the run's config", {}
+    if run is not None and (run / SAMPLING).is_file():
+        written = read(run / SAMPLING)
+        base, origin = over(base, written), str(run / SAMPLING)
+    if "_target_" not in command["sampler"]:  # else none of theirs is used
+        if run is not None and written:
+            trust.check_recipe(run / SAMPLING, written, ["sampler"])
+        if "_target_" not in written.get("sampler", {}):
+            trust.check(state, config, ["sampler"])
     named = [n for n, part in command.items() if "_target_" in part]
     named += [f"{n}.{k}" for n, part in command.items() if n not in named for k in part]
     command["ema"] = ema
     named += ["the EMA"] if ema is not None else []
     origin = f"from {origin}" + (f", but for {', '.join(named)}" if named else "")
     found = over(base, command)
-    return Recipe(found["sampler"], found["guidance"], found["ema"], origin=origin)
+    return Recipe(found["sampler"], found["guidance"], found["ema"], origin=origin, trust=trust)
 
 
 def _guide(path: Path) -> Entry:
@@ -206,17 +232,6 @@ def read(file: Path) -> dict[str, Any]:
 def _given(node: Any) -> dict[str, Any]:
     part: Any = OmegaConf.to_container(node) if node else {}
     return {k: v for k, v in part.items() if v is not None}
-
-
-def ours(node: Any, room: str, *, kinds: tuple[type, ...] = (type,)) -> Any:
-    """``node``, if all that it names is code of ``room``.
-
-    Raises:
-        ValueError: if it names anything else, or has something to be filled in.
-    """
-    for stranger in strangers(node, (room,), kinds=kinds):
-        raise ValueError(f"{stranger} is not code of {room.rstrip('.')}, and is not run")
-    return node
 
 
 def asked(how: str, labels: Tensor | None, classes: int, n: int) -> Tensor | None:

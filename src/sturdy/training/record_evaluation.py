@@ -16,7 +16,8 @@ from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.training.attempt import CONSOLE
 from sturdy.training.loggers.evaluations import keep, recorded
 from sturdy.training.loggers.mirror import Mirror
-from sturdy.training.recipe import ours
+from sturdy.training.recipe import NOBODY
+from sturdy.training.trust import Trust
 
 
 def figures(numbers: Mapping[str, Any]) -> dict[str, float]:
@@ -33,13 +34,15 @@ def figures(numbers: Mapping[str, Any]) -> dict[str, float]:
     return {f"evaluation/{name}": float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def record(run: Path, entry: Entry, config: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
+def record(
+    run: Path, entry: Entry, config: Mapping[str, Any], numbers: Mapping[str, Any], trust: Trust = NOBODY
+) -> str:
     """Record what a report on ``entry``, a checkpoint of ``run`` with this ``config``, found; says where, in a line."""
     if entry.state.parent.parent.resolve() != (run / "checkpoints").resolve():
         return f"its figures are not recorded: {entry.state} is no checkpoint of {run}"
     try:
         said = f"its figures are in {keep(run, entry.step, figures(numbers))}"
-        mirrors = mirrors_of(config, run)
+        mirrors = mirrors_of(config, run, trust, entry.state)
         return said + shown(mirrors, run, config["trainer"]["max_steps"]) if mirrors else said
     except AlreadyRunning:
         return f"{said}; the run is being trained, so its loggers show them when training starts next"
@@ -61,15 +64,18 @@ def shown(mirrors: list[Mirror], run: Path, max_steps: int) -> str:
     return f", and in {' and '.join(names)}" if names else ""
 
 
-def mirrors_of(config: Mapping[str, Any], run: Path) -> list[Mirror]:
-    """Those of a checkpoint's ``config``, as far as they are code of ours and lie in the run's directory.
+def mirrors_of(
+    config: Mapping[str, Any], run: Path, trust: Trust = NOBODY, state: Path = Path("the checkpoint")
+) -> list[Mirror]:
+    """Those of the ``config`` of checkpoint ``state``, as far as they are trusted and lie in the run's directory.
 
     The run may have been copied or moved since; what lies elsewhere may belong to another one by now.
     """
     home, found = os.path.normpath(Path(config["paths"]["runs"]) / config["name"]), []
     for name, node in (config.get("logger") or {}).items():
         try:
-            there = Path(os.path.normpath(ours(node, "sturdy.training.loggers.")["directory"]))
+            trust.check(state, config, [f"logger.{name}"])
+            there = Path(os.path.normpath(node["directory"]))
             if not there.is_relative_to(home):
                 raise ValueError(f"its directory {there} is not in that of the run")
             mirror = instantiate({**node, "directory": str(run / there.relative_to(home))}, _convert_="all")

@@ -23,7 +23,7 @@ from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import percent
 from sturdy.randomness import Draws
 from sturdy.training.evaluate import Subject, answered, check
-from sturdy.training.recipe import Recipe, asked, recipe_of
+from sturdy.training.recipe import Recipe, asked
 
 SWEPT: dict[str, tuple[Any, str]] = {
     "scales": (int | float, "numbers, such as [1,1.5,2]"),
@@ -88,7 +88,7 @@ def try_all(cfg: DictConfig) -> None:
             raise ValueError(f"tune.{name}={values} must be a list of {such_as}")
     subject = Subject(cfg, options.most)
     labels = asked(options.labels, subject.train.labels, len(subject.data.classes), options.n)
-    base = recipe_of(cfg, subject.config, None)  # not as an earlier tune found it: that would depend on the order
+    base = subject.recipe(cfg, None)  # not as an earlier tune found it: that would depend on the order
     scales = options.scales if base.guides(labels) else [None]
     recipes = [
         base.varied(steps=steps, scale=scale, ema=ema, origin="one of those that tune.* names")

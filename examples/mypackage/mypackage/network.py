@@ -1,0 +1,40 @@
+"""A backbone."""
+
+import torch
+from torch import Tensor, nn
+
+from mypackage.blocks import Block
+
+
+class Plain(nn.Module):
+    """Blocks of one width at full resolution.
+
+    Args:
+        num_classes: number of labels; 0 for none.
+        width: channels, a multiple of 4.
+        depth: number of blocks.
+        dropout: inside the blocks.
+    """
+
+    def __init__(self, *, num_classes: int = 0, width: int = 32, depth: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"backbone.width={width} must be a multiple of 4")
+        self.num_classes = num_classes
+        self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(num_classes + 1, width)  # the last is the null label
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(width, dropout) for _ in range(depth)])
+        self.last = nn.Conv2d(width, 3, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """Images ``(b, 3, h, w)``, times ``(b,)`` in [0, 1] and labels ``(b,)`` to a prediction ``(b, 3, h, w)``."""
+        if label is None:
+            label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
+        condition = self.time(t[:, None]) + self.label(label)
+        h = self.first(x)
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.last(h)
