@@ -224,7 +224,7 @@ def test_sampling_is_the_same_at_every_batch_size(run):
 @pytest.mark.slow
 def test_sampling_refuses_what_is_not_there(run):
     tmp, _ = run
-    for word, text in {"sample.label=plane": "there are: hatchback", "run=nobody": "has no checkpoint"}.items():
+    for word, text in {"sample.label=plane": "there are: hatchback", "run=nobody": "run=nobody is not there; paths.runs="}.items():
         words = [f"paths.runs={tmp / 'runs'}", "run=run", word]
         done = subprocess.run([sys.executable, ROOT / "sample.py", *words], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2

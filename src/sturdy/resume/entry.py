@@ -67,14 +67,13 @@ def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float],
                 return Entry(store.state(step), step, manifest, on_purpose=ckpt_path == "last")
             if ckpt_path == "last":
                 raise Refused(
-                    f"{_nothing(store, 'last')}. Check name=... and paths.runs=..., "
-                    f"or start afresh with ckpt_path=auto"
+                    f"{_nothing(store, 'last')}. Check name=... and paths.runs=..., or start afresh with ckpt_path=auto"
                 )
             return None
         case "best":
             return _best(store, scores, mode)
         case _:
-            state = _named(store, str(ckpt_path))
+            state = _named(store, str(ckpt_path), "auto, last, best, null")
             return _entry(state, _vouched(state, ckpt_path))
 
 
@@ -103,7 +102,7 @@ def read_entry(run: Path, ckpt_path: str | int | None) -> tuple[Entry, dict[str,
         return Entry(store.state(manifest["step"]), manifest["step"], manifest, on_purpose=True), content
     if ckpt_path is None:
         raise Refused(f"ckpt_path=null names no checkpoint; use last, best, a step or a path. {_there(store)}")
-    state = _named(store, str(ckpt_path))
+    state = _named(store, str(ckpt_path), "last, best")
     if not (state.parent / MANIFEST).exists():
         content = _lone(state)
         return _entry(state, {}, content), content
@@ -164,8 +163,11 @@ def _nothing(store: Store, word: str) -> str:
     )
 
 
-def _named(store: Store, word: str) -> Path:
-    """The ``state.ckpt`` that ``word`` names: a step of the run, by number or by its directory's name, or a path."""
+def _named(store: Store, word: str, others: str) -> Path:
+    """The ``state.ckpt`` that ``word`` names: a step of the run, by number or by its directory's name, or a path.
+
+    ``others`` are the words that mean something else, for the message.
+    """
     if (step := re.fullmatch(r"(?:step-)?(\d+)", word)) and int(step[1]) in store.steps():
         return store.state(int(step[1]))
     path = Path(word)
@@ -173,7 +175,7 @@ def _named(store: Store, word: str) -> Path:
     if word and state.is_file():
         return state
     raise Refused(
-        f"ckpt_path={word} is not there. It may be auto, last, best, null, a checkpoint's directory ({name_of(500)}), "
+        f"ckpt_path={word} is not there. It may be {others}, a checkpoint's directory ({name_of(500)}), "
         f"its {STATE} or a step of the run. {_there(store)}"
     )
 

@@ -31,7 +31,8 @@ def column(path: Path, name: str) -> dict[int, float]:
     """Return a column of ``metrics.csv`` by step; what cannot be read as a number is left out."""
     try:
         with path.open(newline="") as file:
-            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may cut the last one short
+            lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last one short
+        rows = list(csv.DictReader(lines))
     except (OSError, ValueError, csv.Error):
         return {}
     found = {}

@@ -190,7 +190,7 @@ class Store:
         fsync_directory(final.parent)
 
     def scores(self, metric: str) -> dict[int, float]:
-        """Return the scores in ``metric`` by step, NaN where it was not a number; those that are broken are left out."""
+        """Return the scores in ``metric`` by step, NaN where it was no number; broken ones are left out."""
         found = {}
         for step in self.steps():
             try:

@@ -51,15 +51,18 @@ def build(config: Mapping[str, Any]) -> DiffusionModule:
     )
 
 
-def rebuild(path: str | Path) -> DiffusionModule:
+def rebuild(path: str | Path, state: Mapping[str, Any] | None = None) -> DiffusionModule:
     """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
+
+    Args:
+        state: what is in the file, where it was read already; else it is read here, and verified.
 
     Raises:
         ValueError: if the file holds no config of ours, or its weights are not those of the network that this code
             makes of it, or it names code that is not ours: a checkpoint must not choose what is executed. Then use
             ``DiffusionModule.load_from_checkpoint(path, **modules)``.
     """
-    state = load_state(Path(path))
+    state = load_state(Path(path)) if state is None else state
     config = state.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; it was not written by this project")

@@ -4,18 +4,15 @@ Picture ``k`` of seed ``s`` and its label are functions of ``(s, k)``, so a larg
 there are; they are kept as they are drawn, and a killed evaluation goes on where it was.
 """
 
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sturdy.diffusion.denoiser import Denoiser
@@ -32,35 +29,20 @@ from sturdy.evaluation.quality import overview, quality
 from sturdy.evaluation.report import Report
 from sturdy.evaluation.walk import walk
 from sturdy.randomness import Draws, key
-from sturdy.resume.entry import Entry, Refused, find_entry
-from sturdy.resume.fingerprint import source_hashes
-from sturdy.resume.store import NothingVerifies, Store
-from sturdy.training.build import rebuild
+from sturdy.resume.entry import Entry, Refused
+from sturdy.training.reader import answered, check_whole, made_by, open_run, own_folder
 from sturdy.training.recipe import Recipe, asked, ours, recipe_of
 from sturdy.training.record_evaluation import record
 from sturdy.training.teller import Teller
 
 LABELS = ("prior", "even", "none")
-LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1}
+LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1, "seed": None}
 OUT = "evaluation"  # in the run's directory
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
     """Write ``report.md`` and ``report.json``; returns the exit code."""
     return answered(report_on, cfg)
-
-
-def answered(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """Do ``job``, deterministically, with what the user can mend told in a line; returns the exit code."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
-    torch.set_num_threads(cfg.threads or len(os.sched_getaffinity(0)))
-    torch.use_deterministic_algorithms(True)
-    try:
-        job(cfg)
-    except (ValueError, OSError, Refused, NothingVerifies, InstantiationException) as error:
-        print(f"error: {error.__cause__ or error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 class Subject:
@@ -78,11 +60,8 @@ class Subject:
 
     def __init__(self, cfg: DictConfig, most: int) -> None:
         self.features: Features = instantiate(cfg.features)
-        self.run, self.device = Path(cfg.paths.runs) / cfg.run, cfg.device
-        entry = find_entry(Store(self.run / "checkpoints"), cfg.ckpt_path, {}, "min")
-        if entry is None:
-            raise Refused(f"ckpt_path={cfg.ckpt_path} names no checkpoint to judge; use last or a path")
-        self.entry, self.module = entry, rebuild(entry.state).to(cfg.device).eval()
+        self.run, entry, self.module, self.device = open_run(cfg)
+        self.entry = entry
         self.config = cast(Mapping[str, Any], self.module.config)
         self.data = data = open_data(cfg, self.config, entry)
         self.folder = Path(cfg.paths.cache) / "evaluation"
@@ -108,11 +87,7 @@ class Subject:
     ) -> Pictures:
         """``options.n`` samples, each batch kept in ``out``, by default with the run, as soon as it is drawn."""
         denoiser, size, tell = recipe.guided(network, labels), self.data.image_size, Teller("pictures")
-        code = sorted(item for item in source_hashes().items() if item[0].startswith(("diffusion", "backbone")))
-        checkpoint = str(
-            self.entry.manifest.get("files") or (str(self.entry.state), self.entry.state.stat().st_mtime_ns)
-        )
-        how = (checkpoint, recipe.primitives(labels), options.seed, code)
+        how = (made_by(self.entry, self.device), recipe.primitives(labels), options.seed)
         parts = []
         for first in range(0, options.n, options.batch_size):
             numbers = range(first, min(first + options.batch_size, options.n))
@@ -143,9 +118,13 @@ def report_on(cfg: DictConfig) -> None:
     data, entry, train, held_out = subject.data, subject.entry, subject.train, subject.held_out
     labels = asked(options.labels, train.labels, len(data.classes), options.n)
     recipe = recipe_of(cfg, subject.config, subject.run, options.get("ema"))
-    network, out = recipe.network(subject.module, entry), Path(options.out or subject.run / OUT)
+    network = recipe.network(subject.module, entry)
+    how = made_by(entry, subject.device) | recipe.primitives(labels) | {"data": data.digest}
+    how |= {str(k): v for k, v in options.items() if k not in ("out", "batch_size")}
+    how |= {"features": OmegaConf.to_container(cfg.features, resolve=True)}
+    out = own_folder("evaluate.out", options.out, subject.run / OUT, how, ["report.*"])
     print(recipe.told(labels), flush=True)
-    samples = subject.draw(recipe, network, labels, options, out)
+    samples = subject.draw(recipe, network, labels, options, None if options.out is None else out)
 
     report = Report(out, f"{cfg.run} at step {entry.step:,}")
     report.numbers |= {"run": cfg.run, "step": entry.step, "n": options.n, "features": subject.features.name}
@@ -173,12 +152,12 @@ def report_on(cfg: DictConfig) -> None:
         said.append(audit(report, readers, samples, train, held_out, subject.answers, subject.labelled))
     report.blocks.insert(2, "\n".join(f"- {line}" for line in said[1:]))
     few = slice(0, min(options.levels, len(train), len(held_out)))
-    denoising = Denoising(network, device=cfg.device)
+    denoising = Denoising(network, device=subject.device)
     by_level(report, denoising, train[few], held_out[few])
     where_it_looks(report, denoising, held_out[few])
     draws = Draws(key(options.seed, "sample"), range(4))
-    start = draws.normal("start", (3, data.image_size, data.image_size)).to(cfg.device)
-    four = None if labels is None else labels[:4].to(cfg.device)
+    start = draws.normal("start", (3, data.image_size, data.image_size)).to(subject.device)
+    four = None if labels is None else labels[:4].to(subject.device)
     walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
     print(*said, f"the whole report is {report.write()}", sep="\n")
     print(record(subject.run, entry, subject.config, report.numbers))
@@ -186,9 +165,7 @@ def report_on(cfg: DictConfig) -> None:
 
 def check(options: DictConfig, name: str) -> DictConfig:
     """Raises ValueError, naming the key after ``name``, for values that make no sense."""
-    for k, least in LEAST.items():
-        if k in options and not (isinstance(options[k], int) and options[k] >= least):
-            raise ValueError(f"{name}.{k}={options[k]} must be at least {least}")
+    check_whole(options, LEAST, f"{name}.")
     if options.labels not in LABELS:
         raise ValueError(f"{name}.labels={options.labels} must be one of {', '.join(LABELS)}")
     return options

@@ -115,7 +115,7 @@ class Checkpoint(ModelCheckpoint):
         pass
 
     def _known(self) -> tuple[dict[int, float], set[int], set[int]]:
-        """What is known at a start: all scores, the steps that have theirs in the store, and those whose score is lost."""
+        """Return all scores, the steps that have theirs in the store, and the steps whose score is lost."""
         monitor = self.monitor or ""
         kept = self.store.scores(monitor)
         scores = self.metrics.column(monitor) | kept
