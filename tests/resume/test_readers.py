@@ -87,11 +87,11 @@ def test_none_is_whole_or_there(run):
     with pytest.raises(Refused, match="ckpt_path=null names no checkpoint"):
         read_entry(run, None)
     flip(run / "checkpoints" / "step-00000006" / STATE)
-    with pytest.raises(Refused, match="ckpt_path=6 does not verify: state.ckpt has changed"):
+    with pytest.raises(Refused, match=r"ckpt_path=6 does not verify: state\.ckpt has changed"):
         read_entry(run, 6)
     for step in (3, 9):
         flip(run / "checkpoints" / f"step-{step:08d}" / STATE)
-    with pytest.raises(NothingVerifies, match="verifies$"):
+    with pytest.raises(NothingVerifies, match=r"verifies$"):
         found(run, "last")
     with pytest.raises(Refused, match="has no checkpoint"):
         read_entry(run / "elsewhere", "last")
@@ -212,7 +212,7 @@ def test_a_broken_score_is_none_and_the_record_is_asked(run):
 def test_without_a_score_the_best_is_refused(run):
     for score in run.rglob(SCORE):
         score.unlink()
-    with pytest.raises(Refused, match="no checkpoint in .* has a score yet. Use ckpt_path=last"):
+    with pytest.raises(Refused, match=r"no checkpoint in .* has a score yet. Use ckpt_path=last"):
         read_entry(run, "best")
 
 

@@ -13,7 +13,6 @@ from sturdy.data.decode import decode
 from sturdy.door import check_composed
 from sturdy.training.draw import draw
 
-
 NUMBERS = itertools.count()  # of output folders, as each holds what one command made
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_number_is_whole_and_large_enough(value):
 
 def test_threads_and_errors_of_the_disk_are_answered_in_a_line(capsys):
     def missing(cfg):
-        open("/nowhere/at/all")
+        os.listdir("/nowhere/at/all")
 
     for threads, text in ((0, "threads=0 must be a whole number of at least 1"), (1, "/nowhere/at/all")):
         assert answered(missing, OmegaConf.create({"threads": threads, "device": "cpu"})) == 2
