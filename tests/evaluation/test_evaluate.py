@@ -124,8 +124,16 @@ def test_more_pictures_are_added_to_those_there_are(run, again):
     drawn = run[0] / "runs" / "run" / "evaluation" / "drawn"
     before = {path: path.stat().st_mtime_ns for path in drawn.iterdir()}
     networks = {path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()}
+    report = drawn.with_name("report.json")
+    written = report.read_bytes()
     code, said = again("evaluate.n=40", f"evaluate.out={drawn.parent}")
+    assert code == 2
+    assert "holds what another command made (n: 24 -> 40)" in said
+    code, said = again("evaluate.n=40")
     assert code == 0, said
+    assert report.read_bytes() == written
+    assert json.loads((drawn.parents[1] / "evaluation-2" / "report.json").read_text())["n"] == 40
+    assert {float(row["evaluation/n"]) for row in MetricsFile(drawn.parents[1] / "evaluations.csv").rows()} == {24, 40}
     kept = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(kept) == len(before) == 3
     assert len(list(drawn.iterdir())) == 5  # 0, 10 and 20 to 23 are there; 20 to 29 and 30 to 39 are new
@@ -142,9 +150,9 @@ def test_without_a_label_nothing_is_asked_for(again, tmp_path):
 
 
 REFUSALS = {
-    "run=nobody": "has no checkpoint",
+    "run=nobody": "run=nobody is not there; paths.runs=",
     "ckpt_path=nowhere": "ckpt_path=nowhere is not there",
-    "evaluate.n=2": "evaluate.n=2 must be at least 8",
+    "evaluate.n=2": "evaluate.n=2 must be a whole number of at least 8",
     "evaluate.labels=some": "must be one of prior, even, none",
     "features=inception": "features=inception needs a file of weights, and features.path is not given",
     "features=dinov2": "Or use features=embedded, which needs no download",

@@ -70,7 +70,7 @@ def look_without_permission(directory, answer):
     if os.geteuid() == 0:
         os.seteuid(65534)
     try:
-        answer.send(Store(Path("checkpoints")).last())
+        answer.send(Store(Path("checkpoints")).last(heal=True))
     except Exception as error:
         answer.send(error)
 

@@ -214,11 +214,11 @@ def test_another_word_and_then_the_same_again_enters_anew(store):
 def test_a_path_is_the_same_however_it_is_written_and_not_when_another_checkpoint_lies_there(store, monkeypatch):
     enter(store, str(store.path(6)))
     monkeypatch.chdir(store.directory)
-    assert repeated(store, "step-00000006") == "last"
+    assert repeated(store, "./step-00000006") == "last"
     manifest = store.path(6) / MANIFEST
     sha256 = json.loads(manifest.read_text())["files"][STATE]["sha256"]
     manifest.write_text(manifest.read_text().replace(sha256, "0" * 64))
-    assert repeated(store, "step-00000006") == "step-00000006"
+    assert repeated(store, "./step-00000006") == "./step-00000006"
 
 
 def test_what_was_killed_before_it_had_a_checkpoint_of_its_own_enters_again(store, tmp_path):

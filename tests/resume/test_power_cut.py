@@ -54,7 +54,7 @@ def abandon(after):
 
 
 def last(root):
-    return store_in(root).last()
+    return store_in(root).last(heal=True)
 
 
 def sweep(root):
@@ -137,7 +137,7 @@ def fault(root: Path, at_least: int, at_most: int, never_lost: tuple[int, ...]) 
     if lost:
         return f"steps {lost} are nowhere"
     try:
-        manifest = store.last()
+        manifest = store.last(heal=True)
     except NothingVerifies as error:
         return str(error)
     step = manifest["step"] if manifest else 0

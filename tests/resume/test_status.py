@@ -131,13 +131,13 @@ def test_nothing_verifies(run, capsys):
         assert "name=..." in out
         assert ("did not verify" in out) == moved
         with pytest.raises(store_module.NothingVerifies):
-            run.last()
+            run.last(heal=True)
     assert said(capsys, "verify", "runs/a")[:2] == (1, "0 of 0 checkpoints verify\n")
 
 
 def test_what_was_put_aside_is_told(run, capsys, tmp_path):
     flip(run, 9)
-    run.last()
+    run.last(heal=True)
     run.abandon(3, tmp_path / "runs" / "a" / "abandoned" / "001")
     (tmp_path / "runs" / "a" / "skips.jsonl").write_text("{}\n{}\n")
     code, out, _ = said(capsys, "status", "runs/a")

@@ -5,7 +5,7 @@ import torch
 from tiny_module import Stream, batch, fit, make, save, trainer
 from torch.utils.data import DataLoader
 
-from sturdy.resume.store import Store
+from sturdy.resume.store import SCORE, Store
 from sturdy.training.callbacks.checkpoint import Checkpoint
 from sturdy.training.callbacks.record import Record
 from sturdy.training.loggers.metrics_file import MetricsFile
@@ -13,7 +13,10 @@ from sturdy.training.loggers.metrics_file import MetricsFile
 NAN, INF = float("nan"), float("inf")
 
 
-def run(directory, scores, *, steps=9, entry=None, **settings):
+VALIDATED = {"fingerprint": {"config": {"trainer.val_check_interval": 2, "trainer.limit_val_batches": 1.0}}}
+
+
+def run(directory, scores, *, steps=9, entry=None, facts=VALIDATED, **settings):
     """Validate every second step, with the given ``scores`` one after another; returns the steps that are kept."""
     module, metrics, values = make(), MetricsFile(directory / "metrics.csv"), iter(scores)
     module.validation_step = lambda *_: module.held_out.update({0: torch.tensor([next(values)])})
@@ -29,6 +32,7 @@ def run(directory, scores, *, steps=9, entry=None, **settings):
         num_sanity_val_steps=0,
         log_every_n_steps=2,
     )
+    t.strategy.checkpoint_io.facts = lambda checkpoint: facts
     start = int(entry.parent.name.removeprefix("step-")) if entry else 0
     validation = DataLoader([batch(0)], batch_size=None)
     t.fit(module, DataLoader(Stream(start), batch_size=None), validation, ckpt_path=entry, weights_only=True)
@@ -63,6 +67,44 @@ def test_the_best_so_far_outlives_a_restart(tmp_path):
     assert run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1) == [2, 5]
     entry = Store(tmp_path / "checkpoints").state(5)
     assert run(tmp_path, [2.0, 4.0], steps=9, entry=entry, every_n_train_steps=3, keep_last=1) == [2, 9]
+
+
+def again(directory, scores, **settings):
+    """Go on from the newest checkpoint."""
+    store = Store(directory / "checkpoints")
+    entry = store.state(store.steps()[-1])
+    return run(directory, scores, entry=entry, every_n_train_steps=1, keep_last=1, **settings)
+
+
+def test_the_best_outlives_the_loss_of_the_record(tmp_path, caplog):
+    assert run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1) == [2, 5]
+    assert Store(tmp_path / "checkpoints").scores("val/loss") == {2: 1.0}
+    (tmp_path / "metrics.csv").unlink()
+    assert again(tmp_path, [2.0, 4.0], steps=9) == [2, 9]
+    assert "may be the best" not in caplog.text
+
+
+def test_what_may_be_the_best_is_not_deleted_where_no_score_is_known(tmp_path, caplog):
+    assert run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1) == [2, 5]
+    (tmp_path / "metrics.csv").unlink()
+    (Store(tmp_path / "checkpoints").path(2) / SCORE).unlink()
+    assert again(tmp_path, [2.0, 4.0], steps=9) == [2, 6, 9]
+    assert "val/loss of step 2 is neither in" in caplog.text
+
+
+def test_control_where_it_was_not_to_be_validated_an_older_one_is_deleted(tmp_path):
+    assert run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1, facts={}) == [2, 5]
+    (tmp_path / "metrics.csv").unlink()
+    (Store(tmp_path / "checkpoints").path(2) / SCORE).unlink()
+    assert again(tmp_path, [2.0, 4.0], steps=9, facts={}) == [6, 9]
+
+
+def test_a_checkpoint_without_its_score_gets_it_from_the_record(tmp_path):
+    """As one of an older version, or of a process that was killed before it could write it."""
+    run(tmp_path, [1.0, 3.0], steps=5, every_n_train_steps=1, keep_last=1)
+    (Store(tmp_path / "checkpoints").path(2) / SCORE).unlink()
+    assert again(tmp_path, [2.0, NAN], steps=9) == [2, 9]
+    assert Store(tmp_path / "checkpoints").scores("val/loss") == {2: 1.0}
 
 
 def test_a_run_entered_from_elsewhere_keeps_its_entry_from_the_start(tmp_path):

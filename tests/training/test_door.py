@@ -133,7 +133,7 @@ REFUSALS = {
     "ckpt_path=null": ["starts afresh, but", "has checkpoints up to step 12", "ckpt_path=auto"],
     "ckpt_path=nowhere": ["ckpt_path=nowhere is not there", "auto, last, best, null"],
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
-    "name=other ckpt_path=best": ["no checkpoint", "has a score yet"],
+    "name=other ckpt_path=best": ["ckpt_path=best, but", "has no checkpoint"],
     "name=other init_from=nowhere": ["init_from=nowhere is not there"],
     "name=other trainer.devices=0": ["trainer.devices=0 must be a number, or auto"],
     "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
@@ -240,7 +240,10 @@ def test_sampling_is_the_same_at_every_batch_size(run):
 @pytest.mark.slow
 def test_sampling_refuses_what_is_not_there(run):
     tmp, _ = run
-    for word, text in {"sample.label=plane": "there are: hatchback", "run=nobody": "has no checkpoint"}.items():
+    for word, text in {
+        "sample.label=plane": "there are: hatchback",
+        "run=nobody": "run=nobody is not there; paths.runs=",
+    }.items():
         words = [f"paths.runs={tmp / 'runs'}", "run=run", word]
         done = subprocess.run([sys.executable, ROOT / "sample.py", *words], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2

@@ -1,5 +1,7 @@
 """Pictures from a picture, through the door: what is kept is kept to the bit; more strength changes more."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from runs import ROOT, train
 from sturdy.data.decode import decode
 from sturdy.door import check_composed
 from sturdy.training.draw import draw
+
+NUMBERS = itertools.count()  # of output folders, as each holds what one command made
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +38,14 @@ def edited(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
 
     def start(*words):
-        words = ["paths.runs=runs", "run=run", "sample.n=2", "sample.out=out", *words]
+        out = f"out-{next(NUMBERS)}"
+        words = ["paths.runs=runs", "run=run", "sample.n=2", f"sample.out={out}", *words]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("sample", words)
         check_composed(cfg)
         code = draw(cfg, words)
         said = capsys.readouterr()
-        pixels = [np.asarray(Image.open(f"out/{k:06d}.png")).astype(int) for k in range(2)] if not code else []
+        pixels = [np.asarray(Image.open(f"{out}/{k:06d}.png")).astype(int) for k in range(2)] if not code else []
         return code, said.out + said.err, np.array(pixels)
 
     yield start

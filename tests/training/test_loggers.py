@@ -73,6 +73,29 @@ def test_a_branch_is_another_wandb_run(tmp_path):
     assert mirror._run_id() != first
 
 
+def test_a_copied_run_is_another_wandb_run_and_a_moved_one_the_same(tmp_path, caplog):
+    original, copy, moved = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    original.mkdir()
+    first = Wandb(directory=original)._run_id()
+    segment = original / "wandb" / f"offline-run-1-{first}"
+    segment.mkdir()
+    shutil.copytree(original, copy)
+    caplog.set_level("INFO", "sturdy")
+    other = Wandb(directory=copy)._run_id()
+    assert other != first
+    assert f"{copy} is a copy of {original}, so it gets an id of its own" in caplog.text
+    assert [*copy.glob(f"wandb/offline-run-*-{other}*")] == [], "what it would replace"
+    assert Wandb(directory=copy)._run_id() == other
+    assert Wandb(directory=original)._run_id() == first
+    original.rename(moved)
+    assert Wandb(directory=moved)._run_id() == first
+    (tmp_path / "link").symlink_to(moved)
+    assert Wandb(directory=tmp_path / "link")._run_id() == first
+    original.mkdir()  # a new run in the old place
+    assert Wandb(directory=original)._run_id() not in (first, other)
+    assert Wandb(directory=moved)._run_id() == first
+
+
 def test_a_key_is_found_in_the_environment_and_in_netrc(nobody, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         assert not has_key()

@@ -213,9 +213,9 @@ REFUSALS = {
     "tune.steps=[8.5]": "tune.steps=[8.5] must be",
     "tune.steps=[2,0]": "sampler.steps=0 must be 1 or more",
     "tune.ema=[0.28]": "an EMA of length 0.28 at step 12 cannot be put together",
-    "tune.n=2": "tune.n=2 must be at least 8",
+    "tune.n=2": "tune.n=2 must be a whole number of at least 8",
     "tune.labels=some": "tune.labels=some must be one of prior, even, none",
-    "run=nobody": "has no checkpoint",
+    "run=nobody": "run=nobody is not there; paths.runs=",
 }
 
 

@@ -43,6 +43,6 @@ def class_columns(n: int, classes: int) -> int | None:
 def save_png(image: Image.Image, path: Path) -> None:
     """Write ``path`` whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")  # another process may write the same
     image.save(aside, format="PNG")
     os.replace(aside, path)

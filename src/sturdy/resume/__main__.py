@@ -1,6 +1,5 @@
 """What a run's store holds, without touching it: python -m sturdy.resume status runs/cars, or verify runs/cars."""
 
-import csv
 import math
 import sys
 import textwrap
@@ -13,6 +12,7 @@ import torch
 
 from sturdy.resume.code import code_hashes
 from sturdy.resume.fingerprint import Fingerprint, compare, stack
+from sturdy.resume.scores import scores_of
 from sturdy.resume.store import Corrupt, NothingVerifies, Store, name_of
 
 USAGE = "usage: python -m sturdy.resume status|verify runs/NAME"
@@ -61,16 +61,14 @@ def complain(broken: Mapping[int, str]) -> None:
 def table(run: Path, store: Store, whole: Mapping[int, dict[str, Any]], broken: Mapping[int, str]) -> None:
     """A line a checkpoint: age, size, score, and whether it is the newest or the best."""
     last = max(whole, default=None)
-    settings = _config(whole[last]) if last is not None else {}
-    monitor = settings.get("callbacks.checkpoint.monitor", "val/loss")
-    sign = -1 if settings.get("callbacks.checkpoint.mode") == "max" else 1
-    scores = _column(run / "metrics.csv", monitor)
+    monitor, mode, found = scores_of(run, store)
+    scores, sign = {step: score for step, score in found.items() if math.isfinite(score)}, 1 if mode == "min" else -1
     best = min(whole.keys() & scores.keys(), key=lambda step: sign * scores[step], default=None)
     if whole or broken:
         print(ROW.format("step", "age", "size", "verified", monitor, "").rstrip())
     for step in sorted(whole.keys() | broken.keys()):
         age = _age(time.time() - whole[step]["time"]) if "time" in whole.get(step, {}) else ""
-        size = sum(p.stat().st_size for p in store.path(step).glob("*") if p.is_file())
+        size = _size(store.path(step))
         score = f"{scores[step]:.5g}" if step in scores else ""
         marks = ", ".join(mark for mark, at in (("last", last), ("best", best)) if step == at)
         print(ROW.format(step, age, f"{size / 1e6:,.1f} MB", "yes" if step in whole else "NO", score, marks).rstrip())
@@ -117,14 +115,12 @@ def _promise(step: int, manifest: Mapping[str, Any]) -> str:
     return f"the same command would resume from step {step}, {guarantee.level}{': ' if reasons else ''}{reasons}"
 
 
-def _column(path: Path, name: str) -> dict[int, float]:
-    """The finite values of a column of ``metrics.csv`` by step."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one short
-    values = {int(row["step"]): float(row[name]) for row in csv.DictReader(lines) if row.get(name)}
-    return {step: value for step, value in values.items() if math.isfinite(value)}
+def _size(directory: Path) -> int:
+    """Bytes of the files in ``directory``; a live run may delete it meanwhile."""
+    try:
+        return sum(p.stat().st_size for p in directory.glob("*") if p.is_file())
+    except FileNotFoundError:
+        return 0
 
 
 def _age(seconds: float) -> str:

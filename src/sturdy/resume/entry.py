@@ -3,12 +3,16 @@
 auto    the newest verified checkpoint of the same trajectory; fresh if there is none
 last    the newest verified checkpoint, changed config or not
 best    the checkpoint with the best score
+STEP    that of a step of the run: 500 or step-00000500
 PATH    that one
 null    fresh, and only into a directory without checkpoints
+
+``find_entry`` is for the run that holds the lock. ``read_entry`` is for all others: it changes nothing.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +20,8 @@ from typing import Any
 
 from sturdy.files import atomic_write
 from sturdy.resume.fingerprint import Fingerprint, Guarantee, compare
-from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, read_manifest
+from sturdy.resume.scores import scores_of
+from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, name_of, read_checkpoint, read_manifest
 
 ENTERED = ".entered"  # in the run's directory
 MOST_REASONS = 20  # that a refusal shows
@@ -62,19 +67,55 @@ def find_entry(store: Store, ckpt_path: str | None, scores: Mapping[int, float],
                 )
             return None
         case "auto" | "last":
-            if manifest := store.last():
+            if manifest := store.last(heal=True):
                 step = manifest["step"]
                 return Entry(store.state(step), step, manifest, on_purpose=ckpt_path == "last")
             if ckpt_path == "last":
                 raise Refused(
-                    f"ckpt_path=last, but {store.directory} has no checkpoint. Check name=... and paths.runs=..., "
-                    f"or start afresh with ckpt_path=auto"
+                    f"{_nothing(store, 'last')}. Check name=... and paths.runs=..., or start afresh with ckpt_path=auto"
                 )
             return None
         case "best":
             return _best(store, scores, mode)
         case _:
-            return _at(Path(str(ckpt_path)))
+            state = _named(store, str(ckpt_path), "auto, last, best, null")
+            return _entry(state, _vouched(state, ckpt_path))
+
+
+def read_entry(run: Path, ckpt_path: str | int | None) -> tuple[Entry, dict[str, Any]]:
+    """Read a checkpoint of the run in the directory ``run``, from bytes that were verified; nothing is changed.
+
+    Args:
+        ckpt_path: ``last`` (or ``auto``), ``best``, a step or a path. Of the first two, a checkpoint that does not
+            verify is passed over with a line, and one that a live run deletes meanwhile without.
+
+    Returns:
+        the entry and what its ``state.ckpt`` holds.
+
+    Raises:
+        Refused: if there is no such checkpoint, or it does not verify, with those there are.
+        NothingVerifies: if the run has checkpoints and none is whole.
+        Unloadable: if it holds more than tensors and primitives.
+        OSError: if it cannot be read for a reason that says nothing about the checkpoint.
+    """
+    store = Store(run / "checkpoints")
+    if ckpt_path in ("last", "auto", "best"):
+        found = store.first(lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1], store.read)
+        if found is None:
+            raise Refused(_nothing(store, str(ckpt_path)))
+        manifest, content = found
+        return Entry(store.state(manifest["step"]), manifest["step"], manifest, on_purpose=True), content
+    if ckpt_path is None:
+        raise Refused(f"ckpt_path=null names no checkpoint; use last, best, a step or a path. {_there(store)}")
+    state = _named(store, str(ckpt_path), "last, best")
+    if not (state.parent / MANIFEST).exists():
+        content = _lone(state)
+        return _entry(state, {}, content), content
+    try:
+        manifest, content = read_checkpoint(state.parent, state.name)
+    except Corrupt as reason:
+        raise Refused(f"ckpt_path={ckpt_path} does not verify: {reason}. Choose another checkpoint") from None
+    return Entry(state, manifest["step"], manifest, on_purpose=True), content
 
 
 def judge(entry: Entry, now: Fingerprint, **how: Any) -> Guarantee:
@@ -98,41 +139,88 @@ def judge(entry: Entry, now: Fingerprint, **how: Any) -> Guarantee:
 
 
 def _best(store: Store, scores: Mapping[int, float], mode: str) -> Entry:
-    sign = 1 if mode == "min" else -1
-    scored = [step for step in store.steps() if math.isfinite(scores.get(step, math.nan))]
-    for step in sorted(scored, key=lambda s: sign * scores[s]):
+    for step in _by_score(store, scores, mode):
         try:
             return Entry(store.state(step), step, store.verify(step), on_purpose=True)
         except Corrupt:
             continue  # the next best; `last` quarantines what is broken
-    raise Refused(
-        f"ckpt_path=best, but no checkpoint in {store.directory} has a score yet. "
+    raise Refused(_nothing(store, "best"))
+
+
+def _ranked(run: Path, store: Store) -> list[int]:
+    """The steps of the run that have a score, the best one first."""
+    _, mode, scores = scores_of(run, store)
+    return _by_score(store, scores, mode)
+
+
+def _by_score(store: Store, scores: Mapping[int, float], mode: str) -> list[int]:
+    sign = 1 if mode == "min" else -1
+    scored = [step for step in store.steps() if math.isfinite(scores.get(step, math.nan))]
+    return sorted(scored, key=lambda s: sign * scores[s])
+
+
+def _nothing(store: Store, word: str) -> str:
+    if not store.steps():
+        return f"ckpt_path={word}, but {store.directory} has no checkpoint"
+    return (
+        f"ckpt_path={word}, but no checkpoint in {store.directory} has a score yet. "
         f"Use ckpt_path=last, or train until the first validation"
     )
 
 
-def _at(path: Path) -> Entry:
+def _named(store: Store, word: str, others: str) -> Path:
+    """The ``state.ckpt`` that ``word`` names: a step of the run, by number or by its directory's name, or a path.
+
+    ``others`` are the words that mean something else, for the message.
+    """
+    if (step := re.fullmatch(r"(?:step-)?(\d+)", word)) and int(step[1]) in store.steps():
+        return store.state(int(step[1]))
+    path = Path(word)
     state = path / STATE if path.is_dir() else path
-    if not state.is_file():
-        raise Refused(
-            f"ckpt_path={path} is not there. It may be auto, last, best, null, a checkpoint's directory "
-            f"(step-00000500) or its {STATE}"
-        )
+    if word and state.is_file():
+        return state
+    raise Refused(
+        f"ckpt_path={word} is not there. It may be {others}, a checkpoint's directory ({name_of(500)}), "
+        f"its {STATE} or a step of the run. {_there(store)}"
+    )
+
+
+def _there(store: Store) -> str:
+    steps = store.steps()
+    few = ", ".join([*(["..."] if len(steps) > 10 else []), *map(str, steps[-10:])])
+    return f"{store.directory} has the steps {few}" if steps else f"{store.directory} has no checkpoint"
+
+
+def _vouched(state: Path, ckpt_path: object) -> dict[str, Any]:
+    """The manifest beside ``state``, verified; empty where there is none."""
     if not (state.parent / MANIFEST).exists():
-        return Entry(state, _step_of(state), {}, on_purpose=True)
+        return {}
     try:
         manifest = read_manifest(state.parent)
         if state.name not in manifest["files"]:
             raise Corrupt(f"{state.name} is not in its {MANIFEST}")
     except Corrupt as reason:
-        raise Refused(f"ckpt_path={path} does not verify: {reason}. Choose another checkpoint") from None
-    return Entry(state, manifest["step"], manifest, on_purpose=True)
+        raise Refused(f"ckpt_path={ckpt_path} does not verify: {reason}. Choose another checkpoint") from None
+    return manifest
 
 
-def _step_of(state: Path) -> int:
+def _entry(state: Path, manifest: Mapping[str, Any], content: Mapping[str, Any] | None = None) -> Entry:
+    """The entry at ``state``; without a manifest its content says of which step it is."""
+    step = manifest["step"] if manifest else _step_of(state, content or _lone(state))
+    return Entry(state, step, manifest, on_purpose=True)
+
+
+def _lone(state: Path) -> dict[str, Any]:
     try:
-        return int(load_state(state)["global_step"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        return load_state(state)
+    except (ValueError, OSError) as error:
+        raise Refused(f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint") from None
+
+
+def _step_of(state: Path, content: Mapping[str, Any]) -> int:
+    try:
+        return int(content["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint") from None
 
 
@@ -187,15 +275,15 @@ def once(ckpt_path: str | None, run: Path, store: Store, *, restart: bool) -> st
         return ckpt_path  # it was killed before anything of its own was there to continue
     if ckpt_path is None:
         return "auto" if restart else None
-    there = Path(ckpt_path).expanduser()
+    there = Path(str(ckpt_path)).expanduser()
     manifest = (there if there.is_dir() else there.parent) / MANIFEST
     if ckpt_path != "best" and before.sha256 and manifest.is_file() and before.sha256 not in manifest.read_text():
         return ckpt_path  # another checkpoint lies there now
     return "last"
 
 
-def absolute(ckpt_path: str | None) -> str | None:
-    """The word, or the absolute path that it is."""
-    if ckpt_path in (None, "auto", "last", "best"):
-        return ckpt_path
+def absolute(ckpt_path: str | int | None) -> str | None:
+    """Return the word or the step, or the absolute path that it is."""
+    if ckpt_path is None or re.fullmatch(r"auto|last|best|(step-)?\d+", str(ckpt_path)):
+        return None if ckpt_path is None else str(ckpt_path)
     return str(Path(str(ckpt_path)).expanduser().absolute())

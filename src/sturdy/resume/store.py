@@ -2,13 +2,15 @@
 
     write aside -> fsync each file -> manifest with SHA-256 -> fsync -> rename -> fsync the parent
 
-A checkpoint is immutable. The newest one that verifies is "last"; one that does not verify is moved to
-``quarantine/`` with its reason, and the next older one is used. Only tensors and primitives are ever written, and
-loading is always ``weights_only=True``: no checkpoint can execute code.
+A checkpoint is immutable; only its score, which is known after the next validation, is added beside it. The newest one
+that verifies is "last". Where one does not verify, the next older one is used; the run that holds the lock moves the
+broken one to ``quarantine/`` with its reason, and whoever only reads leaves it where it is. Only tensors and primitives
+are ever written, and loading is always ``weights_only=True``: no checkpoint can execute code.
 """
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -16,25 +18,29 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sturdy.files import fsync_directory, make_directory, open_durable
+from sturdy.files import atomic_write, fsync_directory, make_directory, open_durable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 FORMAT = 1
 STATE = "state.ckpt"
 MANIFEST = "manifest.json"
+SCORE = "score.json"
 NAME = re.compile(r"step-(\d{8,})")
 
 
-class Corrupt(Exception):
+class Corrupt(ValueError):
     """A checkpoint that does not verify; the message says what is wrong with which file."""
 
 
@@ -131,25 +137,82 @@ class Store:
         """
         return read_manifest(self.path(step))
 
-    def last(self) -> dict[str, Any] | None:
-        """The manifest of the newest checkpoint that verifies; None if there is no checkpoint at all.
+    def last(self, *, heal: bool = False) -> dict[str, Any] | None:
+        """Return the manifest of the newest checkpoint that verifies; None if there is no checkpoint at all.
 
-        Those that do not verify are moved to ``quarantine/``, loudly.
+        Args:
+            heal: move those that do not verify to ``quarantine/``. Only the one live run of the directory (see
+                ``lock``) may do so; for all others nothing is changed.
 
         Raises:
             NothingVerifies: if there were checkpoints (now or before, in quarantine) and none is left.
         """
-        for step in reversed(self.steps()):
+        return self.first(lambda: self.steps()[::-1], self.verify, heal=heal)
+
+    def first(self, order: Callable[[], Sequence[int]], read: Callable[[int], T], *, heal: bool = False) -> T | None:
+        """Return what ``read`` makes of the first checkpoint in ``order`` that verifies; None if there are none.
+
+        Args:
+            order: steps, the preferred one first; asked again after each failure, for a live run may have saved and
+                pruned meanwhile.
+            read: ``verify`` or ``read``.
+            heal: as of ``last``.
+
+        Raises:
+            NothingVerifies: as of ``last``.
+        """
+        broken: dict[int, str] = {}
+        gone: set[int] = set()
+        while steps := [step for step in order() if step not in broken.keys() | gone]:
+            step = steps[0]
             try:
-                return self.verify(step)
+                return read(step)
             except Corrupt as reason:
-                self._quarantine(step, str(reason))
-        if any((self.directory / "quarantine").glob("step-*")):
-            raise NothingVerifies(
-                f"no checkpoint in {self.directory} verifies; the broken ones are in its folder 'quarantine', "
-                f"each with a reason. To start over, give the run a new name (name=...)"
-            )
+                if not self.path(step).exists():
+                    gone.add(step)  # a live run pruned it while this process was reading
+                elif heal:
+                    self._quarantine(step, str(reason))
+                else:
+                    broken[step] = str(reason)
+                    log.warning("checkpoint %s does not verify (%s), and is passed over", name_of(step), reason)
+        if broken or any((self.directory / "quarantine").glob("step-*")):
+            where = "" if broken else "; the broken ones are in its folder 'quarantine', each with a reason"
+            advice = ". To start over, give the run a new name (name=...)" if heal else ""
+            raise NothingVerifies(f"no checkpoint in {self.directory} verifies{where}{advice}")
         return None
+
+    def read(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the manifest and the state of ``step``, as of ``read_checkpoint``."""
+        return read_checkpoint(self.path(step))
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Return the manifest of ``step`` without a look at the files that it vouches for.
+
+        Raises:
+            Corrupt: if the manifest does not verify.
+        """
+        return _sealed(self.path(step))
+
+    def keep_score(self, step: int, metric: str, value: float) -> None:
+        """Write durably beside the checkpoint of ``step`` what a validation said of it; ``value`` may be NaN.
+
+        It is what decides whether the checkpoint is deleted, so it goes wherever the checkpoint goes.
+        """
+        score = {"step": step, "metric": metric, "value": value}
+        with atomic_write(self.path(step) / SCORE) as file:
+            file.write(json.dumps(score | {"sha256": _seal(score)}).encode())
+
+    def scores(self, metric: str) -> dict[int, float]:
+        """Return the scores in ``metric`` by step, NaN where it was no number; broken ones are left out."""
+        found = {}
+        for step in self.steps():
+            try:
+                score = json.loads((self.path(step) / SCORE).read_bytes())
+                if score.pop("sha256") == _seal(score) and (score["step"], score["metric"]) == (step, metric):
+                    found[step] = float(score["value"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return found
 
     def abandon(self, after: int, to: Path) -> list[int]:
         """Move the checkpoints newer than ``after`` to the directory ``to``, newest first; returns their steps."""
@@ -178,6 +241,8 @@ class Store:
         if self.directory.is_dir():
             for stray in self.directory.glob(".*step-*"):
                 shutil.rmtree(stray, ignore_errors=True)
+            for stray in self.directory.glob(f"step-*/.{SCORE}"):
+                stray.unlink(missing_ok=True)
             fsync_directory(self.directory)
 
     def _quarantine(self, step: int, reason: str) -> None:
@@ -200,13 +265,75 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         NothingVerifies: if a newer version wrote it.
         OSError: if it cannot be read for a reason that says nothing about the checkpoint.
     """
+    manifest = _sealed(directory)
+    for name, entry in manifest["files"].items():
+        with _opened(directory / name, entry["bytes"]) as file:
+            _compare(name, hashlib.file_digest(file, "sha256").hexdigest(), entry["sha256"])
+    return manifest
+
+
+def read_checkpoint(directory: Path, name: str = STATE, map_location: Any = "cpu") -> tuple[dict[str, Any], Any]:
+    """Return the manifest of the checkpoint ``directory`` and what is in its file ``name``.
+
+    The file is read once, and what was summed is what is loaded; for a moment that takes the memory of two copies.
+
+    Raises:
+        Corrupt, NothingVerifies, OSError: as of ``read_manifest``.
+        Unloadable: as of ``load_state``.
+    """
+    manifest = _sealed(directory)
+    if name not in manifest["files"]:
+        raise Corrupt(f"{name} is not in its {MANIFEST}")
+    entry = manifest["files"][name]
+    with _opened(directory / name, entry["bytes"]) as file:
+        content = file.read()
+    _compare(name, hashlib.sha256(content).hexdigest(), entry["sha256"])
+    return manifest, _loaded(content, directory / name, map_location)
+
+
+def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a ``state.ckpt`` as tensors and primitives, verified by the manifest beside it.
+
+    A file that lies somewhere without a manifest is loaded, too; a line says that nothing vouches for it.
+
+    Raises:
+        Corrupt: if it is not what the manifest vouches for; nothing was loaded.
+        Unloadable: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
+    """
+    if os.path.lexists(path.parent / MANIFEST):
+        try:
+            return read_checkpoint(path.parent, path.name, map_location)[1]
+        except Corrupt as reason:
+            raise Corrupt(f"{path} does not verify: {reason}") from None
+    _say_unverified(path)
+    return _loaded(path.read_bytes(), path, map_location)
+
+
+@cache  # once is enough
+def _say_unverified(path: Path) -> None:
+    log.warning("%s has no %s beside it, so its bytes are not verified", path, MANIFEST)
+
+
+def _loaded(content: bytes, path: Path, map_location: Any) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception:  # a broken pickle raises whatever it likes
+        raise Unloadable(f"{path} is broken, or holds more than tensors and primitives and might run code") from None
+
+
+def _sealed(directory: Path) -> dict[str, Any]:
+    """The manifest of ``directory`` if it is as it was written; the files are not looked at."""
     try:
         if not stat.S_ISREG((directory / MANIFEST).stat().st_mode):
             raise Corrupt(f"{MANIFEST} cannot be read: it is no regular file")  # a FIFO would be waited for
         manifest = json.loads((directory / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        _ = [(entry["bytes"], entry["sha256"]) for entry in manifest["files"].values()]
         newer, step = manifest["format"] > FORMAT, manifest["step"]
+    except Corrupt:
+        raise
     except OSError as error:
         raise _verdict(MANIFEST, error) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -217,31 +344,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise Corrupt(f"{MANIFEST} belongs to step {step}")
     if newer:
         raise NothingVerifies(f"{directory} has format {manifest['format']}, of a newer version; update sturdy")
-    for name, (size, sha256) in files.items():
-        try:
-            found = (directory / name).stat().st_size
-            if found != size:
-                raise Corrupt(f"{name} has {found} bytes instead of {size}")
-            with (directory / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise Corrupt(f"{name} has changed since it was written (its SHA-256 differs)")
-        except OSError as error:
-            raise _verdict(name, error) from None
     return manifest
 
 
-def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A ``state.ckpt`` as tensors and primitives.
-
-    Raises:
-        Unloadable: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
-    """
+@contextmanager
+def _opened(path: Path, size: int) -> Iterator[Any]:
+    """The file at ``path``, which must have ``size`` bytes; what goes wrong with reading it is damage."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception:  # a broken pickle raises whatever it likes
-        raise Unloadable(f"{path} is broken, or holds more than tensors and primitives and might run code") from None
+        if (found := path.stat().st_size) != size:
+            raise Corrupt(f"{path.name} has {found} bytes instead of {size}")
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise _verdict(path.name, error) from None
+
+
+def _compare(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise Corrupt(f"{name} has changed since it was written (its SHA-256 differs)")
 
 
 def assert_primitive(value: Any, where: str) -> None:

@@ -52,10 +52,17 @@ def _not_made(*args: Any, **options: Any) -> Any:
     raise RuntimeError("this module was rebuilt to draw with; rebuild(path) makes what training needs, too")
 
 
-def rebuild(path: str | Path, *, trust: Trust | Iterable[str] = (), training: bool = True) -> DiffusionModule:
+def rebuild(
+    path: str | Path,
+    state: Mapping[str, Any] | None = None,
+    *,
+    trust: Trust | Iterable[str] = (),
+    training: bool = True,
+) -> DiffusionModule:
     """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
 
     Args:
+        state: what is in the file, where it was read already; else it is read here, and verified.
         trust: packages whose classes the file may name, such as ``["mypackage"]``. ``Trust(runs="runs")`` trusts what
             the runs there have named in their own training.
         training: whether it is to be trained. Else objective, optimizer, learning rate and alignment are left out:
@@ -66,7 +73,7 @@ def rebuild(path: str | Path, *, trust: Trust | Iterable[str] = (), training: bo
             makes of it, or a part cannot be made, or it names code that is not trusted: a checkpoint must not choose
             what is executed. ``DiffusionModule.load_from_checkpoint(path, **modules)`` asks the file for no code.
     """
-    state = load_state(Path(path))
+    state = load_state(Path(path)) if state is None else state
     config = state.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; it was not written by this project")

@@ -4,17 +4,14 @@ Picture ``k`` of seed ``s`` and its label are functions of ``(s, k)``, so a larg
 there are; they are kept as they are drawn, and a killed evaluation goes on where it was.
 """
 
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sturdy.diffusion.denoiser import Denoiser
@@ -31,40 +28,21 @@ from sturdy.evaluation.quality import overview, quality
 from sturdy.evaluation.report import Report
 from sturdy.evaluation.walk import walk
 from sturdy.randomness import Draws, key
-from sturdy.resume.entry import Entry, Refused, find_entry
-from sturdy.resume.store import NothingVerifies, Store
-from sturdy.system import available_cpus
-from sturdy.training.build import rebuild
-from sturdy.training.identity import sampling_code
+from sturdy.resume.entry import Entry, Refused
+from sturdy.training.reader import answered, check_whole, made_by, open_run, own_folder
 from sturdy.training.recipe import NOBODY, Recipe, asked, recipe_of
 from sturdy.training.record_evaluation import record
 from sturdy.training.teller import Teller
 from sturdy.training.trust import Trust
 
 LABELS = ("prior", "even", "none")
-LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1}
+LEAST = {"n": 8, "batch_size": 1, "most": 8, "levels": 1, "audit_seen": 0, "auditors": 1, "seed": None}
 OUT = "evaluation"  # in the run's directory
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
     """Write ``report.md`` and ``report.json``; returns the exit code."""
     return answered(report_on, cfg)
-
-
-def answered(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """Do ``job``, deterministically, with what the user can mend told in a line; returns the exit code."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts; else cuBLAS is not deterministic
-    torch.set_num_threads(cfg.threads or available_cpus())
-    torch.use_deterministic_algorithms(True)
-    try:
-        job(cfg)
-    except (ValueError, OSError, Refused, NothingVerifies, InstantiationException) as error:
-        print(f"error: {error.__cause__ or error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-NETWORK = ("backbone", "schedule", "target")  # keys of what draws an image, beside the sampler
 
 
 class Subject:
@@ -83,14 +61,10 @@ class Subject:
 
     def __init__(self, cfg: DictConfig, most: int) -> None:
         self.features: Features = instantiate(cfg.features)
-        self.run, self.device = Path(cfg.paths.runs) / cfg.run, cfg.device
-        entry = find_entry(Store(self.run / "checkpoints"), cfg.ckpt_path, {}, "min")
-        if entry is None:
-            raise Refused(f"ckpt_path={cfg.ckpt_path} names no checkpoint to judge; use last or a path")
-        self.entry, self.trust = entry, Trust(cfg.trust, cfg.paths.runs)
-        self.module = rebuild(entry.state, trust=self.trust, training=False).to(cfg.device).eval()
+        self.trust = Trust(cfg.trust, cfg.paths.runs)
+        self.run, self.entry, self.module, self.device = open_run(cfg)
         self.config = cast(Mapping[str, Any], self.module.config)
-        self.data = data = open_data(cfg, self.config, entry, self.trust)
+        self.data = data = open_data(cfg, self.config, self.entry, self.trust)
         self.folder = Path(cfg.paths.cache) / "evaluation"
         train, held_out, self.answers, self.labelled = real_images(data, most)
         first = data.val_dataloader().dataset.split(np.arange(8)).tolist()  # tells folds apart
@@ -118,11 +92,7 @@ class Subject:
     ) -> Pictures:
         """``options.n`` samples, each batch kept in ``out``, by default with the run, as soon as it is drawn."""
         denoiser, size, tell = recipe.guided(network, labels), self.data.image_size, Teller("pictures")
-        code = sampling_code({key: self.config[key] for key in NETWORK} | {"sampler": recipe.given})
-        checkpoint = str(
-            self.entry.manifest.get("files") or (str(self.entry.state), self.entry.state.stat().st_mtime_ns)
-        )
-        how = (checkpoint, recipe.primitives(labels), options.seed, code)
+        how = (made_by(self.entry, self.device, self.config, recipe.given), recipe.primitives(labels), options.seed)
         parts = []
         for first in range(0, options.n, options.batch_size):
             numbers = range(first, min(first + options.batch_size, options.n))
@@ -153,9 +123,14 @@ def report_on(cfg: DictConfig) -> None:
     data, entry, train, held_out = subject.data, subject.entry, subject.train, subject.held_out
     labels = asked(options.labels, train.labels, len(data.classes), options.n)
     recipe = subject.recipe(cfg, subject.run, options.get("ema"))
-    network, out = recipe.network(subject.module, entry), Path(options.out or subject.run / OUT)
+    network = recipe.network(subject.module, entry)
+    how = made_by(entry, subject.device, subject.config, recipe.given)
+    how |= recipe.primitives(labels) | {"data": data.digest}
+    how |= {str(k): v for k, v in options.items() if k not in ("out", "batch_size")}
+    how |= {"features": OmegaConf.to_container(cfg.features, resolve=True)}
+    out = own_folder("evaluate.out", options.out, subject.run / OUT, how, ["report.*"])
     print(recipe.told(labels), flush=True)
-    samples = subject.draw(recipe, network, labels, options, out)
+    samples = subject.draw(recipe, network, labels, options, None if options.out is None else out)
 
     report = Report(out, f"{cfg.run} at step {entry.step:,}")
     report.numbers |= {"run": cfg.run, "step": entry.step, "n": options.n, "features": subject.features.name}
@@ -183,12 +158,12 @@ def report_on(cfg: DictConfig) -> None:
         said.append(audit(report, readers, samples, train, held_out, subject.answers, subject.labelled))
     report.blocks.insert(2, "\n".join(f"- {line}" for line in said[1:]))
     few = slice(0, min(options.levels, len(train), len(held_out)))
-    denoising = Denoising(network, device=cfg.device)
+    denoising = Denoising(network, device=subject.device)
     by_level(report, denoising, train[few], held_out[few])
     where_it_looks(report, denoising, held_out[few])
     draws = Draws(key(options.seed, "sample"), range(4))
-    start = draws.normal("start", (3, data.image_size, data.image_size)).to(cfg.device)
-    four = None if labels is None else labels[:4].to(cfg.device)
+    start = draws.normal("start", (3, data.image_size, data.image_size)).to(subject.device)
+    four = None if labels is None else labels[:4].to(subject.device)
     walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
     print(*said, f"the whole report is {report.write()}", sep="\n")
     print(record(subject.run, entry, subject.config, report.numbers, subject.trust))
@@ -196,9 +171,7 @@ def report_on(cfg: DictConfig) -> None:
 
 def check(options: DictConfig, name: str) -> DictConfig:
     """Raises ValueError, naming the key after ``name``, for values that make no sense."""
-    for k, least in LEAST.items():
-        if k in options and not (isinstance(options[k], int) and options[k] >= least):
-            raise ValueError(f"{name}.{k}={options[k]} must be at least {least}")
+    check_whole(options, LEAST, f"{name}.")
     if options.labels not in LABELS:
         raise ValueError(f"{name}.labels={options.labels} must be one of {', '.join(LABELS)}")
     return options

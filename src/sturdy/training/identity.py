@@ -74,9 +74,10 @@ def run_fingerprint(
     return Fingerprint(now.config, data, code, now.stack, files, initial)
 
 
-def sampling_code(config: Mapping[str, Any]) -> dict[str, str]:
-    """Hash the code that draws images with the parts that ``config`` names."""
-    roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets(config)]
+def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:
+    """Hash the code that draws images: the ``sampler``, a config, and the network of the run ``config``."""
+    parts = [config.get(key) for key in ("backbone", "schedule", "target")]
+    roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets([*parts, sampler])]
     return code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
 
 

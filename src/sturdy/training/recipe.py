@@ -18,8 +18,8 @@ from torch import Tensor
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import Estimator, Sampler
 from sturdy.files import atomic_write
-from sturdy.resume.entry import Entry, Refused, find_entry
-from sturdy.resume.store import NothingVerifies, Store
+from sturdy.resume.entry import Entry, Refused, read_entry
+from sturdy.resume.store import NothingVerifies
 from sturdy.training.build import rebuild
 from sturdy.training.module import DiffusionModule
 from sturdy.training.snapshots import of_length
@@ -191,10 +191,7 @@ def _guide(path: Path) -> Entry:
     """The checkpoint at ``path``, or the last of the run there."""
     if not path.exists():
         raise Refused("is not there; give the directory of a run, of one of its checkpoints, or a state.ckpt")
-    of_a_run = (path / "checkpoints").is_dir()
-    entry = find_entry(Store(path / "checkpoints"), "last" if of_a_run else str(path), {}, "min")
-    assert entry is not None  # it is, only where none is asked for
-    return entry
+    return read_entry(path, "last" if (path / "checkpoints").is_dir() else str(path))[0]
 
 
 def over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def figures(numbers: Mapping[str, Any]) -> dict[str, float]:
 
     Distances and shares are against the held-out images, ``worst_difference`` is in points of a hundred.
     """
-    found = {"n": numbers["n"], **numbers["quality"]["held_out_samples"]}
+    found = {k: numbers[k] for k in ("n", "seed") if k in numbers} | numbers["quality"]["held_out_samples"]
     found |= {f"copies_{space}": numbers[f"memorisation_{space}"]["copies"] for space in ("pixels", "features")}
     if "class_accuracy" in numbers:
         found["class_accuracy"] = numbers["class_accuracy"]["all"]

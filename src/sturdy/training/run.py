@@ -171,7 +171,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         monitor = cfg.callbacks.checkpoint
         with unfit():  # a disk that is away
             store.sweep()
-            return find_entry(store, cfg.ckpt_path, metrics.column(monitor.monitor), monitor.mode)
+            scores = metrics.column(monitor.monitor) | store.scores(monitor.monitor)
+            return find_entry(store, cfg.ckpt_path, scores, monitor.mode)
 
     entry = world.decide(find)
     stored = entry.manifest.get("fingerprint", {}) if entry else {}

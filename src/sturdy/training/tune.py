@@ -22,7 +22,8 @@ from sturdy.evaluation.network import answer
 from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import percent
 from sturdy.randomness import Draws
-from sturdy.training.evaluate import Subject, answered, check
+from sturdy.training.evaluate import Subject, check
+from sturdy.training.reader import answered
 from sturdy.training.recipe import Recipe, asked
 
 SWEPT: dict[str, tuple[Any, str]] = {

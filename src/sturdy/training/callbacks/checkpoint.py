@@ -1,5 +1,6 @@
 """When a checkpoint is written and which are kept; how one is written is the store's."""
 
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -8,12 +9,19 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sturdy.resume import world
+from sturdy.resume.store import Corrupt, NothingVerifies
 from sturdy.resume.writer import StoreIO
 from sturdy.training.loggers.metrics_file import MetricsFile
+
+log = logging.getLogger(__name__)
 
 
 class Checkpoint(ModelCheckpoint):
     """Saves every N steps, every T minutes, when the monitored metric is among the best so far, and at the last step.
+
+    A checkpoint may be saved before the validation of its step, so its score is written beside it later: by the
+    checkpoint writer, before anything is deleted. What decides a deletion thus lies with the checkpoints, and
+    ``metrics.csv`` may be lost. A checkpoint that was to be validated and has no score is not deleted as a worse one.
 
     Lightning's own triggers exclude each other and its deletions know nothing of a store, so only its name, place
     in the Trainer and configuration are used.
@@ -47,7 +55,9 @@ class Checkpoint(ModelCheckpoint):
         self.every, self.minutes = every_n_train_steps, every_n_minutes
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.saved_at, self.asked, self.reserved = time.monotonic(), -1, False
-        self.scores: dict[int, float] = {}  # the monitored metric by step, where it is finite
+        self.scores: dict[int, float] = {}  # the monitored metric by step; NaN is a score that is never best
+        self.kept_scores: set[int] = set()  # steps whose checkpoint has its score beside it
+        self.unscored: set[int] = set()  # steps whose score was lost
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         io = trainer.strategy.checkpoint_io
@@ -56,13 +66,12 @@ class Checkpoint(ModelCheckpoint):
         self.io, self.store = io, io.store
         self.metrics: MetricsFile = trainer.logger
         io.before_commit = self.metrics.sync  # the record reaches at least as far as the newest checkpoint
-        io.after_commit = lambda: self.store.prune(self._kept())
+        io.after_commit = self._tidy
         self.dirpath = str(self.store.directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_at = time.monotonic()
-        column = world.decide(lambda: self.metrics.column(self.monitor or ""))
-        self.scores = {k: v for k, v in column.items() if math.isfinite(v)}
+        self.scores, self.kept_scores, self.unscored = world.decide(self._known)
         if trainer.global_step:
             self.save(trainer)  # entered from another place: from now on this run has something of its own to continue
 
@@ -80,10 +89,9 @@ class Checkpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step, score = trainer.global_step, float(trainer.callback_metrics.get(self.monitor or "", math.nan))
-        if math.isfinite(score):
-            self.scores[step] = score
-            if step in self._best(self.scores) and step < trainer.max_steps:
-                self.save(trainer)
+        self.scores[step] = score
+        if step in self._best(self.scores) and step < trainer.max_steps:
+            self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """There is one endless epoch, and its end is nothing special."""
@@ -100,18 +108,55 @@ class Checkpoint(ModelCheckpoint):
         self.asked, self.saved_at = step, time.monotonic()
 
     def state_dict(self) -> dict[str, object]:
-        """None: what there is to know is in the store and in ``metrics.csv``."""
+        """None: what there is to know is in the store."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         pass
 
+    def _known(self) -> tuple[dict[int, float], set[int], set[int]]:
+        """Return all scores, the steps that have theirs in the store, and the steps whose score is lost."""
+        monitor = self.monitor or ""
+        kept = self.store.scores(monitor)
+        scores = self.metrics.column(monitor) | kept
+        unscored = {step for step in self.store.steps() if step not in scores and self._validated(step)}
+        if unscored and self.keep_best:
+            log.warning(
+                "%s of step %s is neither in %s nor beside its checkpoint. It may be the best, so it is not deleted; "
+                "delete it by hand if you do not need it",
+                monitor,
+                ", ".join(map(str, sorted(unscored))),
+                self.metrics.path,
+            )
+        return scores, set(kept), unscored
+
+    def _validated(self, step: int) -> bool:
+        """Whether the run was to be validated at ``step``, by the config in its manifest."""
+        try:
+            config = self.store.manifest(step).get("fingerprint", {}).get("config", {})
+        except (Corrupt, NothingVerifies, OSError):
+            return False
+        every, share = config.get("trainer.val_check_interval"), config.get("trainer.limit_val_batches", 1.0)
+        return bool(every and share) and step % int(every) == 0
+
+    def _tidy(self) -> None:
+        """Write the scores of the checkpoints that lack theirs, then delete what need not be kept; by the writer."""
+        for step in self.store.steps():
+            if step in self.scores and step not in self.kept_scores:
+                try:
+                    self.store.keep_score(step, self.monitor or "", self.scores[step])
+                    self.kept_scores.add(step)
+                except OSError as error:  # a full disk; it is in metrics.csv, and written at the next save
+                    log.warning("the score of step %d could not be written: %s", step, error)
+        self.store.prune(self._kept())
+
     def _kept(self) -> set[int]:
         steps = self.store.steps()
         every = [s for s in steps if self.keep_every and s % self.keep_every == 0]
-        return {*steps[-self.keep_last :], *self._best(steps), *every}
+        return {*steps[-self.keep_last :], *self._best(steps), *every, *(self.unscored if self.keep_best else ())}
 
     def _best(self, steps: Iterable[int]) -> list[int]:
         """The ``keep_best`` of ``steps`` with the best scores."""
         sign = 1 if self.mode == "min" else -1
-        return sorted((s for s in steps if s in self.scores), key=lambda s: sign * self.scores[s])[: self.keep_best]
+        scored = [s for s in steps if math.isfinite(self.scores.get(s, math.nan))]
+        return sorted(scored, key=lambda s: sign * self.scores[s])[: self.keep_best]

@@ -1,6 +1,7 @@
-"""``evaluations.csv``, what the reports on a run found: a row a step, and of several reports on a step the newest.
+"""``evaluations.csv``, what the reports on a run found: a row for each step, number of images and seed.
 
-Mirrors show its rows among those of ``metrics.csv``.
+Of several reports on these the newest stands. Mirrors show its rows among those of ``metrics.csv``, and of several rows
+on a step the newest.
 """
 
 import csv
@@ -12,10 +13,11 @@ from sturdy.training.attempt import CONSOLE
 from sturdy.training.loggers.metrics_file import MetricsFile
 
 EVALUATIONS = "evaluations.csv"  # in the run's directory
+KEY = ("evaluation/n", "evaluation/seed")  # with the step, these tell one row from another
 
 
 def keep(run: Path, step: int, figures: Mapping[str, float]) -> Path:
-    """Make ``figures`` the row of ``step``, in the place of one that is there; returns the file.
+    """Make ``figures`` a row of ``step``, in the place of one with the same ``KEY``; returns the file.
 
     Raises:
         OSError, ValueError: if it cannot be written, or what is there cannot be read.
@@ -23,7 +25,7 @@ def keep(run: Path, step: int, figures: Mapping[str, float]) -> Path:
     path = run / EVALUATIONS
     with path.with_name(f".{EVALUATIONS}.lock").open("a") as held:
         lock_file(held, wait=True)  # another report may be done at the same time
-        MetricsFile(path).replace(figures, step)
+        MetricsFile(path).replace(figures, step, same=KEY)
     return path
 
 

@@ -6,7 +6,7 @@ again. Every other logger is a mirror that can be filled up from it.
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,14 @@ class MetricsFile(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    def replace(self, metrics: Mapping[str, float], step: int) -> None:
-        """Make this the only row of ``step``; the file is written whole or not at all."""
-        others = [row for row in self.rows() if int(row["step"]) != step]
+    def replace(self, metrics: Mapping[str, float], step: int, *, same: Sequence[str] = ()) -> None:
+        """Make this the last row of ``step``, in the place of those with the same values of the columns ``same``.
+
+        The file is written whole or not at all.
+        """
         new = {"step": str(step)} | {k: text(v) for k, v in metrics.items()}
+        key = [new.get(k, "") for k in ("step", *same)]
+        others = [row for row in self.rows() if [row.get(k) or "" for k in ("step", *same)] != key]
         self.columns += [k for k in new if k not in self.columns]
         self._rewrite(sorted([*others, new], key=lambda row: int(row["step"])))
 

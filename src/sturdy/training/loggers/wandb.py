@@ -1,9 +1,9 @@
 """Weights & Biases, in ``runs/<name>/wandb``: offline unless a key is configured, and it never asks for one.
 
-A run keeps its id in its directory. Online, a resumed run goes on where the server's history ends, and what a report
-says of a step before is in the run's summary, the newest step's. Offline, each start
-writes a segment that begins with all rows so far and replaces the segments of the starts before; ``wandb sync``
-uploads it. A branch that was left (``abandoned/``) stays a run of its own.
+A run keeps its id in its directory, and beside it where that directory is: a copy gets an id of its own. Online, a
+resumed run goes on where the server's history ends, and what a report says of a step before is in the run's summary,
+the newest step's. Offline, each start writes a segment that begins with all rows so far and replaces the segments of
+the starts before; ``wandb sync`` uploads it. A branch that was left (``abandoned/``) stays a run of its own.
 """
 
 import os
@@ -106,20 +106,40 @@ class Wandb(Mirror):
             self._remove(self.older)
 
     def _run_id(self) -> str:
-        """Made once for the run, and once more for each branch it left: what was uploaded cannot be rewound."""
+        """Made once for the run, and once more for each branch it left: what was uploaded cannot be rewound.
+
+        A copied run gets another one, so that it does not write into the run of its original.
+        """
         branch = sum(1 for _ in self.directory.glob("abandoned/*"))
-        file = self.directory / "wandb" / f"id-{branch}"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(".tmp")
-            aside.write_text(secrets.token_hex(4))
-            os.replace(aside, file)
+        file, home = self.directory / "wandb" / f"id-{branch}", self.directory / "wandb" / "home"
+        origin = self._origin(home, file)
+        if origin:
+            CONSOLE.info(f"wandb: {self.directory} is a copy of {origin}, so it gets an id of its own")
+        if origin or not file.exists():
+            _write(file, secrets.token_hex(4))
+        _write(home, str(self.directory))
         return file.read_text()
+
+    def _origin(self, home: Path, file: Path) -> Path | None:
+        """The directory that this one is a copy of, if that is still there with the same id; a moved one has none."""
+        try:
+            origin = Path(home.read_text())
+            same = (origin / "wandb" / file.name).read_text() == file.read_text()
+            return origin if same and not origin.samefile(self.directory) else None
+        except (OSError, ValueError):
+            return None
 
     def _remove(self, segments: list[Path]) -> None:
         self.older = [old for old in self.older if old not in segments]
         for segment in segments:
             shutil.rmtree(segment, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def has_key() -> bool:
