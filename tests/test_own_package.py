@@ -107,6 +107,23 @@ def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
     assert "momentum" in state["denoiser.backbone.first.weight"], "of the optimizer of its own"
 
 
+def test_its_code_is_in_the_promise(outside, words, once):
+    """A changed comment is bitwise; a changed helper of the backbone is refused, and named, until it is undone."""
+    helper = outside / "outside" / "mypackage" / "blocks.py"
+    before = helper.read_text()
+    train(outside, "edited", "trainer.max_steps=6", base=words)
+    helper.write_text(f"# a comment\n{before}")
+    assert "(bitwise" in train(outside, "edited", "trainer.max_steps=9", base=words).stdout
+    helper.write_text(before.replace("F.silu", "F.gelu"))
+    assert helper.read_text() != before
+    refused = train(outside, "edited", base=words, code=2).stderr
+    assert "the code changed, 1 of" in refused
+    assert "modules: mypackage.blocks\n" in refused
+    helper.write_text(before)
+    assert "(bitwise" in train(outside, "edited", base=words).stdout
+    assert differences(outside, "once", "edited") == []
+
+
 def test_its_run_is_sampled_evaluated_and_tuned_without_a_word(outside, once):
     said = through(outside, "sample", "run=once", "sample.n=4")
     assert "drawn by Midpoint (steps 2), guidance 2" in said

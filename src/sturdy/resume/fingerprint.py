@@ -157,15 +157,24 @@ def stack() -> dict[str, str]:
     }
 
 
-def file_hashes(config: Mapping[str, Any], *, leave_out: Iterable[str] = ()) -> dict[str, str]:
+def file_hashes(
+    config: Mapping[str, Any], *, leave_out: Iterable[str] = (), written: Iterable[Path] = ()
+) -> dict[str, str]:
     """Hash each file, or all files of each folder, that a text value of the flat ``config`` names.
 
     Args:
         config: flattened.
         leave_out: keys (with all below them) whose files are not read.
+        written: folders in which training writes; what is in them is a result.
     """
-    found = {k: Path(v).expanduser() for k, v in config.items() if isinstance(v, str) and v and "\0" not in v}
-    return {k: digest for k, path in found.items() if not matches(k, leave_out) and (digest := content_hash(path))}
+    found = {k: Path(v).expanduser().absolute() for k, v in config.items() if isinstance(v, str) and _may_be_path(v)}
+    own = [folder.absolute() for folder in written]
+    read = {k: p for k, p in found.items() if not matches(k, leave_out) and not any(p.is_relative_to(o) for o in own)}
+    return {k: digest for k, path in read.items() if (digest := content_hash(path))}
+
+
+def _may_be_path(text: str) -> bool:
+    return bool(text) and "\0" not in text and len(text) < 4096
 
 
 def content_hash(path: Path) -> str | None:

@@ -70,7 +70,9 @@ def run_fingerprint(
     now = fingerprint(config, data, gradients, initial=initial)
     roots = [*ENGINE, *targets(without(config, ignore))]
     code = code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
-    files = file_hashes(now.config, leave_out=[*ignore, "data"])
+    runs, cache = Path(now.config["paths.runs"]), Path(now.config["paths.cache"])
+    read = [*ignore, "data", "callbacks", "logger"]  # the last two name what they write
+    files = file_hashes(now.config, leave_out=read, written=[runs / str(config["name"]), cache])
     return Fingerprint(now.config, data, code, now.stack, files, initial)
 
 

@@ -75,7 +75,7 @@ def settle(cfg: DictConfig, entry: Entry | None) -> None:
         kept = stored.get("reduction") if shards == cfg.data.shards else None
         cfg.reduction = kept or ("allreduce" if cfg.data.shards == w > 1 else "tree")
     for key, older in cfg.resume.added.items():
-        if stored and key not in stored:
+        if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, older)
     if cfg.trainer.threads is None:
         cfg.trainer.threads = stored.get("trainer.threads") or max(1, available_cpus() // world.local_size())
