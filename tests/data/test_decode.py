@@ -135,7 +135,7 @@ def test_cut_short(format):
     ("data", "reason"),
     [
         (b"", "^empty$"),
-        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF or TIFF image$"),
+        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image$"),
         (png(20_000, 20_000, 8, 2), "^400 megapixels is over the limit of 100$"),
         (jpeg_with_size(20_000, 20_000), "^400 megapixels is over the limit of 100$"),
         (b"GIF89a" + struct.pack("<HH", 20_000, 20_000) + bytes(30), "400 megapixels|corrupt"),

@@ -13,14 +13,22 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from sturdy.data.source import Broken, Source
+from sturdy.data.remarks import Look, look_at, remarks
+from sturdy.data.source import Broken, Source, TooSmall
 
 CHUNK = 16  # images a worker decodes at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Seen(NamedTuple):
+    """A decoded image, and what is remembered of it."""
+
+    image: np.ndarray
+    look: Look
 
 
 def build(
@@ -30,8 +38,14 @@ def build(
 
     Returns:
         The quarantine: names and reasons of the broken images.
+
+    Raises:
+        ValueError: no image is left, though some are whole.
     """
     total, done = len(source), 0
+    kept: list[int] = []
+    looks: list[Look] = []
+    small: list[int] = []
     names: list[str] = []
     labels: list[int] = []
     shapes: list[tuple[int, int]] = []
@@ -42,10 +56,15 @@ def build(
     try:
         tell(0, total)
         with _durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
-            for done, image in enumerate(images, start=1):
-                if isinstance(image, Broken):
-                    quarantine.append((source.name(done - 1), str(image)))
+            for done, seen in enumerate(images, start=1):
+                if isinstance(seen, TooSmall):
+                    small.append(done - 1)
+                elif isinstance(seen, Broken):
+                    quarantine.append((source.name(done - 1), str(seen)))
                 else:
+                    image = seen.image
+                    kept.append(done - 1)
+                    looks.append(seen.look)
                     names.append(source.name(done - 1))
                     labels.append(source.label(done - 1))
                     shapes.append(image.shape[1:])
@@ -54,6 +73,8 @@ def build(
                     file.write(image.data)
                 if done % CHUNK == 0 or done == total:
                     tell(done, total)
+        if small and not kept:
+            raise ValueError(f"no image is left: {len(small):,} of {total:,} are smaller than data.min_side")
         digest.update(np.array(labels, dtype="<i8").tobytes())
         digest.update(json.dumps(source.classes).encode())
         for name, array in (("labels", labels), ("shapes", shapes)):
@@ -63,12 +84,14 @@ def build(
             file.write(json.dumps(names).encode())
         with _durable(path / "quarantine.txt") as file:
             file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
+            file.writelines(f"{source.name(index)}\tsmaller than data.min_side\n".encode() for index in small)
         manifest: dict[str, Any] = {
             "key": source.key,
             "classes": source.classes,
             "n": len(names),
             "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
             "quarantine": quarantine,
+            "remarks": remarks(source, kept, looks, small),
             "digest": digest.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
         }
@@ -109,10 +132,10 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Broken, None, None]:
+def _decoded(source: Source, workers: int | None) -> Generator[Seen | Broken, None, None]:
     """Every image of the source, or why not, in its order."""
 
-    def chunk(start: int) -> list[np.ndarray | Broken]:
+    def chunk(start: int) -> list[Seen | Broken]:
         return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
 
     starts = range(0, len(source), CHUNK)
@@ -124,7 +147,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Brok
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        waiting: deque[Future[list[np.ndarray | Broken]]] = deque()
+        waiting: deque[Future[list[Seen | Broken]]] = deque()
         for start in starts:
             waiting.append(pool.submit(chunk, start))
             if len(waiting) > 2 * workers:  # bounds the memory
@@ -135,11 +158,12 @@ def _decoded(source: Source, workers: int | None) -> Generator[np.ndarray | Brok
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(source: Source, index: int) -> np.ndarray | Broken:
+def _attempt(source: Source, index: int) -> Seen | Broken:
     try:
         image = source.decode(index)
     except Broken as broken:
         return broken
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
-    return np.ascontiguousarray(image)
+    image = np.ascontiguousarray(image)
+    return Seen(image, look_at(image))

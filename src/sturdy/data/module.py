@@ -21,7 +21,7 @@ from sturdy.data.cache import Cache, open_cache
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.images import Augmented, Batch, Images, in_sequence
-from sturdy.data.options import one_of, share, whole
+from sturdy.data.options import one_of, share, share_or_count, whole
 from sturdy.data.order import Balanced, Endless, Order, Split
 from sturdy.data.progress import Progress
 from sturdy.data.source import Source
@@ -41,7 +41,7 @@ class ImageData(L.LightningDataModule):
         balance: from 0, classes as often as they are, to 1, all equally often in training.
         holdout: share of the images held out for validation.
         fold, folds: hold out part ``fold``, from 1 on, of ``folds`` equal ones instead; together they are all images.
-        max_broken: largest share of broken images that is tolerated.
+        max_broken: most broken images to do without: their share, or their number, a whole one from 1 on.
         cache: directory of decoded images.
         seed: the run's seed.
 
@@ -80,7 +80,7 @@ class ImageData(L.LightningDataModule):
         self.conditions = how.size if augment else 0  # that the network is told of each training image
         self.balance = share("data.balance", balance)
         self.holdout, self.fold, self.folds = share("data.holdout", holdout), fold, folds
-        self.max_broken = share("data.max_broken", max_broken)
+        self.max_broken = share_or_count("data.max_broken", max_broken)
         self.shards = whole("data.shards", shards)
         if batch_size % shards:
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
@@ -109,7 +109,10 @@ class ImageData(L.LightningDataModule):
             self.cache = open_cache(self.source, root=self.cache_root, max_broken=self.max_broken, progress=progress)
         n = len(self.cache)
         if n < 2:
-            raise ValueError("there is one image only: at least two are needed, one to train on and one held out")
+            found = "".join(f"\n  {line}" for line in self.understood())
+            raise ValueError(
+                f"there is one image only: at least two are needed, one to train on and one held out{found}"
+            )
         if (smallest := self.cache.shapes.min()) < self.image_size:
             raise ValueError(
                 f"the source gives images of {smallest} pixels, fewer than data.image_size={self.image_size}"
@@ -120,6 +123,11 @@ class ImageData(L.LightningDataModule):
         self.prior = (np.bincount(self.cache.labels, minlength=len(self.classes)) / n).tolist() if self.classes else []
         self.order = self._order(n - self.held_out)
         return self.cache
+
+    def understood(self) -> list[str]:
+        """What the source took for what, and what is odd about the images in the cache; a line each."""
+        lines: list[str] = self.source.understood() if hasattr(self.source, "understood") else []
+        return lines + self.cache.remarks
 
     def _order(self, n: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
         """Of the ``n`` training images."""
@@ -191,14 +199,27 @@ class ImageData(L.LightningDataModule):
 
 def folder_data(
     *,
-    root: str,
+    root: str | Sequence[str],
     image_size: int = 64,
     crop: Crop = "center",
     background: str | Sequence[int] = "white",
     labels: bool | Literal["auto"] = "auto",
     max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,
+    exclude: Sequence[str] = (),
+    any_suffix: bool = False,
     **stream: Any,
 ) -> ImageData:
     """``ImageData`` of a ``Folder``, the options of both side by side: short to type, and each said once."""
-    options: dict[str, Any] = {"crop": crop, "background": background, "labels": labels, "max_pixels": max_pixels}
-    return ImageData(Folder(root=root, size=image_size, **options), image_size=image_size, **stream)
+    folder = Folder(
+        root=root,
+        size=image_size,
+        crop=crop,
+        background=background,
+        labels=labels,
+        max_pixels=max_pixels,
+        min_side=min_side,
+        exclude=exclude,
+        any_suffix=any_suffix,
+    )
+    return ImageData(folder, image_size=image_size, **stream)

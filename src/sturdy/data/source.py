@@ -9,8 +9,17 @@ class Broken(Exception):
     """An image that cannot be used; the message is a short plain reason."""
 
 
+class TooSmall(Broken):
+    """An image that is whole, and smaller than the user accepts."""
+
+
 class Source(Protocol):
-    """A finite collection of images that can be decoded one by one, from several threads at once."""
+    """A finite collection of images that can be decoded one by one, from several threads at once.
+
+    A source may also have ``understood()``, a list of lines that tell the user what it found and what it left out, and
+    the sets ``scaled_up`` and ``deep`` of indices, filled while it decodes: images smaller than what is made of them,
+    and files of more than 8 bits a channel. See ``Folder``.
+    """
 
     classes: tuple[str, ...]
     """Label ``k`` is ``classes[k]``; empty when unlabelled."""

@@ -169,6 +169,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     log_to(attempt, world.rank())
     if world.rank() == 0:
         describe_attempt(attempt, config, overrides, now.stack)
+        for line in data.understood():
+            CONSOLE.info(line)
         if report := data.cache.report():
             CONSOLE.warning(report)
         CONSOLE.info(banner(cfg, data, entry, guarantee))
