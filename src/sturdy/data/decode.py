@@ -40,6 +40,8 @@ from sturdy.data.mend import mend_jpeg, mend_png
 from sturdy.data.source import Broken, TooSmall
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
+READS_HEIC = find_spec("pillow_heif") is not None
+READER = 2 + READS_HEIC  # raise it by 2 whenever a file that was broken is read
 MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
 
 Crop = Literal["center", "random"]
@@ -56,7 +58,6 @@ UPRIGHT = {
     8: (True, True, False),
 }
 
-READS_HEIC = find_spec("pillow_heif") is not None
 INSTALL_HEIC = "pip install 'sturdy-diffusion[heic]' reads"
 
 

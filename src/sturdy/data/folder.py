@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, examine
+from sturdy.data.decode import DECODER, MAX_PIXELS, READER, Crop, examine
 from sturdy.data.layout import below, classes_of, count, summary, words
 from sturdy.data.listing import ARCHIVES, SUFFIXES, Listing, printable
 from sturdy.data.options import colour, one_of, strings, whole
@@ -48,6 +48,8 @@ class Folder:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         ValueError: it has no images, its layout does not fit ``labels``, or an option is out of its range.
     """
+
+    reader = READER
 
     def __init__(
         self,
@@ -178,7 +180,8 @@ def _folder(root: Any) -> Path:
     if not isinstance(root, str | os.PathLike):
         if root is None or isinstance(root, bool) or not Path(str(root)).is_dir():  # 2024 is a good name of a folder
             raise ValueError(
-                f"data.root={root} is no folder; a name that looks like a number is quoted: 'data.root=\"2024\"'"
+                f"data.root={root} is not the name of a folder here; quote a name that is not read as typed: "
+                "'data.root=\"007\"'"
             )
         root = str(root)
     if not os.fspath(root):

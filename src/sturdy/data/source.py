@@ -16,9 +16,10 @@ class TooSmall(Broken):
 class Source(Protocol):
     """A finite collection of images that can be decoded one by one, from several threads at once.
 
-    A source may also have ``understood()``, a list of lines that tell the user what it found and what it left out, and
-    the sets ``scaled_up`` and ``deep`` of indices, filled while it decodes: images smaller than what is made of them,
-    and files of more than 8 bits a channel. See ``Folder``.
+    A source may also have ``understood()``, a list of lines that tell the user what it found and what it left out; the
+    sets ``scaled_up`` and ``deep`` of indices, filled while it decodes, of images smaller than what is made of them and
+    of more than 8 bits of grey; and ``reader``, a number that rises when broken images may have become readable.
+    See ``Folder``.
     """
 
     classes: tuple[str, ...]
