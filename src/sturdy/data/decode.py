@@ -16,31 +16,22 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from torch.nn.functional import interpolate
 
 from sturdy.data.colour import RGB, from_cmyk, from_pillow, is_deep
+from sturdy.data.formats import JPEG, READS_HEIC, Opener, opener_of, what_else
 from sturdy.data.mend import mend_jpeg, mend_png
 from sturdy.data.source import Broken, TooSmall
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
-READS_HEIC = find_spec("pillow_heif") is not None
 READER = 2 + READS_HEIC  # raise it by 2 whenever a file that was broken is read
 MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
 
@@ -58,50 +49,7 @@ UPRIGHT = {
     8: (True, True, False),
 }
 
-INSTALL_HEIC = "pip install 'sturdy-diffusion[heic]' reads"
-
-
-def _open_heic(file: io.BytesIO) -> ImageFile:
-    if not READS_HEIC:
-        raise Broken(f"HEIC; {INSTALL_HEIC} it")
-    from pillow_heif.as_plugin import HeifImageFile
-
-    return HeifImageFile(file)
-
-
-JPEG = b"\xff\xd8\xff"
-# how the content begins -> what opens it
-OPENERS: dict[re.Pattern[bytes], Callable[[io.BytesIO], ImageFile]] = {
-    re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
-    re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
-    re.compile(rb"BM"): BmpImageFile,
-    re.compile(rb"GIF8[79]a"): GifImageFile,
-    re.compile(rb"II[*+]\0|MM\0[*+]"): TiffImageFile,
-    re.compile(rb"....ftyp(avi[fs]|m[is]f1(....){1,8}?avi[fs])", re.DOTALL): AvifImageFile,
-    re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"): Jpeg2KImageFile,
-    re.compile(rb"....ftyp(hei[cmsx]|hev[cmsx]|m[is]f1)", re.DOTALL): _open_heic,
-}
-# what else lies under the name of an image
-NO_IMAGES = {
-    re.compile(rb"version https://git-lfs"): "a Git LFS pointer, not the image: git lfs pull fetches it",
-    re.compile(rb"\S*/annex/objects/"): "a git-annex pointer, not the image: git annex get fetches it",
-    re.compile(rb"\s*<(!doctype html|html|head|body)", re.IGNORECASE): "a web page, not an image",
-    re.compile(rb"\s*(<\?xml.*)?<svg", re.IGNORECASE | re.DOTALL): "an SVG drawing, which is not read",
-    re.compile(rb"\s*[{\[<]"): "a text (JSON, XML), not an image",
-    re.compile(rb"8BPS"): "a Photoshop file, which is not read",
-    re.compile(rb"\0\0\x01\0"): "an icon (ICO), which is not read",
-    re.compile(rb"%PDF"): "a PDF, not an image",
-    re.compile(rb"\x1f\x8b|PK\x03\x04|Rar!|7z\xbc\xaf"): "a compressed archive: unpack it",
-    re.compile(rb"\0\x05\x16\x07"): "metadata of macOS, not an image",
-    re.compile(rb"....ftyp", re.DOTALL): "a video, not an image",
-    re.compile(rb"\0{64}"): "zeros only, not an image",
-}
 ADOBE = b"\xff\xee\x00\x0eAdobe"  # the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
-
-
-def is_image(head: bytes) -> bool:
-    """Whether a file whose content begins with ``head``, some 64 bytes, is an image of a format that is read."""
-    return head.startswith(JPEG) or any(magic.match(head) for magic in OPENERS)
 
 
 class _Quiet:
@@ -253,10 +201,9 @@ def _strict(content: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, tup
 
 
 def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
-    opener = next((opener for magic, opener in OPENERS.items() if magic.match(content)), None)
+    opener = opener_of(content)
     if opener is None:
-        known = (what for magic, what in NO_IMAGES.items() if magic.match(content[:1024]))
-        raise Broken(next(known, "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image"))
+        raise Broken(what_else(content))
     with QUIET:
         try:
             return _pillow(opener, content, background, max_pixels)
@@ -269,7 +216,7 @@ def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
                 raise broken from None
 
 
-def _pillow(opener: Callable[[io.BytesIO], ImageFile], content: bytes, background: RGB, max_pixels: int) -> Opened:
+def _pillow(opener: Opener, content: bytes, background: RGB, max_pixels: int) -> Opened:
     try:
         image = opener(io.BytesIO(content))
         _allow(image.height, image.width, max_pixels)

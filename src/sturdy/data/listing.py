@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sturdy.data.decode import INSTALL_HEIC, READS_HEIC, is_image
+from sturdy.data.formats import INSTALL_HEIC, READS_HEIC, is_image
 
 HEIC = frozenset({b".heic", b".heif", b".hif"})
 SUFFIXES = frozenset(b".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .png .tif .tiff .webp".split()) | (

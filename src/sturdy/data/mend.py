@@ -8,7 +8,7 @@ import zlib
 
 # zeros of a scan that nothing of the image is behind; a zero after 0xff belongs to that
 PADDING = re.compile(rb"(?:(?<![\xff\0])|(?<=\xff\0))\0++(?=\xff[\xd0-\xd7\xd9])")
-JFIF, SCAN, SEQUENTIAL = 0xE0, 0xDA, (0xC0, 0xC1)  # markers
+APP0, APP2, SCAN, SEQUENTIAL = 0xE0, 0xE2, 0xDA, (0xC0, 0xC1)  # markers
 
 # chunks of a PNG that no pixel depends on
 METADATA = frozenset(b"bKGD cHRM cICP cLLI eXIf gAMA hIST iCCP iTXt mDCV pHYs sBIT sPLT sRGB tEXt tIME zTXt".split())
@@ -17,7 +17,7 @@ IEND = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def mend_jpeg(content: bytes) -> bytes:
-    """Set the revision of JFIF to 1, and take away zeros between the data of the scan and the next marker.
+    """Set the revision of JFIF to 1, leave colour profiles out, and take away zeros between the scan and what follows.
 
     Where such zeros stand in place of lost pixels the decoder misses data once they are gone, and says so. Other bytes
     there are left, for damage in the middle of a scan leaves them, too; and so are zeros where there are several scans,
@@ -25,15 +25,17 @@ def mend_jpeg(content: bytes) -> bytes:
     """
     data, at, components = bytearray(content), 2, 0
     while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
-        marker = data[at + 1]
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
         if marker == 0xFF:  # fills
-            at += 1
-            continue
-        if marker == JFIF and data[at + 4 : at + 9] == b"JFIF\0":
+            end = at + 1
+        elif marker == APP0 and data[at + 4 : at + 9] == b"JFIF\0":
             data[at + 9] = 1
+        elif marker == APP2 and data[at + 4 : at + 16] == b"ICC_PROFILE\0":
+            del data[at:end]
+            continue
         elif marker in SEQUENTIAL:
             components = data[at + 9]
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        at = end
     head, scan = bytes(data[:at]), bytes(data[at:])
     return head + (PADDING.sub(b"", scan) if scan[4:5] == bytes([components]) else scan)
 

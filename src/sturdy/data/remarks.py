@@ -8,7 +8,7 @@ import numpy as np
 
 from sturdy.data.source import Source
 
-NARROW = 16  # of 256 values; 12 of 16 bits have as many
+NARROW = 24  # of 256 values: 12 of 16 bits have 16, and a resize goes a little beyond them
 
 
 class Look(NamedTuple):
