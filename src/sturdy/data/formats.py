@@ -26,7 +26,7 @@ INSTALL_HEIC = "pip install 'sturdy-diffusion[heic]' reads"
 def _open_heic(file: io.BytesIO) -> ImageFile:
     if not READS_HEIC:
         raise Broken(f"HEIC; {INSTALL_HEIC} it")
-    from pillow_heif.as_plugin import HeifImageFile
+    from pillow_heif import HeifImageFile
 
     return HeifImageFile(file)
 

@@ -203,6 +203,8 @@ def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry) -> Any:
     settings = {**config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
         settings["root"] = cfg.data_root
+    if settings.get("labels") == "auto" and config.get("classes") is not None:
+        settings["labels"] = bool(config["classes"])  # decided when it was trained
     data = instantiate(ours(settings, "sturdy.data.", kinds=(type, FunctionType)))
     data.open()
     trained_on = entry.manifest.get("fingerprint", {}).get("data", data.digest)
