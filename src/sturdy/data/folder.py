@@ -93,7 +93,7 @@ class Folder:
         classes = classes_of(self.roots, found, labels)
         self.classes = tuple(printable(name) for name in classes)
         number = {name: k for k, name in enumerate(classes)}
-        self._labels = np.array([number.get(image.folder(), 0) for image in found], dtype=np.int64)
+        self._labels = np.array([number.get(image.top, 0) for image in found], dtype=np.int64)
         # a million names are one string and their ends
         self._names = b"".join(image.name for image in found)
         self._ends = np.cumsum([0, *(len(image.name) for image in found)])
@@ -141,14 +141,14 @@ class Folder:
     def _describe(self, listing: Listing, classes: list[bytes]) -> list[str]:
         images = listing.images
         where = " and ".join(printable(root) for root in self.roots)
-        lines = [f"{where}: {len(images):,} images, {summary(count(images, classes))}"]
-        tops = {image.folder() for image in images}
+        tops = count(image.top for image in images)
+        lines = [f"{where}: {len(images):,} images, {summary(tops) if classes else 'no classes'}"]
         if not classes and self.labels == "auto" and len(tops) == 1 and len(inner := below(images, tops)) > 1:
             deeper = [
                 root / os.fsdecode(top) for root in self.roots for top in tops if (root / os.fsdecode(top)).is_dir()
             ]
             lines[0] += f"; {words('data.root', deeper)} would make {len(inner):,} classes"
-        empty = sorted(listing.tops - tops) if classes else []
+        empty = sorted(listing.tops - tops.keys()) if classes else []
         left_out = listing.left_out() + [f"the folder {printable(name)} (no images)" for name in empty[:8]]
         if left_out:
             lines.append(f"left out: {', '.join(left_out)}")

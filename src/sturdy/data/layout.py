@@ -29,8 +29,8 @@ def classes_of(roots: Sequence[Path], images: Sequence[Found], labels: bool | st
         ValueError: images lie in folders and beside them, or ``labels`` is ``"auto"`` and the folders are named like
             the parts of a data set.
     """
-    tops = sorted({image.folder() for image in images} - {b""})
-    loose = next((image.name for image in images if not image.folder()), None)
+    tops = sorted({image.top for image in images} - {b""})
+    loose = next((image.name for image in images if not image.top), None)
     if labels is False or (labels == "auto" and not tops):
         return []
     if loose is not None:
@@ -56,10 +56,10 @@ def _ask(roots: Sequence[Path], images: Sequence[Found], tops: list[bytes]) -> N
     whole.sort(key=lambda top: not lower[top].startswith("train"))  # the likeliest first
     for some in [[top] for top in whole[:1]] + [whole] * (len(whole) > 1):
         chosen = [root / os.fsdecode(top) for top in some for root in roots if (root / os.fsdecode(top)).is_dir()]
-        n = sum(image.folder() in some for image in images)
+        n = sum(image.top in some for image in images)
         choices.append((words("data.root", chosen), f"{n:,} images, {summary(below(images, some))}"))
     if len(tops) > 1:
-        choices.append(("data.labels=true", f"{len(images):,} images, {summary(count(images, tops))}"))
+        choices.append(("data.labels=true", f"{len(images):,} images, {summary(count(image.top for image in images))}"))
     choices.append(("data.labels=false", f"{len(images):,} images, no classes"))
     width = max(len(word) for word, _ in choices)
     raise ValueError(
@@ -69,15 +69,14 @@ def _ask(roots: Sequence[Path], images: Sequence[Found], tops: list[bytes]) -> N
     )
 
 
-def count(images: Iterable[Found], tops: Iterable[bytes], depth: int = 0) -> Counter[bytes]:
-    """How many of the images under ``tops`` each folder at ``depth`` has, in byte order."""
-    counts = Counter(image.folder(depth) for image in images if image.folder() in tops)
-    return Counter(dict(sorted(counts.items())))
+def count(folders: Iterable[bytes]) -> Counter[bytes]:
+    """How often each folder occurs, in byte order."""
+    return Counter(dict(sorted(Counter(folders).items())))
 
 
 def below(images: Iterable[Found], tops: Iterable[bytes]) -> Counter[bytes]:
     """How many images each folder one level below ``tops`` has; none if images lie beside these folders."""
-    counts = count(images, tops, depth=1)
+    counts = count(image.second for image in images if image.top in tops)
     return Counter() if b"" in counts else counts
 
 

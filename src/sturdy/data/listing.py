@@ -39,16 +39,12 @@ SYSTEM = frozenset(
 
 
 class Found(NamedTuple):
-    """An image: its name, what identifies its content, and its path under the root."""
+    """An image: its name, what identifies its content, and the two upper folders it is in, empty if there are none."""
 
     name: bytes
     status: bytes
-    path: bytes
-
-    def folder(self, depth: int = 0) -> bytes:
-        """The folder it is in, at ``depth`` below the root; empty if it is not as deep in folders."""
-        *folders, _ = self.path.split(b"/", depth + 2)[: depth + 2]
-        return folders[depth] if depth < len(folders) else b""
+    top: bytes
+    second: bytes
 
 
 class Listing:
@@ -85,12 +81,13 @@ class Listing:
         waiting = [(root, b"", frozenset({(status.st_dev, status.st_ino)}))]
         while waiting:
             folder, inside, above = waiting.pop()
+            top, second = [*inside.split(b"/")[:-1], b"", b""][:2]
             try:
                 scan = os.scandir(folder)
             except PermissionError as error:
-                what = "data.root holds a folder that may not be read; change its permissions, or leave it out with "
-                what += f"data.exclude=[{printable(inside.rstrip(b'/'))}]" if inside else "another data.root"
-                raise PermissionError(error.errno, what, printable(folder)) from None
+                way_out = f", or leave it out with data.exclude=[{printable(inside[:-1])}]" if inside else ""
+                message = f"data.root holds a folder that may not be read; change its permissions{way_out}"
+                raise PermissionError(error.errno, message, printable(folder)) from None
             with scan as entries:
                 for entry in entries:
                     path = inside + entry.name
@@ -100,10 +97,11 @@ class Listing:
                         status = entry.stat()
                     except OSError:
                         if _suffix(entry.name) in SUFFIXES:
-                            self.images.append(Found(prefix + path, b"", path))
+                            self.images.append(Found(prefix + path, b"", top, second))
                         continue
                     if not stat.S_ISDIR(status.st_mode):
-                        self._file(entry.path, status, prefix + path, path)
+                        if what := self._file(entry.path, status):
+                            self.images.append(Found(prefix + path, what, top, second))
                     elif entry.name.lower() in SYSTEM:
                         self.system[entry.name] += 1
                     else:
@@ -123,26 +121,26 @@ class Listing:
                 return True
         return False
 
-    def _file(self, file: bytes, status: os.stat_result, name: bytes, path: bytes) -> None:
+    def _file(self, path: bytes, status: os.stat_result) -> bytes:
+        """What identifies the content of an image; empty, and counted, if the file is none."""
         suffix = _suffix(path)
-        if suffix in SUFFIXES or (self.any_suffix and begins_as_image(file)):
-            times = status.st_mtime_ns, status.st_ctime_ns
-            self.images.append(Found(name, struct.pack("<2q2Q", *times, status.st_size, status.st_ino), path))
-            return
+        if suffix in SUFFIXES or (self.any_suffix and begins_as_image(path)):
+            return struct.pack("<2q2Q", status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         self.suffixes[suffix] += 1
         examples = self.examples.setdefault(suffix, [])
         if len(examples) < 3:
-            examples.append(file)
+            examples.append(path)
+        return b""
 
     def left_out(self, *, texts: bool = False, most: int = 8) -> list[str]:
         """What was left out, how many of it and what would read it; ``texts`` counts captions and tables, too."""
-        others = [(s, count) for s, count in self.suffixes.most_common() if texts or s not in TEXTS]
+        others = [(s, count) for s, count in _by_count(self.suffixes) if texts or s not in TEXTS]
         parts = [f"{count:,} {self._suffix_says(suffix)}" for suffix, count in others[:most]]
         if rest := sum(count for _, count in others[most:]):
             parts.append(f"{rest:,} other files")
         if self.hidden:
             parts.append(f"{self.hidden:,} hidden by a dot in front")
-        for name, count in self.system.most_common():
+        for name, count in _by_count(self.system):
             parts.append(f"{count:,} {printable(name)} folder{'s' * (count > 1)}")
         for pattern, count in self.excluded.items():
             parts.append(f"{count:,} matched by data.exclude={pattern}")
@@ -151,7 +149,7 @@ class Listing:
     def texts(self) -> list[str]:
         """Captions, labels and tables: by name where there are few of a kind, else how many."""
         parts = []
-        for suffix, count in self.suffixes.most_common():
+        for suffix, count in _by_count(self.suffixes):
             if suffix in TEXTS:
                 few = count <= len(self.examples[suffix])
                 names = sorted(printable(os.path.basename(path)) for path in self.examples[suffix])
@@ -176,7 +174,9 @@ class Listing:
 def begins_as_image(path: bytes) -> bool:
     """Whether the first bytes of a regular file are those of an image that is read."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
             return is_image(file.read(64))
     except OSError:
         return False
@@ -188,6 +188,11 @@ def printable(name: bytes | os.PathLike[str]) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _by_count(counter: Counter[bytes]) -> list[tuple[bytes, int]]:
+    """The most frequent first, then by name."""
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _suffix(name: bytes) -> bytes:
