@@ -1,5 +1,6 @@
 """What a folder is taken for, what is left out of it, and what the user is asked about, in words."""
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,11 @@ import pytest
 from PIL import Image
 
 from runs import COMMON, train
+from sturdy.data.build import seal
 from sturdy.data.cache import open_cache
 from sturdy.data.folder import Folder
 from sturdy.data.layout import summary, words
 from sturdy.data.module import folder_data
-from sturdy.data.source import Broken
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 6, 6, 3), dtype=np.uint8)
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]
@@ -311,6 +312,7 @@ def test_small_images_are_told_and_can_be_left_out(tmp_path):
     cache, lines = remarks(tmp_path, min_side=16)
     assert lines == ["smaller than data.min_side, left out: 2 of 5 images (010.png, 011.png)"]
     assert (len(cache), cache.quarantine, cache.report()) == (3, [], "")  # they are not broken
+    assert cache.small == ["010.png", "011.png"]
     assert "010.png\tsmaller than data.min_side" in (cache.path / "quarantine.txt").read_text()
     with pytest.raises(ValueError, match=r"no image is left: 5 of 5 are smaller than data\.min_side"):
         remarks(tmp_path, min_side=41)
@@ -331,25 +333,18 @@ def test_images_of_one_colour_and_of_twelve_bits_are_told(tmp_path):
     ]
 
 
-def test_an_old_cache_opens_and_is_made_again_only_if_it_may_hold_more(tmp_path):
-    class Old(Folder):
-        reader = 0
-
-        def decode(self, index):
-            if index == 1:
-                raise Broken("by the reader of then")
-            return super().decode(index)
-
+def test_a_cache_without_remarks_opens(tmp_path):
     put(tmp_path / "photos", 3)
-    old = open_cache(Old(root=tmp_path / "photos", size=16), root=tmp_path / "cache", max_broken=1)
-    assert len(old) == 2
-    assert len(open_cache(Folder(root=tmp_path / "photos", size=16), root=tmp_path / "cache")) == 3
-    Old.decode = Folder.decode
-    put(tmp_path / "photos", 3, start=10)
-    old = open_cache(Old(root=tmp_path / "photos", size=16), root=tmp_path / "cache")
-    inode = (old.path / "images.bin").stat().st_ino
-    new = open_cache(Folder(root=tmp_path / "photos", size=16), root=tmp_path / "cache")
-    assert inode == (new.path / "images.bin").stat().st_ino  # nothing was broken
+    folder = Folder(root=tmp_path / "photos", size=16)
+    cache = open_cache(folder, root=tmp_path / "cache")
+    file = cache.path / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for key in ("remarks", "small", "seal"):  # as older versions wrote it
+        del manifest[key]
+    file.write_text(json.dumps({**manifest, "seal": seal(manifest)}))
+    inode = (cache.path / "images.bin").stat().st_ino
+    cache = open_cache(folder, root=tmp_path / "cache")
+    assert (cache.remarks, cache.small, (cache.path / "images.bin").stat().st_ino) == ([], [], inode)
 
 
 def test_a_number_of_broken_images_may_be_accepted(tmp_path):

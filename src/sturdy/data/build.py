@@ -91,7 +91,7 @@ def build(
             "n": len(names),
             "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
             "quarantine": quarantine,
-            "reader": getattr(source, "reader", 0),
+            "small": [source.name(index) for index in small],
             "remarks": remarks(source, kept, looks, small),
             "digest": digest.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},

@@ -53,7 +53,7 @@ class Cache:
             self.classes: tuple[str, ...] = tuple(manifest["classes"])
             self.digest: str = manifest["digest"]
             self.quarantine: list[tuple[str, str]] = [(name, why) for name, why in manifest["quarantine"]]
-            self.reader: int = manifest.get("reader", 0)  # what decided that the images in quarantine are broken
+            self.small: list[str] = manifest.get("small", [])  # names of images left out because of their size
             self.remarks: list[str] = manifest.get("remarks", [])  # what is odd about the images, a line each
             self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
             self.shapes: np.ndarray = np.load(self.path / "shapes.npy")  # (n, 2) int64, heights and widths
@@ -133,14 +133,14 @@ def open_cache(
     root = Path(root).expanduser().absolute()
     stem = hashlib.sha256(f"{LAYOUT} {source.key}".encode()).hexdigest()[:32]
     path, aside = root / stem, root / f"{stem}.building"
-    cache = _existing(path, source)
+    cache = _existing(path, source.key)
     if cache is None:
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise type(error)(error.errno, f"paths.cache cannot be made ({error.strerror})", str(root)) from None
         with _locked(root / f"{stem}.lock"):
-            cache = _existing(path, source)  # another process may have made it while this one waited
+            cache = _existing(path, source.key)  # another process may have made it while this one waited
             if cache is None:
                 for remains in (aside, path):  # of a build that was killed; of a damaged cache
                     if remains.exists():
@@ -169,7 +169,7 @@ def _table(broken: list[tuple[str, str]], most: int = 10) -> str:
     return "\n".join(f"  {name:<{width}}  {reason}" for name, reason in broken[:most])
 
 
-def _existing(path: Path, source: Source) -> Cache | None:
+def _existing(path: Path, key: str) -> Cache | None:
     if not path.exists():
         return None
     try:
@@ -177,9 +177,7 @@ def _existing(path: Path, source: Source) -> Cache | None:
     except Damaged as damage:
         log.warning("the cache is damaged and is made again: %s", damage)
         return None
-    if cache.quarantine and cache.reader < getattr(source, "reader", 0):  # some may be readable by now
-        return None
-    return cache if cache.key == source.key else None
+    return cache if cache.key == key else None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -27,12 +27,11 @@ from PIL.PngImagePlugin import PngImageFile
 from torch.nn.functional import interpolate
 
 from sturdy.data.colour import RGB, from_cmyk, from_pillow, is_deep
-from sturdy.data.formats import JPEG, READS_HEIC, Opener, opener_of, what_else
+from sturdy.data.formats import JPEG, Opener, opener_of, what_else
 from sturdy.data.mend import mend_jpeg, mend_png
 from sturdy.data.source import Broken, TooSmall
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
-READER = 2 + READS_HEIC  # raise it by 2 whenever a file that was broken is read
 MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
 
 Crop = Literal["center", "random"]

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sturdy.data.decode import DECODER, MAX_PIXELS, READER, Crop, examine
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, examine
 from sturdy.data.layout import below, classes_of, count, summary, words
 from sturdy.data.listing import ARCHIVES, SUFFIXES, Listing, printable
 from sturdy.data.options import colour, one_of, strings, whole
@@ -48,8 +48,6 @@ class Folder:
         FileNotFoundError, NotADirectoryError: there is no such folder.
         ValueError: it has no images, its layout does not fit ``labels``, or an option is out of its range.
     """
-
-    reader = READER
 
     def __init__(
         self,

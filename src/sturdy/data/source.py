@@ -16,10 +16,9 @@ class TooSmall(Broken):
 class Source(Protocol):
     """A finite collection of images that can be decoded one by one, from several threads at once.
 
-    A source may also have ``understood()``, a list of lines that tell the user what it found and what it left out; the
-    sets ``scaled_up`` and ``deep`` of indices, filled while it decodes, of images smaller than what is made of them and
-    of more than 8 bits of grey; and ``reader``, a number that rises when broken images may have become readable.
-    See ``Folder``.
+    It may also have ``understood()``, lines that tell the user what it found and what it left out, and the sets of
+    indices ``scaled_up`` and ``deep``, filled while it decodes: of images smaller than what is made of them, and of more
+    than 8 bits of grey. See ``Folder``.
     """
 
     classes: tuple[str, ...]
