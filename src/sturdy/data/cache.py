@@ -135,10 +135,7 @@ def open_cache(
     path, aside = root / stem, root / f"{stem}.building"
     cache = _existing(path, source.key)
     if cache is None:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(error.errno, f"paths.cache cannot be made ({error.strerror})", str(root)) from None
+        root.mkdir(parents=True, exist_ok=True)
         with _locked(root / f"{stem}.lock"):
             cache = _existing(path, source.key)  # another process may have made it while this one waited
             if cache is None:

@@ -16,9 +16,9 @@ class TooSmall(Broken):
 class Source(Protocol):
     """A finite collection of images that can be decoded one by one, from several threads at once.
 
-    It may also have ``understood()``, lines that tell the user what it found and what it left out, and the sets of
-    indices ``scaled_up`` and ``deep``, filled while it decodes: of images smaller than what is made of them, and of more
-    than 8 bits of grey. See ``Folder``.
+    It may also have ``understood()``, lines that tell the user what it found and what it left out, and two sets of
+    indices that it fills while it decodes: ``scaled_up``, of images smaller than what is made of them, and ``deep``, of
+    those with more than 8 bits of grey.
     """
 
     classes: tuple[str, ...]
