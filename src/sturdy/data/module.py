@@ -126,7 +126,7 @@ class ImageData(L.LightningDataModule):
 
     def understood(self) -> list[str]:
         """What the source took for what, and what is odd about the images in the cache; a line each."""
-        lines: list[str] = self.source.understood() if hasattr(self.source, "understood") else []
+        lines: list[str] = getattr(self.source, "understood", list)()
         return lines + self.cache.remarks
 
     def _order(self, n: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
