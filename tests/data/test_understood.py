@@ -179,6 +179,7 @@ def test_splits_are_asked_about_and_every_word_of_the_answer_works(tmp_path):
         (["train/cat", "train/dog"], "/train "),
         (["training", "validation"], "/training "),
         (["cat", "dog", "test"], "/test "),
+        (["train/cat", "test/cat"], "/train "),
         (["images", "masks"], "/images "),
         (["JPEGImages", "SegmentationClass"], "/JPEGImages "),
         (["conditioning", "photos"], "labels=true "),
@@ -189,6 +190,10 @@ def test_what_is_asked_about(tmp_path, layout, first):
         put(tmp_path / name, 2, start=10 * k)
     said = refusal(root=tmp_path).splitlines()
     assert first in said[1]
+    promised = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in said[1:]}
+    for word in promised:
+        if word.startswith("data.root=/"):
+            assert Folder(root=word.removeprefix("data.root=")).understood()[0].endswith(f": {promised[word]}")
     assert Folder(root=tmp_path, labels=True).classes == tuple(sorted({name.split("/")[0] for name in layout}))
     assert Folder(root=tmp_path, labels=False).classes == ()
 

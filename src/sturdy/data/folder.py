@@ -141,7 +141,7 @@ class Folder:
         where = " and ".join(printable(root) for root in self.roots)
         tops = count(image.top for image in images)
         lines = [f"{where}: {len(images):,} images, {summary(tops) if classes else 'no classes'}"]
-        if not classes and self.labels == "auto" and len(tops) == 1 and len(inner := below(images, tops)) > 1:
+        if not classes and self.labels == "auto" and len(tops) == 1 and (inner := below(images, tops)):
             deeper = [
                 root / os.fsdecode(top) for root in self.roots for top in tops if (root / os.fsdecode(top)).is_dir()
             ]

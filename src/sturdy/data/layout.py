@@ -49,7 +49,7 @@ def _ask(roots: Sequence[Path], images: Sequence[Found], tops: list[bytes]) -> N
     """Raise ``ValueError`` with the words for each meaning if ``tops`` are named like the parts of a data set."""
     lower = {top: printable(top).lower() for top in tops}
     parts = [top for top in tops if lower[top] in SPLITS | IMAGES | BESIDE]
-    if not parts or (len(tops) == 1 and len(below(images, tops)) < 2):
+    if not parts or (len(tops) == 1 and not below(images, tops)):
         return
     choices = []
     whole = [top for top in parts if lower[top] not in BESIDE]
@@ -75,9 +75,9 @@ def count(folders: Iterable[bytes]) -> Counter[bytes]:
 
 
 def below(images: Iterable[Found], tops: Iterable[bytes]) -> Counter[bytes]:
-    """How many images each folder one level below ``tops`` has; none if images lie beside these folders."""
+    """How many images each folder one level below ``tops`` has; none if these would be no classes."""
     counts = count(image.second for image in images if image.top in tops)
-    return Counter() if b"" in counts else counts
+    return counts if len(counts) > 1 and b"" not in counts else Counter()
 
 
 def words(key: str, paths: Sequence[Path]) -> str:
