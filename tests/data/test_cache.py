@@ -115,7 +115,7 @@ def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
     assert len(cache) == len(cache.labels) == 38
     assert [name for name, _ in cache.quarantine] == ["car/01.jpg", "truck/02.jpg", "truck/zz.png"]
     assert [why for _, why in cache.quarantine][1:] == [
-        "not a JPEG, PNG, WebP, BMP, GIF or TIFF image",
+        "not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image",
         "dangling link",
     ]
     assert cache.report().splitlines()[0] == "3 of 41 images are left out:"

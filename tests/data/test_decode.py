@@ -13,6 +13,7 @@ from pictures import COLOURS, corners, encode, near, png, quarters
 from PIL import Image, ImageOps
 
 from sturdy.data.decode import UPRIGHT, decode
+from sturdy.data.formats import READS_HEIC
 from sturdy.data.source import Broken
 
 
@@ -39,6 +40,9 @@ def jpeg_with_size(height, width):
         ("GIF", {}, 2),
         ("TIFF", {}, 0),
         ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("AVIF", {"quality": 95}, 8),
+        ("JPEG2000", {}, 0),
+        ("JPEG2000", {"no_jp2": True}, 0),
     ],
 )
 def test_every_format(format, options, tolerance):
@@ -49,13 +53,13 @@ def test_every_format(format, options, tolerance):
 
 def test_only_the_first_frame():
     frames = [Image.new("RGB", (50, 50), colour) for colour in COLOURS]
-    for format in ("GIF", "WEBP", "TIFF"):
+    for format in ("GIF", "WEBP", "TIFF", "AVIF"):
         data = encode(frames[0], format, save_all=True, append_images=frames[1:])
         assert near(decode(data, size=8)[:, 4, 4], COLOURS[0], 4)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_orientation(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -70,6 +74,31 @@ def test_exif_orientation(format, orientation):
     if orientation > 1:  # the control: the quarters tell the turns apart
         assert not near(corners(found), COLOURS, 50)
     assert set(UPRIGHT) == set(range(2, 9))
+
+
+def test_heic():
+    heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    heif.from_pillow(quarters()).save(file, quality=95)
+    data = file.getvalue()
+    assert near(corners(decode(data, size=40, crop="random")), COLOURS, 8)
+    with pytest.raises(Broken):
+        decode(data[: int(0.6 * len(data))], size=40)
+
+
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
+
+
+@pytest.mark.skipif(READS_HEIC, reason="here HEIC is read")
+def test_heic_names_what_reads_it():
+    with pytest.raises(Broken, match=r"^HEIC; pip install 'sturdy-diffusion\[heic\]' reads it$"):
+        decode(HEIC, size=40)
+
+
+def test_a_heif_container_of_avif_is_avif():
+    data = encode(quarters(), "AVIF", quality=95)
+    assert data[4:12] == b"ftypavif"
+    assert near(corners(decode(data[:8] + b"mif1" + data[12:], size=40)), corners(decode(data, size=40)), 0)
 
 
 # --- sizes
@@ -122,7 +151,7 @@ def test_every_changed_byte_of_a_png_is_noticed():
             decode(bytes(changed), size=20)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000"])
 def test_cut_short(format):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, format)
@@ -135,7 +164,17 @@ def test_cut_short(format):
     ("data", "reason"),
     [
         (b"", "^empty$"),
-        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF or TIFF image$"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "^a Git LFS pointer, .* git lfs pull fetches it"),
+        (b"../.git/annex/objects/a/b", "^a git-annex pointer"),
+        (b"\n<!DOCTYPE html><html>403</html>", "^a web page, not an image$"),
+        (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "^an SVG drawing"),
+        (b'{"error": "not found"}', "^a text"),
+        (b"\x1f\x8b\x08", "^a compressed archive"),
+        (b"\0\0\0\x18ftypmp42" + bytes(99), "^a video"),
+        (b"\0\x05\x16\x07" + bytes(99), "^metadata of macOS"),
+        (bytes(4096), "^zeros only"),
+        (b"8BPS\0\1", "^a Photoshop file"),
+        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image$"),
         (png(20_000, 20_000, 8, 2), "^400 megapixels is over the limit of 100$"),
         (jpeg_with_size(20_000, 20_000), "^400 megapixels is over the limit of 100$"),
         (b"GIF89a" + struct.pack("<HH", 20_000, 20_000) + bytes(30), "400 megapixels|corrupt"),

@@ -113,7 +113,7 @@ def test_a_strangers_folder(tmp_path):
         ({"size": 0}, "data.image_size=0 must be a whole number of at least 1"),
         ({"size": -1}, "data.image_size=-1"),
         ({"size": 64.0}, "data.image_size=64.0"),
-        ({"size": 100_000}, "data.image_size=100000 makes pictures of more than data.max_pixels=100,000,000"),
+        ({"size": 100_000}, "data.image_size=100000 makes images of more than data.max_pixels=100,000,000"),
         ({"crop": "foo"}, "data.crop=foo must be one of center, random"),
         ({"labels": "foo"}, "data.labels=foo must be one of auto, true, false"),
         ({"labels": 1}, "data.labels=1"),

@@ -122,7 +122,7 @@ def test_what_cannot_be_trained_on(tmp_path):
         ({"shards": 0}, "data.shards=0"),
         ({"num_workers": -1}, "data.num_workers=-1"),
         ({"flip": "no"}, "data.flip=no must be one of true, false"),
-        ({"max_broken": 5}, "data.max_broken=5 is a share"),
+        ({"max_broken": 1.5}, "data.max_broken=1.5 is a share"),
         ({"holdout": 20}, "data.holdout=20 is a share"),
         ({"holdout": 0}, "data.holdout=0"),
     ],

@@ -15,11 +15,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sturdy.data.source import Broken, Source
+from sturdy.data.remarks import Look, look_at, remarks
+from sturdy.data.source import Broken, Source, TooSmall
 from sturdy.files import fsync_directory, open_durable
 from sturdy.system import available_cpus
 
@@ -28,6 +29,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGE = 10**9  # bytes; a cache of more is announced
 
 log = logging.getLogger(__name__)
+
+
+class Seen(NamedTuple):
+    """A decoded image, what is remembered of it, and the hash of its content."""
+
+    image: np.ndarray
+    look: Look
+    content: int
 
 
 def build(
@@ -39,10 +48,14 @@ def build(
         The quarantine: names and reasons of the broken images.
 
     Raises:
-        ValueError: if the disk has not enough room; told after the first image.
+        ValueError: if the disk has not enough room, told after the first image; or no image is left, though some are
+            whole.
         OSError: if it cannot be written.
     """
     total, done = len(source), 0
+    kept: list[int] = []
+    looks: list[Look] = []
+    small: list[int] = []
     names: list[str] = []
     labels: list[int] = []
     shapes: list[tuple[int, int]] = []
@@ -54,14 +67,18 @@ def build(
     try:
         tell(0, total)
         with open_durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
-            for done, found in enumerate(images, start=1):
-                if isinstance(found, Broken):
-                    quarantine.append((source.name(done - 1), str(found)))
+            for done, seen in enumerate(images, start=1):
+                if isinstance(seen, TooSmall):
+                    small.append(done - 1)
+                elif isinstance(seen, Broken):
+                    quarantine.append((source.name(done - 1), str(seen)))
                 else:
-                    image, content = found
+                    image = seen.image
                     if not names:
                         need_room(path.parent, total * image.nbytes)
-                    contents.append(content)
+                    kept.append(done - 1)
+                    looks.append(seen.look)
+                    contents.append(seen.content)
                     names.append(source.name(done - 1))
                     labels.append(source.label(done - 1))
                     shapes.append(image.shape[1:])
@@ -70,6 +87,8 @@ def build(
                     file.write(image.data)
                 if done % CHUNK == 0 or done == total:
                     tell(done, total)
+        if small and not kept:
+            raise ValueError(f"no image is left: {len(small):,} of {total:,} are smaller than data.min_side")
         digest.update(np.array(labels, dtype="<i8").tobytes())
         digest.update(json.dumps(source.classes).encode())
         with_contents = digest.copy()
@@ -81,12 +100,15 @@ def build(
             file.write(json.dumps(names).encode())
         with open_durable(path / "quarantine.txt") as file:
             file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
+            file.writelines(f"{source.name(index)}\tsmaller than data.min_side\n".encode() for index in small)
         manifest: dict[str, Any] = {
             "key": source.key,
             "classes": source.classes,
             "n": len(names),
             "shape": [3, *shapes[0]] if len(set(shapes)) == 1 else None,  # None: see shapes.npy
             "quarantine": quarantine,
+            "small": [source.name(index) for index in small],
+            "remarks": remarks(source, kept, looks, small),
             "digest": digest.hexdigest(),
             "digest_with_contents": with_contents.hexdigest(),
             "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
@@ -138,13 +160,10 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-Decoded = tuple[np.ndarray, int]  # an image, and the hash of its content
-
-
-def _decoded(source: Source, workers: int | None) -> Generator[Decoded | Broken, None, None]:
+def _decoded(source: Source, workers: int | None) -> Generator[Seen | Broken, None, None]:
     """Every image of the source, or why not, in its order."""
 
-    def chunk(start: int) -> list[Decoded | Broken]:
+    def chunk(start: int) -> list[Seen | Broken]:
         return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
 
     starts = range(0, len(source), CHUNK)
@@ -156,7 +175,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[Decoded | Broken,
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        waiting: deque[Future[list[Decoded | Broken]]] = deque()
+        waiting: deque[Future[list[Seen | Broken]]] = deque()
         for start in starts:
             waiting.append(pool.submit(chunk, start))
             if len(waiting) > 2 * workers:  # bounds the memory
@@ -167,7 +186,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[Decoded | Broken,
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(source: Source, index: int) -> Decoded | Broken:
+def _attempt(source: Source, index: int) -> Seen | Broken:
     try:
         image = source.decode(index)
         content = source.content(index) if hasattr(source, "content") else None
@@ -176,4 +195,4 @@ def _attempt(source: Source, index: int) -> Decoded | Broken:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
     image = np.ascontiguousarray(image)
-    return image, hashed_pixels(image) if content is None else hashed(content)
+    return Seen(image, look_at(image), hashed_pixels(image) if content is None else hashed(content))

@@ -61,6 +61,8 @@ class Cache:
             self.digest: str = manifest["digest"]
             self.digest_with_contents: str | None = manifest.get("digest_with_contents")
             self.quarantine: list[tuple[str, str]] = [(name, why) for name, why in manifest["quarantine"]]
+            self.small: list[str] = manifest.get("small", [])  # names of images left out because of their size
+            self.remarks: list[str] = manifest.get("remarks", [])  # what is odd about the images, a line each
             self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
             self.shapes: np.ndarray = np.load(self.path / "shapes.npy")  # (n, 2) int64, heights and widths
             self.contents: np.ndarray | None = None  # (n,) uint64
@@ -129,7 +131,7 @@ def open_cache(
     Args:
         source: what to decode, in its order.
         root: the folder of all caches.
-        max_broken: largest share of broken images to do without, from 0 to 1.
+        max_broken: most broken images to do without: a share from 0 to 1, or their number, an ``int`` from 1 on.
         workers: threads that decode, 0 for none but the caller's, ``None`` for one a CPU. Decoders let go of
             Python's lock, and threads cannot outlive the process. The bytes are the same at any number.
         progress: told ``(done, total)`` now and then.
@@ -162,11 +164,12 @@ def open_cache(
                 finally:
                     shutil.rmtree(aside, ignore_errors=True)
                 cache = Cache(path)
-    if len(cache.quarantine) > max_broken * total:  # it stays, for a run that accepts more
+    most = max_broken if isinstance(max_broken, int) else max_broken * total
+    if len(cache.quarantine) > most:  # it stays, for a run that accepts more
         share = len(cache.quarantine) / total
         raise TooManyBroken(
             f"{share:.2%} of the images are broken, more than data.max_broken={max_broken} accepts: {cache.report()}\n"
-            "Repair or remove them, or raise data.max_broken."
+            f"Repair or remove them, or accept so many with data.max_broken={len(cache.quarantine)}."
         )
     return cache
 

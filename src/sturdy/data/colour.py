@@ -23,7 +23,7 @@ def from_cmyk(paper: np.ndarray) -> np.ndarray:
 
 def from_pillow(image: Image.Image, background: RGB) -> np.ndarray:
     """Any of Pillow's modes to uint8 ``(h, w, 3)``."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if is_deep(image):
         return np.repeat(_grey(image)[..., None], 3, axis=-1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -34,6 +34,11 @@ def from_pillow(image: Image.Image, background: RGB) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except ValueError:
         raise Broken(f"colour mode {image.mode} is not supported") from None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether the image has more than 8 bits of grey."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _grey(image: Image.Image) -> np.ndarray:

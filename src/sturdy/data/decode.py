@@ -3,8 +3,9 @@
     pixels = crop(upright(resize(composite(file))))
 
 JPEG goes through simplejpeg, which refuses damaged data that Pillow would fill with grey; PNG, WebP, BMP, GIF
-(the first frame) and TIFF go through Pillow. The resize is PyTorch's antialiased bicubic on uint8: the same
-bits at any number of threads.
+(the first frame), TIFF, AVIF and JPEG 2000 go through Pillow, HEIC through pillow-heif where that is installed. Damaged
+metadata do not make an image broken: see ``mend``. The resize is PyTorch's antialiased bicubic on uint8: the same bits
+at any number of threads.
 """
 
 import contextlib
@@ -15,23 +16,20 @@ import re
 import stat
 import threading
 import warnings
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 from torch.nn.functional import interpolate
 
-from sturdy.data.colour import RGB, from_cmyk, from_pillow
-from sturdy.data.source import Broken
+from sturdy.data.colour import RGB, from_cmyk, from_pillow, is_deep
+from sturdy.data.formats import JPEG, Opener, opener_of, what_else
+from sturdy.data.mend import mend_jpeg, mend_png
+from sturdy.data.source import Broken, TooSmall
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
 MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
@@ -50,13 +48,6 @@ UPRIGHT = {
     8: (True, True, False),
 }
 
-OPENERS: dict[re.Pattern[bytes], type[ImageFile]] = {
-    re.compile(rb"\x89PNG\r\n\x1a\n"): PngImageFile,
-    re.compile(rb"RIFF....WEBP", re.DOTALL): WebPImageFile,
-    re.compile(rb"BM"): BmpImageFile,
-    re.compile(rb"GIF8[79]a"): GifImageFile,
-    re.compile(rb"II[*+]\0|MM\0[*+]"): TiffImageFile,
-}
 ADOBE = b"\xff\xee\x00\x0eAdobe"  # the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
 
 
@@ -85,6 +76,14 @@ class _Quiet:
 QUIET = _Quiet()
 
 
+class Decoded(NamedTuple):
+    """An image, and what is to be known of its file."""
+
+    pixels: np.ndarray  # uint8 (3, h, w)
+    side: int  # the short side of the file, in pixels
+    deep: bool  # whether the file has more than 8 bits of grey
+
+
 def decode(
     data: bytes | str | os.PathLike[str],
     *,
@@ -92,6 +91,7 @@ def decode(
     crop: Crop = "center",
     background: RGB = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
+    min_side: int = 0,
 ) -> np.ndarray:
     """Decode one image, uint8 ``(3, h, w)``, RGB; see ``colour`` for what becomes of other kinds of pixels.
 
@@ -101,18 +101,36 @@ def decode(
         crop: ``"center"`` cuts to ``(3, size, size)``; ``"random"`` leaves the long side uncut.
         background: what shows through transparent pixels.
         max_pixels: most pixels an image may have, before and after the resize.
+        min_side: fewest pixels that the short side of the file may have.
 
     Raises:
         Broken: the file is damaged, too large, not an image, or not to be read.
+        TooSmall: its short side is below ``min_side``.
         OSError, MemoryError: as they come, when the machine is at fault and not the file (a failing disk).
     """
+    return examine(data, size=size, crop=crop, background=background, max_pixels=max_pixels, min_side=min_side).pixels
+
+
+def examine(
+    data: bytes | str | os.PathLike[str],
+    *,
+    size: int,
+    crop: Crop = "center",
+    background: RGB = (255, 255, 255),
+    max_pixels: int = MAX_PIXELS,
+    min_side: int = 0,
+) -> Decoded:
+    """Decode one image and tell of its file; arguments and errors as of ``decode``."""
     content = data if isinstance(data, bytes) else read(data, most=16 * max(max_pixels, MAX_PIXELS))
     if not content:
         raise Broken("empty")
-    if content.startswith(b"\xff\xd8\xff"):
-        pixels, (height, width), orientation = _jpeg(content, size, max_pixels)
+    if content.startswith(JPEG):
+        pixels, (height, width), orientation, deep = _jpeg(content, size, max_pixels)
     else:
-        pixels, (height, width), orientation = _other(content, background, max_pixels)
+        pixels, (height, width), orientation, deep = _other(content, background, max_pixels)
+    side = min(height, width)
+    if side < min_side:
+        raise TooSmall(f"{width} x {height} pixels")
     pixels = _resize(pixels, height, width, size, max_pixels)
     swap, flip_y, flip_x = UPRIGHT.get(orientation, (False, False, False))
     if swap:
@@ -121,7 +139,7 @@ def decode(
     if crop == "center":
         top, left = ((side - size) // 2 for side in pixels.shape[1:])
         pixels = pixels[:, top : top + size, left : left + size]
-    return np.ascontiguousarray(pixels)
+    return Decoded(np.ascontiguousarray(pixels), side, deep)
 
 
 def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
@@ -147,46 +165,78 @@ def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
         raise Broken(reasons[error.errno]) from None
 
 
-Opened = tuple[np.ndarray, tuple[int, int], int]  # pixels (h, w, 3), (h, w) of the file, EXIF orientation
+class Opened(NamedTuple):
+    pixels: np.ndarray  # (h, w, 3), uint8
+    shape: tuple[int, int]  # (h, w) of the file
+    orientation: int  # of EXIF
+    deep: bool
 
 
 def _jpeg(content: bytes, size: int, max_pixels: int) -> Opened:
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        _allow(height, width, max_pixels)
-        space = "CMYK" if space in ("CMYK", "YCCK") else "RGB"
-        # decoded at n/8 of its size where that leaves the short side at least twice the target
-        pixels = simplejpeg.decode_jpeg(content, space, min_height=2 * size, min_width=2 * size)
+        pixels, shape = _strict(content, size, max_pixels)
     except ValueError as error:
-        raise Broken(_reason(error)) from None
-    if space == "CMYK":
-        pixels = from_cmyk(pixels if ADOBE in content else 255 - pixels)
+        try:
+            pixels, shape = _strict(mend_jpeg(content), size, max_pixels)
+        except ValueError:
+            raise Broken(_reason(error)) from None
     orientation = 1
     if b"Exif\0" in content or b"tiff:Orientation" in content:
-        with QUIET, contextlib.suppress(Exception):  # damaged metadata say nothing, and the pixels are sound
-            orientation = JpegImageFile(io.BytesIO(content)).getexif().get(ORIENTATION, 1)
-    return pixels, (height, width), orientation
+        with QUIET, contextlib.suppress(Exception):
+            orientation = _orientation(JpegImageFile(io.BytesIO(content)))
+    return Opened(pixels, shape, orientation, deep=False)
+
+
+def _strict(content: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a JPEG of which libjpeg says nothing at all; raise ``ValueError`` with its first warning otherwise."""
+    height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+    _allow(height, width, max_pixels)
+    space = "CMYK" if space in ("CMYK", "YCCK") else "RGB"
+    # decoded at n/8 of its size where that leaves the short side at least twice the target
+    pixels = simplejpeg.decode_jpeg(content, space, min_height=2 * size, min_width=2 * size)
+    if space == "CMYK":
+        pixels = from_cmyk(pixels if ADOBE in content else 255 - pixels)
+    return pixels, (height, width)
 
 
 def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
-    opener = next((opener for magic, opener in OPENERS.items() if magic.match(content)), None)
+    opener = opener_of(content)
     if opener is None:
-        raise Broken("not a JPEG, PNG, WebP, BMP, GIF or TIFF image")
+        raise Broken(what_else(content))
     with QUIET:
         try:
-            image = opener(io.BytesIO(content))
-            _allow(image.height, image.width, max_pixels)
-            opener(io.BytesIO(content)).verify()  # the checksums of a PNG, which load does not read
-            image.load()
-            orientation = image.getexif().get(ORIENTATION, 1)  # after load: a TIFF is upright by then
-            pixels = from_pillow(image, background)
-        except (Broken, MemoryError):
-            raise
-        except Image.DecompressionBombError:  # some plugins look at the size first
-            raise Broken(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
-        except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
-            raise Broken(_reason(error)) from None
-    return pixels, pixels.shape[:2], orientation
+            return _pillow(opener, content, background, max_pixels)
+        except Broken as broken:
+            if opener is not PngImageFile or (mended := mend_png(content)) == content:
+                raise
+            try:
+                return _pillow(opener, mended, background, max_pixels)
+            except Broken:
+                raise broken from None
+
+
+def _pillow(opener: Opener, content: bytes, background: RGB, max_pixels: int) -> Opened:
+    try:
+        image = opener(io.BytesIO(content))
+        _allow(image.height, image.width, max_pixels)
+        opener(io.BytesIO(content)).verify()  # the checksums of a PNG, which load does not read
+        image.load()
+        orientation = _orientation(image)  # after load: a TIFF is upright by then
+        pixels = from_pillow(image, background)
+    except (Broken, MemoryError):
+        raise
+    except Image.DecompressionBombError:  # some plugins look at the size first
+        raise Broken(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
+    except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
+        raise Broken(_reason(error)) from None
+    return Opened(pixels, pixels.shape[:2], orientation, is_deep(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none: damaged metadata say nothing, and the pixels are sound."""
+    with contextlib.suppress(Exception):
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
 
 
 def _resize(pixels: np.ndarray, height: int, width: int, size: int, max_pixels: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.images import Augmented, Batch, Images, in_sequence
-from sturdy.data.options import one_of, share, whole
+from sturdy.data.options import one_of, share, share_or_count, whole
 from sturdy.data.order import Balanced, Endless, Order, Split
 from sturdy.data.progress import Progress
 from sturdy.data.source import Source
@@ -47,7 +47,7 @@ class ImageData(L.LightningDataModule):
         fold, folds: hold out part ``fold``, from 1 on, of ``folds`` equal ones instead; together they are all images.
         split: ``"content"`` decides by the content of each image alone whether it is held out, so that no image changes
             sides when others come or go; ``"count"`` holds out the exact share of how many there are.
-        max_broken: largest share of broken images that is tolerated.
+        max_broken: most broken images to do without: their share, or their number, a whole one from 1 on.
         cache: directory of decoded images.
         seed: the run's seed.
 
@@ -88,7 +88,7 @@ class ImageData(L.LightningDataModule):
         self.balance = share("data.balance", balance)
         self.holdout, self.fold, self.folds = share("data.holdout", holdout), fold, folds
         self.split_by = one_of("data.split", split, get_args(SplitBy))
-        self.max_broken = share("data.max_broken", max_broken)
+        self.max_broken = share_or_count("data.max_broken", max_broken)
         self.shards = whole("data.shards", shards)
         if batch_size % shards:
             raise ValueError(f"data.batch_size={batch_size} cannot be cut into data.shards={shards} equal shards")
@@ -122,7 +122,10 @@ class ImageData(L.LightningDataModule):
         self.cache = self._begun_with(begun) if begun else self._cached(self._listed())
         n = len(self.cache)
         if n < 2:
-            raise ValueError("there is one image only: at least two are needed, one to train on and one held out")
+            found = "".join(f"\n  {line}" for line in self.understood())
+            raise ValueError(
+                f"there is one image only: at least two are needed, one to train on and one held out{found}"
+            )
         if (smallest := self.cache.shapes.min()) < self.image_size:
             raise ValueError(
                 f"the source gives images of {smallest} pixels, fewer than data.image_size={self.image_size}"
@@ -178,6 +181,11 @@ class ImageData(L.LightningDataModule):
         if self.folds:
             return Split.content_fold(contents, self.fold or 1, self.folds), self.cache.digest_with_contents
         return Split.content_share(contents, self.holdout), self.cache.digest_with_contents
+
+    def understood(self) -> list[str]:
+        """What the source took for what, and what is odd about the images in the cache; a line each."""
+        lines: list[str] = getattr(self.source, "understood", list)()
+        return lines + self.cache.remarks
 
     def _order(self, n: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
         """Of the ``n`` training images."""
@@ -249,14 +257,25 @@ class ImageData(L.LightningDataModule):
 
 def folder_data(
     *,
-    root: str,
+    root: str | Sequence[str],
     image_size: int = 64,
     crop: Crop = "center",
     background: str | Sequence[int] = "white",
     labels: bool | Literal["auto"] = "auto",
     max_pixels: int = MAX_PIXELS,
+    min_side: int | None = None,
+    exclude: Sequence[str] = (),
+    any_suffix: bool = False,
     **stream: Any,
 ) -> ImageData:
     """``ImageData`` of a ``Folder``, the options of both side by side: short to type, and each said once."""
-    options: dict[str, Any] = {"crop": crop, "background": background, "labels": labels, "max_pixels": max_pixels}
+    options: dict[str, Any] = {
+        "crop": crop,
+        "background": background,
+        "labels": labels,
+        "max_pixels": max_pixels,
+        "min_side": min_side,
+        "exclude": exclude,
+        "any_suffix": any_suffix,
+    }
     return ImageData(partial(Folder, root=root, size=image_size, **options), image_size=image_size, **stream)

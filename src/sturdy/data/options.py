@@ -22,6 +22,19 @@ def share(key: str, value: Any) -> float:
     return value
 
 
+def share_or_count(key: str, value: Any) -> float:
+    """``value`` if it is a share from 0 to 1, or a whole number of at least 1."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 1 else share(key, value)
+
+
+def strings(key: str, value: Any) -> list[str]:
+    """The strings in the list ``value``; one alone will do."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Iterable) or not all(isinstance(item, str) and item for item in items):
+        raise ValueError(f"{key}={value} must be a list of texts, such as [a,b]")
+    return list(items)
+
+
 def one_of(key: str, value: Any, options: Iterable[Any]) -> Any:
     """``value`` if it is one of ``options``."""
     if repr(value) not in map(repr, options):  # by repr, for 1 == True

@@ -9,11 +9,19 @@ class Broken(Exception):
     """An image that cannot be used; the message is a short plain reason."""
 
 
+class TooSmall(Broken):
+    """An image that is whole, and smaller than the user accepts."""
+
+
 class Source(Protocol):
     """A finite collection of images that can be decoded one by one, from several threads at once.
 
     It may also have ``content(index) -> bytes``: bytes that tell the image from all others and stay the same at any
     image size, such as those of its file. ``data.split=content`` is decided by them; else by the decoded pixels.
+
+    It may also have ``understood()``, lines that tell the user what it found and what it left out, and two sets of
+    indices that it fills while it decodes: ``scaled_up``, of images smaller than what is made of them, and ``deep``, of
+    those with more than 8 bits of grey.
     """
 
     classes: tuple[str, ...]

@@ -1,5 +1,6 @@
 """What each start of a run leaves behind: ``attempts/001/`` with config, overrides, environment and log."""
 
+import io
 import json
 import logging
 import os
@@ -48,6 +49,8 @@ def log_to(directory: Path, rank: int) -> None:
     """Send the log there, and to the console; other processes than rank 0 only there, if they have something to say."""
     file = logging.FileHandler(directory / (f"log-rank{rank}.txt" if rank else "log.txt"), delay=rank > 0)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of ASCII would lose lines with other letters
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
     CONSOLE.handlers = [file] if rank else [console, file]

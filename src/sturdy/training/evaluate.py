@@ -187,6 +187,8 @@ def open_data(cfg: DictConfig, config: Mapping[str, Any], entry: Entry, trust: T
     settings = {**config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
         settings["root"] = cfg.data_root
+    if settings.get("labels") == "auto" and config.get("classes") is not None:
+        settings["labels"] = bool(config["classes"])  # decided when it was trained
     trust.check(entry.state, config, ["data"])
     data = instantiate(settings)
     trained_on = entry.manifest.get("fingerprint", {}).get("data")

@@ -203,6 +203,8 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     log_to(attempt, world.rank())
     if world.rank() == 0:
         describe_attempt(attempt, config, overrides, now)
+        for line in data.understood():
+            CONSOLE.info(line)
         if report := data.cache.report():
             CONSOLE.warning(report)
         CONSOLE.info(banner(cfg, data, entry, guarantee))
