@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sturdy.data.remarks import Look, look_at, remarks
+from sturdy.data.remarks import Look, hashed, look_at, remarks
 from sturdy.data.source import Broken, Source, TooSmall
 from sturdy.files import fsync_directory, open_durable
 from sturdy.system import available_cpus
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
-    """A decoded image, what is remembered of it, and the hash of its content."""
+    """A decoded image, and what is remembered of it."""
 
     image: np.ndarray
     look: Look
-    content: int
+    content: int  # a hash of what tells it from all others
 
 
 def build(
@@ -142,19 +142,6 @@ def need_room(root: Path, size: int) -> None:
         log.warning("the decoded images take %s GB in %s", f"{size / 1e9:,.1f}", root)
 
 
-def hashed(*parts: bytes | memoryview) -> int:
-    """Hash ``parts`` to 64 bits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little")
-
-
-def hashed_pixels(image: np.ndarray) -> int:
-    """Hash the shape and the pixels of ``image``, contiguous uint8 ``(3, h, w)``, to 64 bits."""
-    return hashed(np.array(image.shape, dtype="<i8").tobytes(), image.data)
-
-
 def seal(manifest: dict[str, Any]) -> str:
     """The hash that tells whether a manifest is as it was written."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -195,4 +182,5 @@ def _attempt(source: Source, index: int) -> Seen | Broken:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
     image = np.ascontiguousarray(image)
-    return Seen(image, look_at(image), hashed_pixels(image) if content is None else hashed(content))
+    look = look_at(image)
+    return Seen(image, look, look.hash if content is None else hashed(content))

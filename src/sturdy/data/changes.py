@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from sturdy.data.build import hashed_pixels
 from sturdy.data.cache import Cache
+from sturdy.data.remarks import hashed_pixels
 from sturdy.data.source import Source
 
 
@@ -48,7 +48,7 @@ def describe_unused(cache: Cache, source: Source) -> list[str]:
     if cache.key == source.key:
         return []
     names = [source.name(i) for i in range(len(source))]
-    known, there = {*cache.names, *cache.small, *(name for name, _ in cache.quarantine)}, set(names)
+    known, there = {*cache.names, *(name for name, _ in cache.quarantine), *cache.small}, set(names)
     lines = [
         *_count([name for name in names if name not in known], "is new, and not used", "are new, and not used"),
         *_count(
