@@ -235,17 +235,25 @@ def test_a_place_that_is_none_is_named(word):
         open_folders([f"hydra.searchpath={word}"])
 
 
-def test_a_sweep_gives_its_jobs_the_place(tmp_path):
-    """From another directory, too: the place has become an absolute path."""
+@pytest.mark.parametrize("where", ["typed", "in the config"])
+def test_a_sweep_and_its_jobs_know_the_place(where, tmp_path):
+    """Typed, it has become an absolute path."""
     script = mini.project(tmp_path)
     (tmp_path / "theirs" / "plus").mkdir(parents=True)
     (tmp_path / "theirs" / "plus" / "one.yaml").write_text("# @package _global_\nend: 0\n")
-    words = ["hydra.searchpath=[theirs]", "+plus=one", "seed=1,2"]
+    words = ["+plus=one", "seed=1,2"]
+    if where == "typed":
+        words = ["hydra.searchpath=[theirs]", *words]
+    else:
+        with (tmp_path / "conf" / "train.yaml").open("a") as file:
+            file.write("hydra:\n  searchpath: [theirs]\n")
     done = subprocess.run(mini.command(script, *words), cwd=tmp_path, env=mini.environment(), timeout=60)
     assert done.returncode == 0
     for seed in (1, 2):
         started = (tmp_path / "runs" / "mini" / f"seed-{seed}" / "starts").read_text()
-        assert f"hydra.searchpath=['file://{tmp_path}/theirs'] +plus=one" in started
+        assert started.startswith(f"hydra.searchpath=['file://{tmp_path}/theirs'] +plus=one" * (where == "typed"))
+    wrong = subprocess.run(mini.command(script, "+plus=ome", "seed=1"), capture_output=True, cwd=tmp_path, text=True)
+    assert ("Did you mean one?" in wrong.stderr) == (where == "in the config")
 
 
 def test_the_arguments_of_ones_own_are_read_and_never_imported(tmp_path, monkeypatch):

@@ -186,7 +186,8 @@ def test_what_was_cancelled_saves_and_is_not_queued_again(cluster):
 @submitit
 def test_submitit_without_a_cluster(cluster):
     """Its local executor: one job is told to save and goes on, the other fails."""
-    process = sweep(cluster, "hydra/launcher=slurm_local", "wait=heard", "end=0,1")
+    place = f"hydra.searchpath=['file://{cluster}']"  # of options of one's own: the jobs need it, too
+    process = sweep(cluster, "hydra/launcher=slurm_local", place, "wait=heard", "end=0,1")
     for name in ("end-0", "end-1"):
         tell_all(cluster.parent / "runs" / "mini" / name, signal.SIGUSR1)
     said = process.communicate(timeout=120)[0]
@@ -194,6 +195,7 @@ def test_submitit_without_a_cluster(cluster):
     assert "mini/end-0  finished" in said
     assert "mini/end-1  failed" in said
     assert mini.starts(cluster.parent / "runs" / "mini" / "end-0") == 2
+    assert (cluster.parent / "runs" / "mini" / "end-0" / "starts").read_text().count(f"{place} ") == 2
     assert not (cluster / "calls").exists()
 
 

@@ -34,7 +34,7 @@ def open_door(config: Path, task: str) -> None:
     _or_exit(check_system)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
-    sys.argv[1:] = _or_exit(lambda: opened(sys.argv[1:]))
+    sys.argv[1:] = _or_exit(lambda: opened(config, sys.argv[1:]))
     args = get_args_parser().parse_intermixed_args()  # -m may stand anywhere
     asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
     if asks:
@@ -49,10 +49,10 @@ def open_door(config: Path, task: str) -> None:
     sys.exit(getattr(importlib.import_module(module), function)(cfg, words))
 
 
-def opened(words: list[str]) -> list[str]:
+def opened(config: Path, words: list[str]) -> list[str]:
     """As of ``open_folders``; raises Mistake."""
     with meant():
-        return open_folders(words)
+        return open_folders(words, config)
 
 
 def compose_run(config: Path, words: list[str]) -> DictConfig:

@@ -169,7 +169,7 @@ def composed(project: Path, overrides: list[str]) -> DictConfig:
 
     train = project / "conf" / "train.yaml"
     try:
-        overrides = opened(overrides)
+        overrides = opened(train, overrides)
         check(train, overrides)
         with initialize_config_dir(str(train.parent), version_base="1.3"):
             cfg = compose("train", overrides)

@@ -1,6 +1,6 @@
 """Where options come from besides the project's own ``conf/``: from packages that bring a ``conf/`` of their own.
 
-    hydra.searchpath=[pkg://mypackage.conf]    or [file:///path/conf], on the command line
+    hydra.searchpath=[pkg://mypackage.conf]    or [file:///path/conf], on the command line or in conf/train.yaml
     entry point of the group "sturdy.conf"     of an installed package: mypackage = "mypackage.conf"
 
 The project's own options come first. No package is imported to find its options.
@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 
 from sturdy.signatures import located
 
@@ -32,8 +33,12 @@ class Folders(SearchPathPlugin):
             search_path.append(GROUP, f"file://{folder}")
 
 
-def open_folders(words: list[str]) -> list[str]:
+def open_folders(words: list[str], config: Path | None = None) -> list[str]:
     """Let Hydra find the options of the folders that ``words`` name, and of those that installed packages announce.
+
+    Args:
+        words: of the command line.
+        config: the YAML file of the script, whose folders hold where ``words`` name none.
 
     Returns:
         ``words`` with each folder as an absolute path, so that they mean the same in every process.
@@ -50,6 +55,8 @@ def open_folders(words: list[str]) -> list[str]:
             word = f"{KEY}=[{','.join(quoted)}]"
             named += folders
         out.append(word)
+    if config and not named:
+        named = [_folder(str(place)) for place in OmegaConf.select(OmegaConf.load(config), KEY) or ()]
     FOLDERS[:] = [*named, *(folder for folder in announced() if folder not in named)]
     Plugins.instance().register(Folders)
     return out

@@ -65,7 +65,7 @@ def on_node(script: str, cfg: DictConfig) -> int:
     """Run one job where the launcher put it; returns its exit code, unless it was queued again."""
     queue_again = signal.getsignal(signal.SIGUSR1)
     overrides = HydraConfig.get().overrides
-    words = [*filter(is_place, overrides.hydra), *overrides.task]
+    words = [*dict.fromkeys(filter(is_place, overrides.hydra)), *overrides.task]  # the sweep's and the job's, the same
     code = Child().run([sys.executable, script, *words])
     if code in (RESUMABLE, None) and callable(queue_again) and not ending():
         queue_again(signal.SIGUSR1, None)  # submitit counts, asks SLURM, and leaves the process

@@ -113,8 +113,9 @@ def test_beside_its_attempts_a_run_has_other_numbers_and_no_other_classes(friend
     runs, _ = friend
     file, trust = runs / "sweep" / "run" / "sampling.yaml", Trust(runs=runs)
     trust.check_recipe(file, {"sampler": {"_target_": "friend.Net", "width": 5}}, ["sampler"])
-    for target in ("friend.Outer", "friend.make", "os.system"):
-        with pytest.raises(ValueError, match="is not run"):
+    word = r"\. If you trust friend, say so: trust=\[friend\]"
+    for target, answer in {"friend.Outer": word, "friend.make": word, "os.system": ""}.items():
+        with pytest.raises(ValueError, match=f"is not run{answer}$"):
             trust.check_recipe(file, {"sampler": {"_target_": target}}, ["sampler"])
 
 

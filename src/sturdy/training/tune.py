@@ -25,6 +25,7 @@ from sturdy.randomness import Draws
 from sturdy.training.evaluate import Subject, check
 from sturdy.training.reader import answered
 from sturdy.training.recipe import Recipe, asked
+from sturdy.training.trust import Trust
 
 SWEPT: dict[str, tuple[Any, str]] = {
     "scales": (int | float, "numbers, such as [1,1.5,2]"),
@@ -118,6 +119,10 @@ def try_all(cfg: DictConfig) -> None:
     )
     path = won.recipe.write(subject.run, said)
     print(f"best: {won.recipe.how(labels)}; it is in {path}, which sample.py and evaluate.py follow")
+    try:
+        Trust(runs=cfg.paths.runs).check_recipe(path, {"sampler": won.recipe.given}, ["sampler"])
+    except ValueError as refusal:  # a sampler that was typed, and that the run's training has not named
+        print(f"without a word they will say: {refusal}")
 
 
 def best(trials: Sequence[Trial]) -> Trial:
