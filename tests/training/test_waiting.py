@@ -9,6 +9,7 @@ import pytest
 
 from runs import SMALL, differences, train
 from sturdy.training.callbacks.waiting import Chooser, Waiting
+from worlds import finish
 
 TWO = [*SMALL, "trainer.threads=2", "data.image_size=32", "backbone.width=64"]
 
@@ -153,6 +154,14 @@ def test_the_way_of_waiting_changes_no_bit(tmp_path):
     assert "team" not in calm.stdout
     assert (restless.stdout.count("team: True"), restless.stdout.count("team: False")) == (6, 6)
     assert differences(tmp_path, "calm", "restless") == []
+
+
+def test_processes_change_the_way_together(tmp_path):
+    words = ["data.shards=4", "reduction=tree", "callbacks.waiting._target_=training.test_waiting.Restless"]
+    two = finish(tmp_path, "two", 2, *words, base=TWO)
+    finish(tmp_path, "one", 1, *words[:2], base=TWO)
+    assert two.output(0).count("team: True") == two.output(1).count("team: True") == 6
+    assert differences(tmp_path, "one", "two") == []
 
 
 def test_mistakes_are_told(tmp_path):
