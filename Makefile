@@ -18,10 +18,11 @@ test: $(VENV)/ready ## all tests but the slow campaigns
 test-slow: $(VENV)/ready ## the slow campaigns
 	$(BIN)/python -m pytest -m slow -n 2
 
-bench: $(VENV)/ready ## what saving, starting again and shards cost training; minutes, on a quiet machine
+bench: $(VENV)/ready ## what saving, starting again, shards and other programs cost training; minutes, on a quiet machine
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
 	$(BIN)/python benchmarks/sharding.py
+	$(BIN)/python benchmarks/busy.py
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import pytest
 
 from runs import SMALL, differences, train
 from sturdy.training.callbacks.waiting import Chooser, Waiting
+from worlds import finish
 
 TWO = [*SMALL, "trainer.threads=2", "data.image_size=32", "backbone.width=64"]
 
@@ -26,53 +27,55 @@ class Machine:
         """Train for so long beside ``busy`` programs; return the speed; the better way all the time is 1."""
         spent = best = 0.0
         while spent < seconds:
-            step = self.SECONDS[busy][self.chooser.asleep] * next(self.noise)
+            spinning, asleep = self.SECONDS[busy]
+            step = asleep if self.chooser.asleep else min(spinning, self.chooser.limit() + asleep)
+            step *= next(self.noise)
             spent += step
             best += min(self.SECONDS[busy])
+            before = self.chooser.used
             self.chooser.observe(step)
-            self.changes += self.chooser.changed
+            self.changes += self.chooser.used != before
         return best / spent
 
 
 def test_alone_the_threads_spin():
     machine = Machine()
     assert machine.run(60, busy=0) > 0.97
-    assert not machine.chooser.asleep
+    assert not machine.chooser.used
     assert machine.run(3600, busy=0) > 0.99
-    assert machine.changes == 0
+    assert machine.changes == 1
 
 
 @pytest.mark.parametrize("busy", [3, 7])
 def test_beside_other_programs_they_sleep_from_the_beginning(busy):
     machine = Machine()
-    machine.run(120, busy)
-    assert machine.chooser.asleep
     assert machine.run(1200, busy) > 0.9
-    assert machine.changes == 1
+    assert machine.chooser.used
+    assert machine.changes == 0
 
 
 @pytest.mark.parametrize("busy", [3, 7])
 def test_they_sleep_while_others_come_and_go(busy):
     machine = Machine()
     for _ in range(3):
-        machine.run(600, busy=0)
-        assert not machine.chooser.asleep
-        machine.run(120, busy)
-        assert machine.chooser.asleep
-        machine.run(600, busy)
-        assert machine.run(30, busy=0) > 0.7
-        assert not machine.chooser.asleep
+        assert machine.run(30, busy=0) > 0.8
+        assert not machine.chooser.used
+        assert machine.run(600, busy=0) > 0.99
+        machine.run(60, busy)
+        assert machine.chooser.used
+        assert machine.run(600, busy) > 0.9
     assert machine.changes == 6
 
 
 def test_a_slow_moment_changes_nothing():
     machine = Machine()
     machine.run(60, busy=0)
+    assert not machine.chooser.used
     for _ in range(5):
         for _ in range(4):
             machine.chooser.observe(0.5)  # such as a save that takes the CPUs in the background
         machine.run(30, busy=0)
-    assert machine.changes == 0
+    assert machine.changes == 1
 
 
 def test_a_slow_machine_is_not_a_busy_one():
@@ -83,7 +86,7 @@ def test_a_slow_machine_is_not_a_busy_one():
     for _ in range(3000):
         trials += machine.chooser.asleep
         machine.chooser.observe(3 * machine.SECONDS[0][machine.chooser.asleep])
-    assert machine.changes == 0
+    assert not machine.chooser.used
     assert trials < 30
 
 
@@ -131,11 +134,16 @@ def test_a_team_that_does_nothing_lets_the_others_sleep(monkeypatch):
 
 
 class Restless(Waiting):
-    """Changes the way at each step."""
+    """Changes the way at each step, and in the middle of those that spin."""
+
+    def on_train_batch_start(self, trainer, *args):
+        self.chooser.used = not self.chooser.used
+        self.chooser.limit = lambda: 0.01
+        super().on_train_batch_start(trainer, *args)
+        print(f"team: {self.team is not None}")
 
     def on_train_batch_end(self, trainer, *args):
-        self.chooser.asleep = not self.chooser.asleep
-        print(f"team: {self.team is not None}")
+        self._stop_timer()
 
 
 def test_the_way_of_waiting_changes_no_bit(tmp_path):
@@ -146,6 +154,14 @@ def test_the_way_of_waiting_changes_no_bit(tmp_path):
     assert "team" not in calm.stdout
     assert (restless.stdout.count("team: True"), restless.stdout.count("team: False")) == (6, 6)
     assert differences(tmp_path, "calm", "restless") == []
+
+
+def test_processes_change_the_way_together(tmp_path):
+    words = ["data.shards=4", "reduction=tree", "callbacks.waiting._target_=training.test_waiting.Restless"]
+    two = finish(tmp_path, "two", 2, *words, base=TWO)
+    finish(tmp_path, "one", 1, *words[:2], base=TWO)
+    assert two.output(0).count("team: True") == two.output(1).count("team: True") == 6
+    assert differences(tmp_path, "one", "two") == []
 
 
 def test_mistakes_are_told(tmp_path):

@@ -32,6 +32,7 @@ EXPECTED = (
     r".*resuming from a checkpoint that ended before the epoch ended.*",
     r".*The dirpath has changed from.*",
     r".*GPU available but not used.*",
+    r".*The `srun` command is available on your system but is not used.*",  # a supervisor or torchrun, or one process
     r".*sync_dist=True.*",  # the mean is over all processes already
     r"Found .* module.* in eval mode at the start of training.*",
 )

@@ -11,11 +11,13 @@ that many.
 """
 
 import ctypes
+import math
 import os
 import threading
 import time
 from collections import deque
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -32,9 +34,9 @@ OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # environment variables with which 
 class Chooser:
     """Find the faster of two ways to wait, from the seconds that each step took.
 
-    The other way is tried for ``n`` steps: at the beginning, when steps have become slower or faster by ``change``,
-    and now and then. It is taken if it was faster by ``gain``, and the old way, tried once more, still is not.
-    A trial ends as soon as its steps have taken longer than they may, so that one costs a step more, at most.
+    The other way is tried for ``n`` steps: at the beginning, when spinning has become slower or sleeping faster by
+    ``change``, and now and then. It is taken if it was faster by ``gain``, and the old way, tried once more, still is
+    not. Steps sleep at first, as that is never bad by much.
 
     Args:
         n: steps of a trial, and steps that are compared with it.
@@ -44,9 +46,9 @@ class Chooser:
             doubles with each trial that changes nothing.
 
     Attributes:
-        asleep: whether the next step waits asleep.
-        changed: whether the last observed step has changed the way, for good and not for a trial.
-        seconds: of a step, the way that was left and the way that was taken.
+        used: whether steps wait asleep, but for a trial.
+        decided: whether the last observed step has ended a trial.
+        seconds: of a step, spinning and asleep, in the last trial.
     """
 
     def __init__(
@@ -57,59 +59,70 @@ class Chooser:
         gain: float = 1.15,
         change: float = 1.5,
         soonest: float = 10,
-        often: float = 30,
+        often: float = 60,
         seldom: float = 600,
     ) -> None:
         self.n, self.skip, self.gain, self.change = n, skip, gain, change
         self.soonest, self.often, self.seldom = soonest, often, seldom
-        self.asleep = self.changed = False
-        self.seconds = (0.0, 0.0)
+        self.used, self.decided = True, False
+        self.seconds = {False: 0.0, True: 0.0}
         self.usual: deque[float] = deque(maxlen=n)  # steps of the way that is used
         self.other: list[float] = []  # steps of the way that is tried
-        self.again: list[float] = []  # steps of the old way, tried once more
+        self.again: list[float] = []  # steps of the way that is used, beside those
         self.phase = self._use
         self.pause, self.since, self.reference = often, 0.0, 0.0
 
+    @property
+    def asleep(self) -> bool:
+        """Whether the next step shall wait asleep."""
+        return self.used != (self.phase == self._try)
+
     def observe(self, seconds: float) -> None:
         """Take in the time of a step, which has waited as ``asleep`` says, and decide on the next."""
-        self.changed = False
+        self.decided = False
         if self.skip:
             self.skip -= 1
             return
         self.phase(seconds)
 
+    def limit(self) -> float:
+        """Compute in how many seconds of the step to come the trial is decided; infinity where none is made."""
+        if self.phase == self._try:
+            return sum(self.usual) / self.gain - sum(self.other)
+        return sum(self.other) * self.gain - sum(self.again) if self.phase == self._confirm else math.inf
+
     def _use(self, seconds: float) -> None:
         self.usual.append(seconds)
         self.since += seconds
         if len(self.usual) == self.n and self._due():
-            self.other, self.asleep, self.phase = [], not self.asleep, self._try
+            self.other, self.again, self.phase = [], [], self._try
 
     def _due(self) -> bool:
         now = sum(self.usual)
-        moved = not self.reference / self.change < now < self.reference * self.change
+        moved = now * self.change < self.reference if self.used else now > self.reference * self.change
         return not self.reference or self.since > self.pause or (moved and self.since > self.soonest)
 
     def _try(self, seconds: float) -> None:
+        lost = seconds > self.limit()
         self.other.append(seconds)
-        if sum(self.other) * self.gain > sum(self.usual):
-            self._keep(not self.asleep)
+        if lost:
+            self._decide(changed=False)
         elif len(self.other) == self.n:
-            self.again, self.asleep, self.phase = [], not self.asleep, self._confirm
+            self.phase = self._confirm
 
     def _confirm(self, seconds: float) -> None:
+        won = seconds > self.limit()
         self.again.append(seconds)
-        if sum(self.again) > sum(self.other) * self.gain:
-            self.changed = True
-            self.seconds = (sum(self.again) / len(self.again), sum(self.other) / self.n)
-            self.usual = deque(self.other, maxlen=self.n)
-            self._keep(not self.asleep)
-        elif len(self.again) == self.n:
-            self.usual = deque(self.again, maxlen=self.n)
-            self._keep(self.asleep)
+        if won or len(self.again) == self.n:
+            self._decide(changed=won)
 
-    def _keep(self, asleep: bool) -> None:
-        self.pause = self.often if self.changed else min(2 * self.pause, self.seldom)
-        self.asleep, self.phase, self.since, self.reference = asleep, self._use, 0.0, sum(self.usual)
+    def _decide(self, *, changed: bool) -> None:
+        self.seconds = {self.used: mean(self.again or self.usual), not self.used: mean(self.other)}
+        if changed or self.again:
+            self.usual = deque(self.other if changed else self.again, maxlen=self.n)
+        self.pause = self.often if changed else min(2 * self.pause, self.seldom)
+        self.used ^= changed
+        self.phase, self.since, self.reference, self.decided = self._use, 0.0, sum(self.usual), True
 
 
 class IdleTeam:
@@ -165,7 +178,8 @@ class Waiting(Callback):
         self.chooser = Chooser()
         self.library: ctypes.CDLL | None = None
         self.team: IdleTeam | None = None
-        self.auto, self.begun = False, 0.0
+        self.timer: threading.Timer | None = None
+        self.auto, self.begun, self.told = False, 0.0, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         applies = trainer.strategy.root_device.type == "cpu" and torch.get_num_threads() > 1
@@ -174,24 +188,41 @@ class Waiting(Callback):
         self._wait(asleep=self.policy == "sleep")
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if self.auto:
-            self._wait(asleep=bool(world.heard(self.chooser.asleep and trainer.is_global_zero)))
-            self.begun = time.monotonic()
+        if not self.auto:
+            return
+        self._wait(asleep=bool(world.heard(self.chooser.asleep and trainer.is_global_zero)))
+        if not self.team and (limit := self.chooser.limit()) < math.inf:  # a step that spins may take minutes
+            self.timer = threading.Timer(limit, self._wait, kwargs={"asleep": True})
+            self.timer.start()
+        self.begun = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         if not self.auto:
             return
-        self.chooser.observe(time.monotonic() - self.begun)
-        if self.chooser.changed and trainer.is_global_zero:
-            before, after = self.chooser.seconds
-            how = "asleep, as other programs use the CPUs, too" if self.chooser.asleep else "spinning again"
-            CONSOLE.info(f"threads wait for each other {how}: {after:.3g} s a step instead of {before:.3g}")
+        seconds = time.monotonic() - self.begun
+        self._stop_timer()
+        self.chooser.observe(seconds)
+        if self.chooser.decided and self.chooser.used != self.told and trainer.is_global_zero:
+            self.told = asleep = self.chooser.used
+            how = "asleep, as other programs use the CPUs, too" if asleep else "spinning, as the CPUs are free again"
+            now, else_ = self.chooser.seconds[asleep], self.chooser.seconds[not asleep]
+            CONSOLE.info(f"threads wait for each other {how}: {now:.2g} s a step instead of {else_:.2g} s")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._wait(asleep=False)
+        self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._stop_timer()
         self._wait(asleep=False)
+
+    def _stop_timer(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer.join()
+            self.timer = None
 
     def _wait(self, *, asleep: bool) -> None:
         """Let threads wait so from now on."""
