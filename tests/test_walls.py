@@ -23,7 +23,7 @@ MAY = {
     "command": {"signatures"},
     "sweep": {"command", "resume"},
     "slurm": {"command", "resume", "sweep"},
-    "door": {"command", "sweep", "slurm"},
+    "door": {"command", "sweep", "slurm", "resume"},  # what keeps a run alive begins at the door
     "prove": {"door", "resume"},
     "sabotage": {"randomness", "data", "training", "resume"},
     "diffusion": {"randomness"},

@@ -1,5 +1,6 @@
 """The door of every script: Hydra's command line, with mistakes answered before anything heavy is imported."""
 
+import faulthandler
 import importlib
 import signal
 import sys
@@ -14,6 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sturdy.command import LAUNCHER, Mistake, check, check_composed, meant, parsed
+from sturdy.resume.streams import outlive_readers
+from sturdy.resume.supervisor import STACKS
 from sturdy.sweep import plan, sweep
 
 T = TypeVar("T")
@@ -30,6 +33,9 @@ def open_door(config: Path, task: str) -> None:
         config: the YAML file of the script; its folder holds the groups.
         task: called with the config and the list of overrides; returns the exit code.
     """
+    outlive_readers()
+    if signal.getsignal(STACKS) is signal.SIG_DFL:  # a question to all scripts, and not the end of them
+        faulthandler.register(STACKS, 2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
     args = get_args_parser().parse_intermixed_args()  # -m may stand anywhere

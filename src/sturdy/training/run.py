@@ -24,14 +24,16 @@ from sturdy.resume.reduction import describe
 from sturdy.resume.skips import Diverged, Skip, Skips
 from sturdy.resume.store import NothingVerifies, Store, Unloadable
 from sturdy.resume.supervisor import die_with_parent, launched
-from sturdy.resume.writer import SaveFailed
+from sturdy.resume.writer import MAY_PASS, SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.branch import leave_branch
 from sturdy.training.build import build, init_from
 from sturdy.training.callbacks.watchdog import watch_start
+from sturdy.training.failures import OutOfMemoryError, is_out_of_memory, out_of_memory
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+from sturdy.training.snapshots import path_of
 
 ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
@@ -44,7 +46,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    except (FloatingPointError, SaveFailed, OSError) as error:
+    except (FloatingPointError, SaveFailed, OutOfMemoryError, OSError) as error:
+        CONSOLE.debug("where it failed", exc_info=True)
         if world.rank() == 0 or not isinstance(error, FloatingPointError):  # all found that
             print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,6 +59,9 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
         if world.rank() == 0:
             (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
         return RESUMABLE
+    except Exception:
+        CONSOLE.debug("where it failed", exc_info=True)
+        raise
     finally:
         world.leave()
 
@@ -77,7 +83,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
     with world.ahead():
-        held = lock(home) if world.rank() == 0 else None
+        held = take(home) if world.rank() == 0 else None
     with unfit():
         skips = Skips(home / "skips.jsonl")
     cfg = cfg.copy()  # the caller's still tells what was asked for
@@ -93,6 +99,10 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             return code
         except Diverged as bad:
             skip = bad.skip
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, cfg) from error
+            raise
         gc.collect()  # the trainer that diverged goes now, with its workers and its memory on the device
         with world.ahead():
             leave_out(skip, skips, cfg.callbacks.guard.max_skips)
@@ -101,6 +111,22 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         preemption.listen(training=False)
         watch(cfg)
         cfg.ckpt_path = onwards(cfg.ckpt_path)
+
+
+def take(home: Path) -> Any:
+    """Lock the run's directory ``home``, and make it; returns what holds the lock.
+
+    Raises:
+        AlreadyRunning: if another process has it.
+        Unfit: if nothing can be written there.
+        OSError: if it may pass, such as a network disk that is away.
+    """
+    try:
+        return lock(home)
+    except OSError as error:
+        if error.errno in MAY_PASS:
+            raise
+        raise Unfit(f"nothing can be written in paths.runs: {error}. Choose another place: paths.runs=...") from error
 
 
 def watch(cfg: DictConfig) -> None:
@@ -165,14 +191,15 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     now = fingerprint(config, data.digest, describe(cfg.data.shards, world.size(), how_summed(cfg)))
     guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
+    finished = world.decide(lambda: entry is not None and is_finished(cfg, entry, metrics))
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
     if world.rank() == 0:
         describe_attempt(attempt, config, overrides, now.stack)
         if report := data.cache.report():
             CONSOLE.warning(report)
-        CONSOLE.info(banner(cfg, data, entry, guarantee))
-    if entry and entry.step >= cfg.trainer.max_steps:
+        CONSOLE.info(banner(cfg, data, entry, guarantee, finished))
+    if finished:
         return 0
     with world.ahead(), unfit():
         module = build(config)
@@ -195,6 +222,10 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         watch(cfg)
         world.heard(0)  # a launcher takes the first that leaves for dead, and rank 0 has just saved
         raise
+    except SystemExit as left:  # Lightning's exit code for it is 1
+        if isinstance(left.__context__, KeyboardInterrupt):
+            raise Preempted(f"KeyboardInterrupt: stopped after step {trainer.global_step}") from None
+        raise
     except RuntimeError as error:
         if world.lost(error):
             raise world.PeerLost("lost another process of this run") from error
@@ -204,14 +235,30 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     return 0
 
 
-def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None) -> str:
+def is_finished(cfg: DictConfig, entry: Entry, metrics: MetricsFile) -> bool:
+    """Whether nothing is left to do after ``entry``: neither a step, nor the validation or the images of the last."""
+    last, callbacks = cfg.trainer.max_steps, cfg.callbacks
+    if entry.step != last:
+        return entry.step > last
+    validated = last % cfg.trainer.val_check_interval or last in metrics.column("val/loss")
+    drawn = [Path(node.directory) / f"step-{last:08d}.png" for node in [callbacks.get("samples")] if on(node)]
+    kept = [path_of(Path(node.directory), last) for node in [callbacks.get("snapshots")] if on(node)]
+    return bool(validated) and all(path.exists() for path in (*drawn, *kept))
+
+
+def on(node: DictConfig | None) -> bool:
+    """Whether a callback that does something every N steps is switched on."""
+    return bool(node and node.every_n_steps)
+
+
+def banner(cfg: DictConfig, data: Any, entry: Entry | None, guarantee: Guarantee | None, finished: bool = False) -> str:
     """The one thing said before training: fresh, resumed or finished."""
     title = f"{cfg.name}: {len(data.cache)} images, {len(data.classes) or 'no'} classes"
     if world.size() > 1:
         title += f", {world.size()} processes"
     if entry is None:
         return f"{title}; fresh, to step {cfg.trainer.max_steps}"
-    if entry.step >= cfg.trainer.max_steps:
+    if finished:
         return f"{title}; finished at step {entry.step} (trainer.max_steps={cfg.trainer.max_steps}), nothing to do"
     assert guarantee is not None
     promise = {
