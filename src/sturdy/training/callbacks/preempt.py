@@ -77,7 +77,10 @@ class Preempt(Callback):
 
 def save(trainer: L.Trainer) -> None:
     """Save the last step, wherever the training is after it."""
-    trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()  # a validation begins again, with all its batches
+    loop: Any = trainer.fit_loop.epoch_loop
+    for batches in (loop.batch_progress.total, loop.batch_progress.current):
+        batches.ready = batches.started  # one that was fetched and not computed comes again
+    loop.val_loop.batch_progress.reset()  # a validation begins again, with all its batches
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, Checkpoint):
             callback.save(trainer)

@@ -64,6 +64,7 @@ class Watchdog(Callback):
         if self.directory:
             with suppress(OSError):  # a full disk: then to standard error
                 self._open(self.directory / f"hang-rank{trainer.global_rank}.txt")
+        faulthandler.unregister(STACKS)  # a stock Trainer puts handlers back behind its back
         faulthandler.register(STACKS, self.file)
         self._watch(self.start, "the start")
 
