@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from tiny_module import Stream, batch, make, trainer
 from torch.utils.data import DataLoader
 
-from runs import command
+from runs import command, differences, train
 from sturdy.diffusion.sampler import Euler
 from sturdy.resume.compare import differing, first_divergence
 from sturdy.resume.preemption import SIGNALS, Preempted, Preemption
@@ -30,7 +30,9 @@ from sturdy.training.callbacks.progress import Progress
 from sturdy.training.callbacks.record import Record
 from sturdy.training.callbacks.samples import Samples
 from sturdy.training.failures import is_out_of_memory, out_of_memory, spare
+from sturdy.training.launch import Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.training.run import stopped_here_before, take
 
 
 class Raising(Callback):
@@ -245,6 +247,46 @@ def test_a_run_outlives_its_reader_and_a_question(tmp_path):
     assert "Traceback" not in said
     [stacks] = (tmp_path / "runs" / "read" / "attempts").glob("*/hang-rank0.txt")
     assert "Thread" in stacks.read_text()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR])
+def test_no_right_to_write_is_a_mistake_that_names_the_key(number, tmp_path):
+    """Who starts runs again must not try that again. Root has every right, so it is another user who asks."""
+    place = tmp_path / "place"
+    if number == errno.ENOTDIR:
+        place.write_text("a file")
+    else:
+        place.mkdir(mode=0o555)
+    root = os.geteuid() == 0
+    if root:
+        tmp_path.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(Unfit, match=r"in paths\.runs") as refused:
+            take(place / "run")
+    finally:
+        if root:
+            os.seteuid(0)
+    assert isinstance(refused.value.__cause__, OSError)
+
+
+def test_who_is_stopped_twice_without_a_step_in_between_is_told(tmp_path):
+    assert not stopped_here_before(tmp_path / "nothing there")
+    found = [stopped_here_before(tmp_path)]
+    found.append(stopped_here_before(tmp_path))
+    Store(tmp_path / "checkpoints").commit(5, {})
+    found += [stopped_here_before(tmp_path), stopped_here_before(tmp_path)]
+    assert found == [False, True, False, True]
+
+
+def test_a_profiler_reports_and_changes_nothing(tmp_path):
+    """The second half is without it, and is the same trajectory."""
+    train(tmp_path, "whole")
+    assert "FIT Profiler Report" in train(tmp_path, "watched", "trainer.max_steps=6", "trainer.profiler=simple").stdout
+    done = train(tmp_path, "watched").stdout
+    assert "resumed from step 6, to step 12 (bitwise" in done
+    assert "Profiler" not in done
+    assert differences(tmp_path, "whole", "watched") == []
 
 
 def test_out_of_memory_says_what_helps():

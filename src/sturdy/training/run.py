@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
 from sturdy.training.snapshots import path_of
 
+STOPPED = ".stopped"  # in the run's directory: the newest step when a signal came last
 ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
 
@@ -57,7 +59,10 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except Preempted as stopped:
         again = "Run the same command" if cfg.ckpt_path in ("auto", "last") else "Use ckpt_path=auto"
         if world.rank() == 0:
-            (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
+            tell = CONSOLE.info if CONSOLE.handlers else print
+            tell(f"{stopped}. {again} to continue.")
+            if stopped_here_before(Path(cfg.paths.runs) / cfg.name):
+                tell("The start before this one was stopped at the same step: they need more time than they are given.")
         return RESUMABLE
     except Exception:
         CONSOLE.debug("where it failed", exc_info=True)
@@ -111,6 +116,17 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         preemption.listen(training=False)
         watch(cfg)
         cfg.ckpt_path = onwards(cfg.ckpt_path)
+
+
+def stopped_here_before(home: Path) -> bool:
+    """Whether the last signal to the run in ``home`` came at the same newest step; remember this one."""
+    newest, mark = str(max(Store(home / "checkpoints").steps(), default=0)), home / STOPPED
+    with suppress(OSError):
+        before = mark.read_text() if mark.exists() else None
+        if home.is_dir():
+            mark.write_text(newest)
+        return before == newest
+    return False
 
 
 def take(home: Path) -> Any:
