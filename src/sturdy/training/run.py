@@ -120,8 +120,9 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
 
 def stopped_here_before(home: Path) -> bool:
     """Whether the last signal to the run in ``home`` came at the same newest step; remember this one."""
-    newest, mark = str(max(Store(home / "checkpoints").steps(), default=0)), home / STOPPED
+    mark = home / STOPPED
     with suppress(OSError):
+        newest = str(max(Store(home / "checkpoints").steps(), default=0))
         before = mark.read_text() if mark.exists() else None
         if home.is_dir():
             mark.write_text(newest)
