@@ -46,6 +46,7 @@ REFUSED = {
     "trainer.callbacks": "use callbacks",
     "trainer.logger": "use logger",
     "trainer.plugins": "the store is the plugin",
+    "trainer.barebones": "it leaves out checkpoints and the record; use trainer.profiler=simple",
     "hydra.run.dir": "the run's directory is paths.runs/name",
     "hydra.job.chdir": "start it where it should be, or give paths.runs and paths.cache",
     "hydra.mode": "a sweep is asked for with -m",

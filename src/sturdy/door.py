@@ -1,5 +1,6 @@
 """The door of every script: Hydra's command line, with mistakes answered before anything heavy is imported."""
 
+import faulthandler
 import importlib
 import signal
 import sys
@@ -32,6 +33,12 @@ def open_door(config: Path, task: str) -> None:
         task: called with the config and the list of overrides; returns the exit code.
     """
     _or_exit(check_system)
+    from sturdy.resume.streams import outlive_readers
+    from sturdy.resume.supervisor import STACKS  # only now, as other systems lack the signal
+
+    outlive_readers()
+    if signal.getsignal(STACKS) is signal.SIG_DFL:  # a question to all scripts, and not the end of them
+        faulthandler.register(STACKS, 2)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
     sys.argv[1:] = _or_exit(lambda: opened(config, sys.argv[1:]))

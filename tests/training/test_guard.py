@@ -21,7 +21,7 @@ from sturdy.resume.skips import Diverged, Skips
 from sturdy.resume.store import Store, load_state
 from sturdy.training.callbacks.checkpoint import Checkpoint
 from sturdy.training.callbacks.guard import Guard
-from sturdy.training.callbacks.preempt import Preempt
+from sturdy.training.callbacks.preempt import Agree, Preempt
 from sturdy.training.callbacks.record import Record
 from sturdy.training.loggers.metrics_file import MetricsFile
 
@@ -291,7 +291,7 @@ def test_a_signal_saves_no_bad_step(tmp_path):
 
     before = {s: signal.getsignal(s) for s in preemption.heeded}
     try:
-        callbacks = Preempt(preemption), Checkpoint(every_n_minutes=None, every_n_train_steps=3)
+        callbacks = Agree(preemption), Preempt(preemption), Checkpoint(every_n_minutes=None, every_n_train_steps=3)
         skip, _, saved, _ = fit(tmp_path, spoil, *callbacks, every=100)
     finally:
         for number, handler in before.items():

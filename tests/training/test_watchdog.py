@@ -1,13 +1,16 @@
 """Real fits that hang, are slow, and are well, under the watchdog."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from sturdy.training.callbacks.watchdog import Watchdog
+from worlds import World
 
 WATCHED = Path(__file__).with_name("watched.py")
 FILE = "attempts/001/hang-rank0.txt"
@@ -35,15 +38,44 @@ def test_a_hang_that_holds_the_interpreter_lock_is_ended_and_told(tmp_path, how,
     assert any("watched.py" in line and "in hang" in line for line in lines)
 
 
+def test_a_peer_that_falls_silent_between_two_steps_is_waited_for_no_longer_than_for_a_step(tmp_path):
+    """It has added its gradients to those of the others, and is then stopped: as if its machine had lost power."""
+
+    def fall_silent(rank):
+        from sturdy.training.module import DiffusionModule
+
+        training_step = DiffusionModule.training_step
+
+        def silent(self, *args):
+            outputs = training_step(self, *args)
+            if rank and self.global_step == 6:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return outputs
+
+        DiffusionModule.training_step = silent
+
+    limits = ("callbacks.watchdog.at_least=5", "callbacks.watchdog.factor=0.01", "callbacks.watchdog.pause=1800")
+    world = World(tmp_path, "run", 2, *limits, first=fall_silent)
+    end = time.monotonic() + 200
+    while os.waitid(os.P_PID, world.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < end:
+        time.sleep(0.1)
+    world.kill()
+    codes = world.wait()
+    said = (tmp_path / "runs" / "run" / FILE).read_text()
+    assert said.startswith("Watched: step 6, at most 5 s.")
+    assert "in heard" in said
+    assert codes == [1, -signal.SIGKILL]
+
+
 @pytest.mark.slow
 def test_what_is_slow_lives(tmp_path):
     """Steps, validations and what follows a step; nothing is left of it. After an error nothing is watched."""
     done = watched(tmp_path, "well")
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["lived"]), done.stderr
     assert "Timeout" not in done.stderr
-    left = [p for p in tmp_path.rglob("hang-*")]
-    assert left == [tmp_path / "usr" / FILE], "only the stacks that were asked for"
-    assert "in fourth" in left[0].read_text()
+    left = sorted(tmp_path.rglob("hang-*"))
+    assert left == [tmp_path / "unarmed usr" / FILE, tmp_path / "usr" / FILE], "only the stacks that were asked for"
+    assert all("in fourth" in file.read_text() for file in left)
 
 
 def test_the_limit_is_relative_to_the_usual():

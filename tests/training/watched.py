@@ -57,6 +57,7 @@ def well(directory):
     fit(directory / "slow", step=lambda: time.sleep(0.7), validation=lambda: time.sleep(2), slow=2, at_least=1.5)
     fit(directory / "usr", step=lambda: os.kill(os.getpid(), signal.SIGUSR2))
     fit(directory / "unarmed", step=lambda: time.sleep(0.5), armed=False, at_least=0.2, pause=0.2, start=0.2)
+    fit(directory / "unarmed usr", step=lambda: os.kill(os.getpid(), signal.SIGUSR2), armed=False)
     try:
         fit(directory / "error", step=lambda: 1 / 0, at_least=1, pause=0.5)
     except ZeroDivisionError:

@@ -30,6 +30,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from sturdy.files import fsync_directory
+from sturdy.resume.preemption import AT_ONCE
 from sturdy.resume.store import Store, assert_primitive, load_state
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class StoreIO(CheckpointIO):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
-            if isinstance(error, SystemExit):
+            if isinstance(error, SystemExit) and error.code == AT_ONCE:
                 raise error
             self.close()
         except SystemExit as told:  # to stop at once, before or while it waited

@@ -35,6 +35,7 @@ EXPECTED = (
     r".*The `srun` command is available on your system but is not used.*",  # a supervisor or torchrun, or one process
     r".*sync_dist=True.*",  # the mean is over all processes already
     r"Found .* module.* in eval mode at the start of training.*",
+    r"The `srun` command is available on your system but is not used.*",
 )
 
 
@@ -54,13 +55,17 @@ def log_to(directory: Path, rank: int) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of ASCII would lose lines with other letters
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO)  # tracebacks of what is told in a line are for the file
     CONSOLE.handlers = [file] if rank else [console, file]
-    CONSOLE.setLevel(logging.INFO)
+    CONSOLE.setLevel(logging.DEBUG)
     CONSOLE.propagate = False
     logging.raiseExceptions = False  # a full disk costs lines of the log, not a traceback for each
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
         logging.getLogger(library).handlers = [file]
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # what they say at the end was asked for
+    profilers.setLevel(logging.INFO)
+    profilers.handlers = [] if rank else [console]
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
 

@@ -50,6 +50,7 @@ BESIDE = (
     "sturdy.training.attempt",
     "sturdy.training.branch",
     "sturdy.training.callbacks*",
+    "sturdy.training.failures",
     "sturdy.training.identity",
     "sturdy.training.launch",
     "sturdy.training.loggers*",

@@ -28,9 +28,11 @@ from sturdy.system import available_cpus
 from sturdy.training import strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.guard import Guard
-from sturdy.training.callbacks.preempt import Preempt
+from sturdy.training.callbacks.preempt import Agree, Preempt
+from sturdy.training.callbacks.progress import Progress
 from sturdy.training.callbacks.record import Record
 from sturdy.training.callbacks.watchdog import Watchdog
+from sturdy.training.failures import is_out_of_memory, spare
 from sturdy.training.launch import Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.module import DiffusionModule
@@ -51,7 +53,7 @@ def unfit() -> Iterator[None]:
         yield
     except (InstantiationException, ValueError, OSError) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in MAY_PASS:
+        if (isinstance(cause, OSError) and cause.errno in MAY_PASS) or is_out_of_memory(cause):
             raise cause from None
         raise Unfit(str(cause)) from error
 
@@ -183,17 +185,18 @@ def make_trainer(
     callbacks: list[Callback] = [
         Record(metrics),
         Preempt(preemption),  # before those that take their time after a step
-        *(instantiate(node, _convert_="all") for node in wanted),
+        *(spare(c) if isinstance(c, Progress) else c for c in (instantiate(n, _convert_="all") for n in wanted)),
         *([Compile()] if cfg.trainer.compile else []),
     ]
     first = [callback for kind in (Watchdog, Guard) for callback in callbacks if isinstance(callback, kind)]
-    callbacks = first + [callback for callback in callbacks if callback not in first]  # time, then what is bad
+    others = [callback for callback in callbacks if callback not in first]
+    callbacks = [Agree(preemption), *first, *others]  # the others are waited for, then time, then what is bad
     for callback in first:
         if isinstance(callback, Watchdog):
             callback.directory, callback.armed = attempt, launched()
     mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger and world.rank() == 0 else []
     for mirror in mirrors:
-        mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        spare(mirror).log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in OURS}
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     trainer: L.Trainer = instantiate(
@@ -210,4 +213,5 @@ def make_trainer(
         enable_model_summary=False,
     )
     strategies.keep_quiet(trainer)
+    strategies.end_always(trainer)
     return trainer

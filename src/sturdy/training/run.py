@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,20 @@ from sturdy.resume.reduction import describe
 from sturdy.resume.skips import Diverged, Skip, Skips
 from sturdy.resume.store import NothingVerifies, Store, Unloadable
 from sturdy.resume.supervisor import die_with_parent, launched
-from sturdy.resume.writer import SaveFailed
+from sturdy.resume.writer import MAY_PASS, SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.begun import FROM_DATA, find_begun, is_restart, restore
 from sturdy.training.branch import leave_branch
 from sturdy.training.build import build, init_from
 from sturdy.training.callbacks.watchdog import watch_start
+from sturdy.training.failures import OutOfMemoryError, is_out_of_memory, out_of_memory
 from sturdy.training.identity import run_fingerprint, weights_id
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+from sturdy.training.snapshots import path_of
+
+STOPPED = ".stopped"  # in the run's directory: the newest step when a signal came last
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
@@ -46,7 +51,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    except (FloatingPointError, SaveFailed, OSError) as error:
+    except (FloatingPointError, SaveFailed, OutOfMemoryError, OSError) as error:
+        CONSOLE.debug("where it failed", exc_info=True)
         if world.rank() == 0 or not isinstance(error, FloatingPointError):  # all found that
             print(f"error: {error}", file=sys.stderr)
         return 1
@@ -56,8 +62,14 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except Preempted as stopped:
         again = "Run the same command" if cfg.ckpt_path in ("auto", "last") else "Use ckpt_path=auto"
         if world.rank() == 0:
-            (CONSOLE.info if CONSOLE.handlers else print)(f"{stopped}. {again} to continue.")
+            tell = CONSOLE.info if CONSOLE.handlers else print
+            tell(f"{stopped}. {again} to continue.")
+            if stopped_here_before(Path(cfg.paths.runs) / cfg.name):
+                tell("The start before this one was stopped at the same step: they need more time than they are given.")
         return RESUMABLE
+    except Exception:
+        CONSOLE.debug("where it failed", exc_info=True)
+        raise
     finally:
         world.leave()
 
@@ -79,7 +91,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
     with world.ahead(), unfit():
-        held = lock(home) if world.rank() == 0 else None
+        held = take(home) if world.rank() == 0 else None
     with unfit():
         skips = Skips(home / "skips.jsonl")
     cfg = cfg.copy()  # the caller's still tells what was asked for
@@ -99,6 +111,10 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             return code
         except Diverged as bad:
             skip = bad.skip
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, cfg) from error
+            raise
         gc.collect()  # the trainer that diverged goes now, with its workers and its memory on the device
         with world.ahead():
             leave_out(skip, skips, cfg.callbacks.guard.max_skips)
@@ -107,6 +123,34 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         preemption.listen(training=False)
         watch(cfg)
         cfg.ckpt_path = onwards(cfg.ckpt_path)
+
+
+def stopped_here_before(home: Path) -> bool:
+    """Whether the last signal to the run in ``home`` came at the same newest step; remember this one."""
+    mark = home / STOPPED
+    with suppress(OSError):
+        newest = str(max(Store(home / "checkpoints").steps(), default=0))
+        before = mark.read_text() if mark.exists() else None
+        if home.is_dir():
+            mark.write_text(newest)
+        return before == newest
+    return False
+
+
+def take(home: Path) -> Any:
+    """Lock the run's directory ``home``, and make it; returns what holds the lock.
+
+    Raises:
+        AlreadyRunning: if another process has it.
+        Unfit: if nothing can be written there.
+        OSError: if it may pass, such as a network disk that is away.
+    """
+    try:
+        return lock(home)
+    except OSError as error:
+        if error.errno in MAY_PASS:
+            raise
+        raise Unfit(f"nothing can be written in paths.runs: {error}. Choose another place: paths.runs=...") from error
 
 
 def watch(cfg: DictConfig) -> None:
@@ -176,9 +220,9 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
 
     entry = world.decide(find)
     stored = entry.manifest.get("fingerprint", {}) if entry else {}
-    if entry and entry.step >= cfg.trainer.max_steps:
+    if entry and world.decide(lambda: is_finished(cfg, entry, metrics)):
         if world.rank() == 0:
-            print("\n    ".join(finished(cfg, entry)), flush=True)
+            print("\n    ".join(describe_finished(cfg, entry)), flush=True)
         return 0
     with world.ahead():
         settle(cfg, entry)
@@ -231,6 +275,10 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         watch(cfg)
         world.heard(0)  # a launcher takes the first that leaves for dead, and rank 0 has just saved
         raise
+    except SystemExit as left:  # Lightning's exit code for it is 1
+        if isinstance(left.__context__, KeyboardInterrupt):
+            raise Preempted(f"KeyboardInterrupt: stopped after step {trainer.global_step}") from None
+        raise
     except RuntimeError as error:
         if world.lost(error):
             raise world.PeerLost("lost another process of this run") from error
@@ -238,6 +286,22 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     if world.rank() == 0:
         CONSOLE.info(f"finished at step {trainer.global_step}; everything is in {home}")
     return 0
+
+
+def is_finished(cfg: DictConfig, entry: Entry, metrics: MetricsFile) -> bool:
+    """Whether nothing is left to do after ``entry``: neither a step, nor the validation or the images of the last."""
+    last, callbacks = cfg.trainer.max_steps, cfg.callbacks
+    if entry.step != last:
+        return entry.step > last
+    validated = last % cfg.trainer.val_check_interval or last in metrics.column("val/loss")
+    drawn = [Path(node.directory) / f"step-{last:08d}.png" for node in [callbacks.get("samples")] if on(node)]
+    kept = [path_of(Path(node.directory), last) for node in [callbacks.get("snapshots")] if on(node)]
+    return bool(validated) and all(path.exists() for path in (*drawn, *kept))
+
+
+def on(node: DictConfig | None) -> bool:
+    """Whether a callback that does something every N steps is switched on."""
+    return bool(node and node.every_n_steps)
 
 
 def check_all_alike(everywhere: Sequence[tuple[Mapping[str, str], str]]) -> None:
@@ -252,7 +316,7 @@ def check_all_alike(everywhere: Sequence[tuple[Mapping[str, str], str]]) -> None
             raise Refused(f"process {rank} has other data than process 0; see data.root and paths.cache there")
 
 
-def finished(cfg: DictConfig, entry: Entry) -> list[str]:
+def describe_finished(cfg: DictConfig, entry: Entry) -> list[str]:
     """Say that there is nothing to do, and where the config is not the one that the run was trained with."""
     told = [f"{cfg.name}: finished at step {entry.step} (trainer.max_steps={cfg.trainer.max_steps}), nothing to do"]
     stored = entry.manifest.get("fingerprint", {})

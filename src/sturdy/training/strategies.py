@@ -10,6 +10,7 @@ All write the same checkpoint: the full state, by name.
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor, nn
@@ -78,6 +79,19 @@ def keep_quiet(trainer: L.Trainer) -> None:
     """Leave signals to us; with several processes Lightning would also send a tensor about them at every step."""
     trainer._signal_connector = NoSignals(trainer)
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+class FitLoop(_FitLoop):
+    """Lightning's, which at the last step only trains no more: whatever an end that was cut short has left is made."""
+
+    skip = False  # type: ignore[assignment]
+
+
+def end_always(trainer: L.Trainer) -> None:
+    """Let ``trainer`` call ``on_train_start`` and ``on_train_end`` also where it enters at the last step."""
+    loop = FitLoop(trainer, min_epochs=trainer.fit_loop.min_epochs, max_epochs=trainer.fit_loop.max_epochs)
+    loop.epoch_loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop = loop
 
 
 def processes() -> dict[str, int]:

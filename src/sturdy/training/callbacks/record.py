@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sturdy.resume import world
+from sturdy.resume.writer import SaveFailed
 from sturdy.training.loggers.evaluations import recorded
 from sturdy.training.loggers.metrics_file import MetricsFile, text
 from sturdy.training.loggers.mirror import Mirror
@@ -81,7 +82,12 @@ class Record(Callback):
         """Write one row; rounded first, so that a mirror filled up from the file holds the same."""
         values = {k: float(text(v)) for k, v in values.items()}
         for logger in trainer.loggers if trainer.is_global_zero else ():  # the file is one of them
-            logger.log_metrics(values, step)
+            try:
+                logger.log_metrics(values, step)
+            except OSError as error:  # only the file raises; without the record there must be no later checkpoint
+                raise SaveFailed(
+                    f"{self.file.path} could not be written: {error}. Mend that and run the same command again"
+                ) from error
 
 
 def _validate(trainer: L.Trainer) -> None:

@@ -1,6 +1,7 @@
 """Grids of samples during training, always from the same noise, so that one sees the pictures come."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from sturdy.diffusion.sampler import Sampler, sample
 from sturdy.evaluation.grids import class_columns, grid, save_png
 from sturdy.randomness import Draws, key
 from sturdy.resume import world
+from sturdy.training.failures import Spared
 
 
 class Samples(Callback):
     """Writes ``step-00000500.png`` every N steps and at the last one, from the EMA weights.
+
+    A grid that cannot be drawn or written is left out. Several processes draw it together, and if one of them fails
+    there, all are started again.
 
     Args:
         directory: ``runs/<name>/samples``.
@@ -39,6 +44,7 @@ class Samples(Callback):
     ) -> None:
         self.directory, self.sampler, self.guidance = Path(directory), sampler, guidance
         self.image_size, self.every, self.n, self.seed = image_size, every_n_steps, n, seed
+        self.spared = Spared("the grid of samples")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._draw_if_due(trainer, pl_module)  # the grid of this step, if a kill came before it
@@ -53,15 +59,17 @@ class Samples(Callback):
             return
         if world.decide(path.exists):
             return
-        picture = self.draw(module)  # by all processes, since each may have a part of the network only
 
         def keep() -> None:
-            save_png(picture, path)
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image("samples", [str(path)], step=step)
+            with self.spared:
+                save_png(image, path)
+                for logger in trainer.loggers:
+                    if hasattr(logger, "log_image"):
+                        logger.log_image("samples", [str(path)], step=step)
 
-        world.decide(keep)
+        with self.spared if world.size() == 1 else nullcontext():
+            image = self.draw(module)  # by all processes, since each may have a part of the network only
+            world.decide(keep)
 
     def draw(self, module: Any) -> Any:
         """The grid, with a class a column where there are classes."""

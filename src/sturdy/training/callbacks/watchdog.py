@@ -40,7 +40,7 @@ class Watchdog(Callback):
     The stacks of all threads are in ``hang-rank0.txt``; SIGUSR2 adds them at any time, and ends nothing.
 
     Attributes:
-        armed: whether it watches at all. Not for a process that nobody starts again, and that Ctrl-Z may stop.
+        armed: whether it ends the process. Not one that nobody starts again, and that Ctrl-Z may stop.
         directory: where the file goes, ``attempts/NNN`` of the run; None for standard error.
     """
 
@@ -61,10 +61,10 @@ class Watchdog(Callback):
         return max(self.at_least, self.factor * median(self.times)) if self.times else self.start
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not self.armed:
-            return
         if self.directory:
-            self._open(self.directory / f"hang-rank{trainer.global_rank}.txt")
+            with suppress(OSError):  # a full disk: then to standard error
+                self._open(self.directory / f"hang-rank{trainer.global_rank}.txt")
+        faulthandler.unregister(STACKS)  # a stock Trainer puts handlers back behind its back
         faulthandler.register(STACKS, self.file)
         self._watch(self.start, "the start")
 
@@ -104,17 +104,17 @@ class Watchdog(Callback):
         for old in path.parent.parent.glob(f"*/{path.name}"):  # of attempts that were killed, and did not hang
             if old.stat().st_size <= HEADER:
                 old.unlink()
-        self.path = path
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.path = path
         os.lseek(self.file, HEADER, os.SEEK_SET)
 
     def _close(self) -> None:
-        if not self.armed:
-            return
-        self.armed = False
-        faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(STACKS)
+        if self.armed:
+            self.armed = False
+            faulthandler.cancel_dump_traceback_later()
         if self.path:
+            faulthandler.register(STACKS, 2)  # to the end of the process: without it the signal would be the end
             if os.fstat(self.file).st_size <= HEADER:
                 self.path.unlink(missing_ok=True)
             os.close(self.file)
+            self.path, self.file = None, 2
