@@ -50,7 +50,7 @@ class Report:
             ("report.json", json.dumps(_finite(self.numbers), indent=1) + "\n"),
             ("report.md", "\n\n".join(self.blocks) + "\n"),
         ):
-            aside = self.directory / f".{name}.tmp"
+            aside = self.directory / f".{name}.{os.getpid()}"  # another process may write the same
             aside.write_text(text)
             os.replace(aside, self.directory / name)
         return self.directory / "report.md"
