@@ -20,7 +20,8 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 MAY = {
     "randomness": set(),
     "signatures": set(),
-    "command": {"signatures"},
+    "words": set(),
+    "command": {"signatures", "words"},
     "sweep": {"command", "resume"},
     "slurm": {"command", "resume", "sweep"},
     "door": {"command", "sweep", "slurm"},
@@ -34,7 +35,7 @@ MAY = {
     "training": {"randomness", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
-HYDRA = {"command", "sweep", "slurm", "door", "prove", "training"}
+HYDRA = {"words", "command", "sweep", "slurm", "door", "prove", "training"}
 TORCH_ONLY = {"diffusion", "backbone", "randomness"}
 
 

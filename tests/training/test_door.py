@@ -28,7 +28,7 @@ MISTAKES = {
     "+backbone.widht=3": "takes no 'widht'. Did you mean width?",
     "+trainer.foo=1": "lightning.Trainer takes no 'foo'",
     "data=folder": "data.root must be given: data.root=...",
-    "data.batch_size=many": "data.batch_size is a int like 64, not a word",
+    "data.batch_size=many": "data.batch_size is a whole number like 64, not a word",
     "trainer.max_epochs=3": "trainer.max_epochs is refused: training counts steps: use trainer.max_steps",
     "+trainer.accumulate_grad_batches=2": "refused: use data.shards",
     "trainer.fast_dev_run=true": "refused: use debug=default",
