@@ -126,7 +126,7 @@ REFUSALS = {
     "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
     "name=other reduction=ring": ["reduction=ring must be tree, allreduce or null"],
     "name=other restarts=-1": ["restarts=-1 must be a whole number"],
-    "name=other trainer.precision=16-mixed": ["trainer.precision=16-mixed", "use 32-true or bf16-mixed"],
+    "name=other trainer.precision=16-mixed": ["trainer.precision=16-mixed", "loss scale", "use bf16-mixed", "or 32-true"],
     "name=other trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5 must be a whole number of steps"],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],

@@ -14,6 +14,21 @@ from omegaconf import DictConfig
 from sturdy.resume.supervisor import launched, supervise
 
 MISTAKE = 2
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+SCALED = "16-bit floats need a loss scale, whose history a step is not a function of"
+BF16 = "use bf16-mixed, which needs none (NVIDIA cards from 2020 on, such as A100 and RTX 30; CPUs), or 32-true"
+PRECISIONS = {  # other words for a precision, and what to do
+    **dict.fromkeys(("16-mixed", "16", "fp16", "float16", "half"), f"{SCALED}; {BF16}"),
+    **dict.fromkeys(("bf16", "bfloat16"), "use bf16-mixed: the arithmetic in 16 bits, the weights in 32"),
+    **dict.fromkeys(("fp32", "float32", "full", "single", "tf32"), "use 32-true"),
+    **dict.fromkeys(
+        ("bf16-true", "16-true"), "weights kept in 16 bits lose the small steps of the EMA: use bf16-mixed or 32-true"
+    ),
+    **dict.fromkeys(
+        ("64-true", "64", "fp64", "float64", "double"),
+        "images, noise and times are drawn in 32 bits, so that 64 would be slower and no more exact: use 32-true",
+    ),
+}
 
 
 class Unfit(Exception):
@@ -64,7 +79,7 @@ def devices(cfg: DictConfig) -> int:
         import torch
 
         return max(1, torch.cuda.device_count())
-    if not str(n).isdigit() or int(n) < 1:
+    if isinstance(n, bool) or not str(n).isdecimal() or int(n) < 1:
         raise Unfit(f"trainer.devices={n} must be a number, or auto. Choose among GPUs with CUDA_VISIBLE_DEVICES")
     if cfg.trainer.num_nodes > 1 and not launched():
         raise Unfit(
@@ -77,17 +92,32 @@ def devices(cfg: DictConfig) -> int:
 def check_settings(cfg: DictConfig) -> None:
     """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
     for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
-        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
+        if not is_whole(cfg.trainer[key], least=1):
             raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
-    if not isinstance(cfg.restarts, int) or cfg.restarts < 0:
+    if not is_whole(cfg.restarts):
         raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
+    if not is_whole(cfg.trainer.num_nodes, least=1):
+        raise Unfit(f"trainer.num_nodes={cfg.trainer.num_nodes} must be a whole number, 1 or more")
+    if cfg.trainer.threads is not None and not is_whole(cfg.trainer.threads, least=1):
+        raise Unfit(f"trainer.threads={cfg.trainer.threads} must be a whole number, 1 or more, or null")
+    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
+        raise Unfit(f"seed={cfg.seed} must be a whole number")
+    if not cfg.callbacks.get("checkpoint"):
+        raise Unfit(
+            "callbacks.checkpoint=null: without checkpoints a run would be lost. To have few of them, set "
+            "callbacks.checkpoint.every_n_train_steps=null and callbacks.checkpoint.every_n_minutes=60"
+        )
+    if cfg.trainer.accelerator not in ACCELERATORS:
+        raise Unfit(f"trainer.accelerator={cfg.trainer.accelerator} must be one of {', '.join(ACCELERATORS)}")
     if cfg.reduction not in (None, "tree", "allreduce"):
         raise Unfit(f"reduction={cfg.reduction} must be tree, allreduce or null, which chooses")
     for key, why in {"alignment": "looks into the network", "strategy": "takes it apart"}.items():
         if cfg.trainer.compile and (target := (cfg[key] or {}).get("_target_", "")).endswith((".Alignment", ".fsdp2")):
             raise Unfit(f"trainer.compile=true does not go with {target.rpartition('.')[2].lower()}, which {why}")
-    if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
-        raise Unfit(
-            f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "
-            f"whose history a step is not a function of, and weights kept in 16 bits lose the small steps of the EMA"
-        )
+    if (precision := str(cfg.trainer.precision)) not in ("32-true", "32", "bf16-mixed"):
+        raise Unfit(f"trainer.precision={precision}: {PRECISIONS.get(precision, 'use 32-true or bf16-mixed')}")
+
+
+def is_whole(value: Any, *, least: int = 0) -> bool:
+    """Whether ``value`` is a whole number of at least ``least``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -56,6 +56,15 @@ def unfit() -> Iterator[None]:
         raise Unfit(str(cause)) from error
 
 
+def check_accelerator(name: str) -> None:
+    """Raises ValueError if PyTorch finds no such device on this machine."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not {**here, "gpu": any(here.values())}.get(name, True):
+        raise ValueError(
+            f"trainer.accelerator={name}: PyTorch {torch.__version__} finds none on this machine; use auto or cpu"
+        )
+
+
 def settle(cfg: DictConfig, entry: Entry | None) -> None:
     """Fill in what is decided at the first start and then belongs to the run: shards, their sum, and threads.
 
@@ -172,7 +181,7 @@ def make_trainer(
     def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
 
-    wanted = [node for key, node in cfg.callbacks.items() if world.rank() == 0 or key != "progress"]
+    wanted = [node for key, node in cfg.callbacks.items() if node and (world.rank() == 0 or key != "progress")]
     callbacks: list[Callback] = [
         Record(metrics),
         Preempt(preemption),  # before those that take their time after a step
@@ -184,7 +193,8 @@ def make_trainer(
     for callback in first:
         if isinstance(callback, Watchdog):
             callback.directory, callback.armed = attempt, launched()
-    mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger and world.rank() == 0 else []
+    loggers = [node for node in (cfg.logger or {}).values() if node] if world.rank() == 0 else []
+    mirrors = [instantiate(node, _convert_="all") for node in loggers]
     for mirror in mirrors:
         mirror.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in OURS}

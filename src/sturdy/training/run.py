@@ -31,7 +31,17 @@ from sturdy.training.build import build, init_from
 from sturdy.training.callbacks.watchdog import watch_start
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+from sturdy.training.parts import (
+    check_accelerator,
+    furnish,
+    how_summed,
+    make_trainer,
+    open_data,
+    settle,
+    summing,
+    try_out,
+    unfit,
+)
 
 ENTERED = ".entered"  # in the run's directory: an agent's next start goes on, wherever this one was told to begin
 
@@ -74,6 +84,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     preemption = Preemption()
     preemption.listen(training=False)
     watch(cfg)
+    with unfit():
+        check_accelerator(cfg.trainer.accelerator)
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
     with world.ahead():
@@ -165,6 +177,11 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     now = fingerprint(config, data.digest, describe(cfg.data.shards, world.size(), how_summed(cfg)))
     guarantee = world.decide(lambda: judge(entry, now, **config["resume"]) if entry else None)
+    finished = entry is not None and entry.step >= cfg.trainer.max_steps
+    if not finished:  # what does not go together is refused before anything is promised
+        with world.ahead(), unfit():
+            module = build(config)
+            try_out(module, data.image_size)
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
     if world.rank() == 0:
@@ -172,11 +189,9 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         if report := data.cache.report():
             CONSOLE.warning(report)
         CONSOLE.info(banner(cfg, data, entry, guarantee))
-    if entry and entry.step >= cfg.trainer.max_steps:
+    if finished:
         return 0
     with world.ahead(), unfit():
-        module = build(config)
-        try_out(module, data.image_size)
         trainer = make_trainer(cfg, store, metrics, now, preemption, attempt)
         if cfg.init_from and not entry:
             init_from(module, cfg.init_from)
