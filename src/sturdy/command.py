@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sturdy.signatures import unknown_arguments
+from sturdy.signatures import in_words, unfit_arguments, unknown_arguments
 from sturdy.words import NAMES, PATHS, Mistake, among, expand_paths, readable
 
 LAUNCHER = ("hydra/launcher", "hydra.launcher")  # words that say where the jobs of a sweep run
@@ -141,12 +141,13 @@ def _base(config: Path, groups: tuple[str, ...]) -> DictConfig:
 
 def check_composed(cfg: DictConfig) -> None:
     """Raises Mistake if the composed config holds what is refused, missing, or taken by no class."""
-    for key, value in _items(cfg).items():
+    items = _items(cfg)
+    for key, value in items.items():
         _check_refused(key)
         if value == "???":
             raise Mistake(f"{key} must be given: {key}=...")
-        if value == "" and among(key, (*PATHS, *NAMES)):
-            raise Mistake(f"{key}= is empty: it must be given a value")
+        if (value == "" and among(key, (*PATHS, *NAMES))) or (value is None and key.startswith("paths.")):
+            raise Mistake(f"{key} is empty: it must be given a value")
     with meant():
         plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
@@ -154,6 +155,10 @@ def check_composed(cfg: DictConfig) -> None:
         _check_name(plain["name"])
     for key, target, unknown, known in unknown_arguments(plain):
         raise Mistake(f"{key}: {target} takes no {unknown!r}.{_near(unknown, known)}")
+    for key, value, annotation in unfit_arguments({k: v for k, v in plain.items() if k != "trainer"}):
+        if made_of := re.fullmatch(r"\$\{([\w.]+)\}", str(items.get(key))):
+            key = made_of[1]  # the key that was given
+        raise Mistake(f"{key}={'null' if value is None else value} must be {in_words(annotation)}")
 
 
 def _check_name(name: Any) -> None:
@@ -201,7 +206,7 @@ def _stray(words: list[str], number: int) -> str:
     """What to type instead of the word at ``number``, which is no ``key=value``."""
     before, word, after, last = ["", *words, "", ""][number : number + 4]
     names = {*NAMES, *ELSEWHERE, "seed", "lr", *GlobalHydra.instance().config_loader().get_group_options("")}
-    is_value = "=" in before.strip("=") and not (word.startswith("-") or word in names or "." in word)
+    is_value = "=" in before.strip("=") and not (word.startswith("-") or "." in word or (word in names and after))
     if before.endswith("="):
         typed, right = f"{before} {word}", f"{before}{word}"
     elif after == "=":
@@ -240,7 +245,9 @@ def _choice(override: Override, config: Path) -> str:
 @cache
 def _defaults(config: Path) -> dict[str, Any]:
     """The option of each group where none is chosen."""
-    return {str(key): value for item in OmegaConf.load(config).defaults if item != "_self_" for key, value in item.items()}
+    return {
+        str(key): value for item in OmegaConf.load(config).defaults if item != "_self_" for key, value in item.items()
+    }
 
 
 def _options(group: str) -> list[str]:
@@ -310,7 +317,8 @@ def _fitting(override: Override, base: DictConfig, keys: dict[str, Any]) -> str:
     if isinstance(value, float) and isinstance(old, int) and not isinstance(old, bool) and value.is_integer():
         return f"{key}={int(value)}"
     if key != "trainer.devices" and (kind := _kind(old, value)):
-        raise Mistake(f"{word}: {key} is {kind}, not {_described(value)}")
+        square = "; images are square" if key.endswith("image_size") and isinstance(value, list) else ""
+        raise Mistake(f"{word}: {key} is {kind}, not {_described(value)}{square}")
     if isinstance(old, dict) and not isinstance(value, dict) and "${" not in str(value):
         raise Mistake(f"{word}: {key} is no value of its own; its keys are {', '.join(f'{key}.{k}' for k in old)}")
     return word

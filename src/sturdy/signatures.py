@@ -4,6 +4,7 @@ Importing Lightning or torch takes seconds; a mistyped key must not.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -27,11 +28,54 @@ def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
         yield from unknown_arguments(value, f"{prefix}{key}.")
 
 
+SETTLED = {"data.shards"}  # null until the first start decides it
 OURS = {"trainer.threads", "trainer.compile"}  # read by the door's task, not handed to the Trainer
 
 
-def arguments(target: str) -> set[str] | None:
-    """Names of the arguments of the class or function ``target``; None where its source does not tell."""
+def unfit_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, value, annotation) for each value that is not of the type its argument is annotated with."""
+    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
+        known = arguments(config["_target_"]) or {}
+        for name in config.keys() & known.keys():
+            key, value = f"{prefix}{name}", config[name]
+            if known[name] and not _is_a(value, known[name]) and not (value is None and key in SETTLED):
+                yield key, value, known[name]
+    if isinstance(config, dict | list):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from unfit_arguments(value, f"{prefix}{key}.")
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "Path": (str,),
+    "None": (type(None),),
+}
+
+
+def in_words(annotation: str) -> str:
+    """What an annotation of plain kinds asks for."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
+    if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
+        return f"a list, each item {in_words(items[1])}"
+    return " or ".join(dict.fromkeys(words.get(kind.strip(), "a text") for kind in annotation.split("|")))
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    """Whether ``value`` fits ``annotation``; True where that is not of plain kinds alone, such as a class's."""
+    if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
+        return isinstance(value, list) and all(_is_a(item, items[1]) for item in value)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not all(kind in KINDS for kind in kinds):
+        return True
+    taken = tuple(kind for name in kinds for kind in KINDS[name])
+    return isinstance(value, taken) and (not isinstance(value, bool) or "bool" in kinds)
+
+
+def arguments(target: str) -> dict[str, str] | None:
+    """The annotation of each argument of the class or function ``target``; None where its source does not tell."""
     package, *rest = target.split(".")
     try:
         spec = find_spec(package)
@@ -51,7 +95,7 @@ def _parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
-def _in_file(file: Path, name: str) -> set[str] | None:
+def _in_file(file: Path, name: str) -> dict[str, str] | None:
     for node in ast.walk(_parse(file)):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return _parameters(node)
@@ -64,7 +108,7 @@ def _in_file(file: Path, name: str) -> set[str] | None:
     return None
 
 
-def _of_class(file: Path, node: ast.ClassDef) -> set[str] | None:
+def _of_class(file: Path, node: ast.ClassDef) -> dict[str, str] | None:
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return _parameters(item)
@@ -72,8 +116,8 @@ def _of_class(file: Path, node: ast.ClassDef) -> set[str] | None:
     return _in_file(file, bases[0]) if len(bases) == 1 and len(node.bases) == 1 else None
 
 
-def _parameters(node: ast.FunctionDef) -> set[str] | None:
+def _parameters(node: ast.FunctionDef) -> dict[str, str] | None:
     if node.args.kwarg:
         return None
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    return {arg.arg for arg in every} - {"self"}
+    return {arg.arg: ast.unparse(arg.annotation) if arg.annotation else "" for arg in every if arg.arg != "self"}

@@ -35,7 +35,7 @@ def build(config: Mapping[str, Any]) -> DiffusionModule:
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
-    parts = {name: instantiate(config.get(name), _convert_="all") for name in PARTS}
+    parts = instantiate({name: config.get(name) for name in PARTS}, _convert_="all")  # at once: an error has the key
     denoiser = Denoiser(parts["backbone"], parts["schedule"], parts["target"], config["num_classes"])
     return DiffusionModule(
         denoiser,

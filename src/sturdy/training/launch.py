@@ -9,11 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sturdy.resume.supervisor import launched, supervise
 
 MISTAKE = 2
+WHOLE = {  # keys that hold a whole number, and the least it may be
+    "seed": None,
+    "restarts": 0,
+    "data.batch_size": 1,
+    "data.shards": 1,
+    "trainer.max_steps": 1,
+    "trainer.val_check_interval": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.threads": 1,
+}
+OR_NULL = ("data.shards", "trainer.threads")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 SCALED = "16-bit floats need a loss scale, whose history a step is not a function of"
 BF16 = "use bf16-mixed, which needs none (NVIDIA cards from 2020 on, such as A100 and RTX 30; CPUs), or 32-true"
@@ -91,17 +103,12 @@ def devices(cfg: DictConfig) -> int:
 
 def check_settings(cfg: DictConfig) -> None:
     """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
-    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
-        if not is_whole(cfg.trainer[key], least=1):
-            raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
-    if not is_whole(cfg.restarts):
-        raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
-    if not is_whole(cfg.trainer.num_nodes, least=1):
-        raise Unfit(f"trainer.num_nodes={cfg.trainer.num_nodes} must be a whole number, 1 or more")
-    if cfg.trainer.threads is not None and not is_whole(cfg.trainer.threads, least=1):
-        raise Unfit(f"trainer.threads={cfg.trainer.threads} must be a whole number, 1 or more, or null")
-    if not isinstance(cfg.seed, int) or isinstance(cfg.seed, bool):
-        raise Unfit(f"seed={cfg.seed} must be a whole number")
+    for key, least in WHOLE.items():
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            if value is not None or key not in OR_NULL:
+                bounds = ("" if least is None else f", {least} or more") + (", or null" if key in OR_NULL else "")
+                raise Unfit(f"{key}={value} must be a whole number{bounds}")
     if not cfg.callbacks.get("checkpoint"):
         raise Unfit(
             "callbacks.checkpoint=null: without checkpoints a run would be lost. To have few of them, set "
@@ -116,8 +123,3 @@ def check_settings(cfg: DictConfig) -> None:
             raise Unfit(f"trainer.compile=true does not go with {target.rpartition('.')[2].lower()}, which {why}")
     if (precision := str(cfg.trainer.precision)) not in ("32-true", "32", "bf16-mixed"):
         raise Unfit(f"trainer.precision={precision}: {PRECISIONS.get(precision, 'use 32-true or bf16-mixed')}")
-
-
-def is_whole(value: Any, *, least: int = 0) -> bool:
-    """Whether ``value`` is a whole number of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

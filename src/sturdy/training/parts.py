@@ -1,6 +1,7 @@
 """The parts of one start, made from its config: what is settled at the first start, data, the sum, the Trainer."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,8 @@ def unfit() -> Iterator[None]:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno in MAY_PASS:
             raise cause from None
-        raise Unfit(str(cause)) from error
+        key = re.search(r"full_key: (\w+)", str(error))  # of Hydra's, where the class does not name it
+        raise Unfit(f"{key[1]}: {cause}" if key and key[1] not in str(cause) else str(cause)) from error
 
 
 def check_accelerator(name: str) -> None:
