@@ -1,4 +1,4 @@
-"""The command line takes what people type: free text as it is, a part that is switched off, slips with the right word."""
+"""The command line takes what people type: free text, parts that are switched off, and slips."""
 
 import itertools
 import os
@@ -256,9 +256,13 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_a_setting_that_cannot_be_used_is_refused_with_its_key(word):
     cfg = composed("train", word)
-    with pytest.raises(Unfit) as unfit:
+
+    def start():
         check_settings(cfg)
         devices(cfg)
+
+    with pytest.raises(Unfit) as unfit:
+        start()
     assert REFUSED[word] in str(unfit.value)
     assert word.split("=")[0] in str(unfit.value)
 

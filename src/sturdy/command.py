@@ -103,7 +103,7 @@ def check(config: Path, words: list[str]) -> DictConfig:
     HydraConfig.instance().set_config(cfg)  # for what reads ${hydra:...}
     with open_dict(cfg):
         del cfg["hydra"]
-    expand_paths(cfg)
+    expand_paths(cfg, _items(cfg))
     return cfg
 
 
@@ -276,7 +276,7 @@ def _implied(overrides: list[Override], groups: dict[str, str], config: Path) ->
         key, group = override.key_or_group, override.key_or_group.split(".")[0]
         if override.is_add() or group in {**groups, **implied} or key == group or key in keys:
             continue
-        have = {}
+        have: dict[str, Any] = {}
         for option in _options(group):
             with suppress(HydraException, OmegaConfBaseException):
                 items = _items(_base(config, (*chosen, f"{group}={option}")))

@@ -37,9 +37,9 @@ def unfit_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, s
     if isinstance(config, dict) and isinstance(config.get("_target_"), str):
         known = arguments(config["_target_"]) or {}
         for name in config.keys() & known.keys():
-            key, value = f"{prefix}{name}", config[name]
-            if known[name] and not _is_a(value, known[name]) and not (value is None and key in SETTLED):
-                yield key, value, known[name]
+            path, value = f"{prefix}{name}", config[name]
+            if known[name] and not _is_a(value, known[name]) and not (value is None and path in SETTLED):
+                yield path, value, known[name]
     if isinstance(config, dict | list):
         for key, value in config.items() if isinstance(config, dict) else enumerate(config):
             yield from unfit_arguments(value, f"{prefix}{key}.")

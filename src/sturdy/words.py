@@ -6,20 +6,21 @@ may hold any of them. So text is quoted here, before Hydra reads it; words that 
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar_parser import parse as parse_interpolation
 
 # Keys whose value is a path; ``~`` is expanded in all of them.
 FOLDERS = ("*.root", "data_root")  # of images: a list gives several
-PATHS = (*FOLDERS, "paths.*", "data.cache", "ckpt_path", "init_from", "*.path", "*.directory", "*.out")
-PATHS = (*PATHS, "sample.image", "sample.mask", "guidance.guide")
+START = ("ckpt_path", "init_from", "guidance.guide")
+FILES = ("*.path", "*.directory", "*.out", "sample.image", "sample.mask")
+PATHS = (*FOLDERS, *START, *FILES, "paths.*", "data.cache")
 NAMES = ("name", "run")
 LABELS = ("sample.label",)  # a class by its name, or by its number
 TEXT = (*PATHS, *NAMES, *LABELS, "logger.*.project", "logger.*.entity", "logger.*.run_name")
@@ -102,17 +103,9 @@ def _read(word: str, parser: OverridesParser) -> Override | None:
         return None
 
 
-def expand_paths(cfg: DictConfig) -> None:
-    """Put the home directory in the place of ``~`` in every path of ``cfg``."""
-
-    def walk(node: DictConfig | ListConfig, prefix: str) -> Iterator[str]:
-        for key in node if isinstance(node, DictConfig) else range(len(node)):
-            child = node._get_node(key)
-            if isinstance(child, DictConfig | ListConfig) and not (child._is_none() or child._is_missing()):
-                yield from walk(child, f"{prefix}{key}.")
-            yield f"{prefix}{key}"
-
-    for key in walk(cfg, ""):
+def expand_paths(cfg: DictConfig, keys: Iterable[str]) -> None:
+    """Put the home directory in the place of ``~`` in those of ``keys`` that are paths."""
+    for key in keys:
         if among(key, PATHS) or among(key.rpartition(".")[0], FOLDERS):
             try:
                 value = OmegaConf.select(cfg, key, throw_on_missing=False)
