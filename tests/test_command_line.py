@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from runs import ROOT
+from sturdy.command import _items
 from sturdy.door import Mistake, compose_run
 from sturdy.sweep import plan
 from sturdy.training.launch import Unfit, check_settings, devices
@@ -265,6 +267,15 @@ def test_a_setting_that_cannot_be_used_is_refused_with_its_key(word):
         start()
     assert REFUSED[word] in str(unfit.value)
     assert word.split("=")[0] in str(unfit.value)
+
+
+def test_no_value_of_any_key_is_a_traceback():
+    rng = random.Random(0)
+    keys = [key for key in _items(composed("train", "backbone=dit", "ema=power")) if "_target_" not in key]
+    for key, text in zip(rng.sample(keys, 40), itertools.cycle(["null", "x", "-1", "[]", "{}", "1e400"])):
+        with suppress(Mistake, Unfit):
+            cfg = composed("train", "backbone=dit", "ema=power", f"{key}={text}")
+            check_settings(cfg)
 
 
 FLAGS = {
