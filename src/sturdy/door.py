@@ -43,10 +43,10 @@ def open_door(config: Path, task: str) -> None:
         sys.exit(_or_exit(lambda: open_sweep(config, args.overrides)))
     cfg = _or_exit(lambda: compose_run(config, args.overrides))
     words = list(HydraConfig.get().overrides.task)
-    given = {word.split("=")[0] for word in args.overrides}
-    for word in words:
-        if word.split("=")[0] not in given:
-            print(f"{word}, which has a key that you gave", flush=True)
+    given = [word.split("=")[0] for word in args.overrides]
+    for group in (word.split("=")[0] for word in words):
+        if group not in given and (key := next((key for key in given if key.startswith(f"{group}.")), None)):
+            print(f"{group}={HydraConfig.get().runtime.choices[group]}, as {key} is given", flush=True)
     module, function = task.split(":")
     sys.exit(getattr(importlib.import_module(module), function)(cfg, words))
 
