@@ -55,7 +55,7 @@ MISTAKES = {
     "data.batchsize=8,16": "there is no key 'data.batchsize'. Did you mean data.batch_size",
     "experiment=cars,carz": "there is no such experiment. Did you mean cars?",
     "sampler=heun,heum": "sampler-heum: sampler=heum: there is no such sampler. Did you mean heun?",
-    "data.batch_size=8,many": "data.batch_size is a int like 64, not a word",
+    "data.batch_size=8,many": "data.batch_size is a whole number like 64, not a word",
     "data=cars,folder": "data-folder: data.root must be given: data.root=...",
     "trainer.max_epochs=3,4": "trainer.max_epochs is refused: training counts steps: use trainer.max_steps",
     "+backbone.widht=3,4": "takes no 'widht'. Did you mean width?",

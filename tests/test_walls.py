@@ -23,7 +23,8 @@ MAY = {
     "files": set(),
     "system": set(),
     "searchpath": {"signatures"},
-    "command": {"signatures"},
+    "words": set(),
+    "command": {"signatures", "words"},
     "sweep": {"command", "resume"},
     "slurm": {"command", "searchpath", "resume", "sweep"},
     "door": {
@@ -44,7 +45,7 @@ MAY = {
     "training": {"randomness", "files", "system", "signatures", "diffusion", "resume", "evaluation"},
 }
 LIGHTNING = {"training", "data", "resume", "evaluation"}
-HYDRA = {"command", "searchpath", "sweep", "slurm", "door", "prove", "training"}
+HYDRA = {"words", "command", "searchpath", "sweep", "slurm", "door", "prove", "training"}
 TORCH_ONLY = {"diffusion", "backbone", "randomness"}
 
 

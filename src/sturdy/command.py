@@ -5,8 +5,9 @@ instead, and a key that its class does not take with those it takes.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sturdy.signatures import unknown_arguments
+from sturdy.signatures import in_words, unfit_arguments, unknown_arguments
+from sturdy.words import NAMES, PATHS, Mistake, among, expand_paths, readable
 
 LAUNCHER = ("hydra/launcher", "hydra.launcher")  # words that say where the jobs of a sweep run
 
@@ -57,32 +59,79 @@ REFUSED = {
 }
 
 
-class Mistake(Exception):
-    """The command cannot be meant like this; the message says what to do."""
+# Keys that other projects have, and the key here.
+ELSEWHERE = {
+    "epochs": ("trainer.max_steps",),  # training counts steps
+    "max_epochs": ("trainer.max_steps",),
+    "num_epochs": ("trainer.max_steps",),
+    "iterations": ("trainer.max_steps",),
+    "steps": ("trainer.max_steps", "sampler.steps"),
+    "num_steps": ("trainer.max_steps", "sampler.steps"),
+    "gpus": ("trainer.devices",),
+    "workers": ("data.num_workers",),
+    "resolution": ("data.image_size",),
+    "size": ("data.image_size",),
+    "model": ("backbone",),
+    "dataset": ("data",),
+    "data_dir": ("data.root", "data_root"),
+    "data_path": ("data.root", "data_root"),
+    "output_dir": ("paths.runs", "sample.out", "evaluate.out"),
+    "fp16": ("trainer.precision",),
+    "bf16": ("trainer.precision",),
+    "num_samples": ("sample.n", "evaluate.n"),
+    "cfg_scale": ("guidance.scale",),
+}
+
+# Groups that can be left out, and the option that does it.
+WITHOUT = {"logger": "csv", "alignment": "none"}
+# Other groups, and what to do instead.
+KEPT = {
+    "callbacks": "switch them off one by one, such as callbacks.samples=null",
+    "ema": "ema.decay=0 makes the average the weights themselves",
+    "sampler": "callbacks.samples=null draws no samples in training",
+    "guidance": "guidance.scale=1 is none",
+    "learning_rate": "learning_rate=constant changes nothing",
+    "strategy": "strategy=single is that of one process",
+}
+SWITCHES = re.compile(r"(callbacks|logger)\.[^.]+")  # parts that can be switched off: key=null, key=false or ~key
 
 
 def check(config: Path, words: list[str]) -> DictConfig:
     """The config of ``words``; raises Mistake if they are no overrides of ``config`` that can be meant."""
     with meant(config):
-        overrides = parsed(words)
-        for override in overrides:
-            _check_refused(override.key_or_group)
-            if override.is_sweep_override():
-                raise Mistake(f"{override.input_line}: for a run with each value add -m; for one list write [a,b]")
-            if override.key_or_group.startswith(LAUNCHER):
-                raise Mistake(f"{override.input_line}: only the runs of a sweep are launched so; add -m")
-        chosen = [o for o in overrides if _is_group(o)]
-        for override in chosen:
-            check_option(override)
-        base = _base(config, tuple(o.input_line or "" for o in chosen))
-        for override in overrides:
-            if override not in chosen:
-                _check_key(override, base)
+        words = understood(config, words)
         cfg = compose(config.stem, words, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)  # for what reads ${hydra:...}
     with open_dict(cfg):
         del cfg["hydra"]
+    expand_paths(cfg, _items(cfg))
     return cfg
+
+
+def understood(config: Path, words: list[str]) -> list[str]:
+    """The words that Hydra is to be given for ``words``; to be called inside ``meant(config)``.
+
+    They differ where a group is chosen by one of its keys (``data.root``), a part is switched off (``key=false``), or a
+    whole number is written as ``1e5``.
+
+    Raises:
+        Mistake: if they are no overrides of ``config`` that can be meant.
+    """
+    overrides = parsed(words)
+    for override in overrides:
+        _check_refused(override.key_or_group)
+        if override.is_sweep_override():
+            if override.key_or_group == "trainer.devices":
+                raise Mistake(f"{override.input_line}: it is a number; choose among GPUs with CUDA_VISIBLE_DEVICES=0,1")
+            raise Mistake(f"{override.input_line}: for a run with each value add -m; for one list write [a,b]")
+        if override.key_or_group.startswith(LAUNCHER):
+            raise Mistake(f"{override.input_line}: only the runs of a sweep are launched so; add -m")
+    groups = {o.key_or_group: _choice(o, config) for o in overrides if _is_group(o) and not o.is_delete()}
+    groups |= _implied([o for o in overrides if o.key_or_group not in groups], groups, config)
+    chosen = tuple(word for word in groups.values() if word)
+    base = _base(config, chosen)
+    keys = _items(base)
+    return [*chosen, *(_fitting(o, base, keys) for o in overrides if o.key_or_group not in groups)]
 
 
 @cache
@@ -93,14 +142,31 @@ def _base(config: Path, groups: tuple[str, ...]) -> DictConfig:
 
 def check_composed(cfg: DictConfig) -> None:
     """Raises Mistake if the composed config holds what is refused, missing, or taken by no class."""
-    for key, value in _items(cfg).items():
+    items = _items(cfg)
+    for key, value in items.items():
         _check_refused(key)
         if value == "???":
             raise Mistake(f"{key} must be given: {key}=...")
+        if (value == "" and among(key, (*PATHS, *NAMES))) or (value is None and key.startswith("paths.")):
+            raise Mistake(f"{key} is empty: it must be given a value")
     with meant():
         plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    if "name" in plain:
+        _check_name(plain["name"])
     for key, target, unknown, known in unknown_arguments(plain):
         raise Mistake(f"{key}: {target} takes no {unknown!r}.{_near(unknown, known)}")
+    for key, value, annotation in unfit_arguments({k: v for k, v in plain.items() if k != "trainer"}):
+        if made_of := re.fullmatch(r"\$\{([\w.]+)\}", str(items.get(key))):
+            key = made_of[1]  # the key that was given
+        raise Mistake(f"{key}={'null' if value is None else value} must be {in_words(annotation)}")
+
+
+def _check_name(name: Any) -> None:
+    """A run's directory must lie in paths.runs; ``sweep/label`` may."""
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if not all(part not in ("", ".", "..") and part.isprintable() and len(part.encode()) < 256 for part in parts):
+        raise Mistake(f"name={name} must be a directory's name in paths.runs, such as cars or cars/first")
 
 
 @contextmanager
@@ -110,16 +176,53 @@ def meant(config: Path | None = None) -> Iterator[None]:
         with initialize_config_dir(str(config.parent), version_base="1.3") if config else nullcontext():
             yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise Mistake(str(error)) from None
+        raise Mistake(_line(error)) from None
 
 
-def parsed(words: list[str]) -> list[Override]:
-    """To be called inside ``meant(config)``; raises Mistake for what cannot be read."""
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    try:
-        return parser.parse_overrides(words)
-    except HydraException as error:
-        raise Mistake(f"{error}\nWrite overrides as key=value; quote what the shell would split.") from None
+def _line(error: Exception) -> str:
+    """The first line of what Hydra or OmegaConf says, after the key that it speaks of."""
+    text = str(error)
+    key, first = re.search(r"full_key: (\S+)", text), text.strip().split("\n")[0]
+    return f"{key[1]}: {first}" if key and key[1] not in first else first
+
+
+def parsed(words: list[str], *, multirun: bool = False) -> list[Override]:
+    """What Hydra reads in ``words``, text as it was typed; to be called inside ``meant(config)``.
+
+    Args:
+        multirun: a comma separates the values of a sweep.
+
+    Raises:
+        Mistake: for a word that is no ``key=value``.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    for number, word in enumerate(words):
+        if ("=" not in word or word.startswith("=")) and not word.startswith("~"):
+            raise Mistake(_stray(words, number))
+    return parser.parse_overrides([readable(word, parser, multirun=multirun) for word in words])
+
+
+def _stray(words: list[str], number: int) -> str:
+    """What to type instead of the word at ``number``, which is no ``key=value``."""
+    before, word, after, last = ["", *words, "", ""][number : number + 4]
+    names = {*NAMES, *ELSEWHERE, "seed", "lr", *GlobalHydra.instance().config_loader().get_group_options("")}
+    is_value = "=" in before.strip("=") and not (word.startswith("-") or "." in word or (word in names and after))
+    if before.endswith("="):
+        typed, right = f"{before} {word}", f"{before}{word}"
+    elif after == "=":
+        typed, right = f"{word} = {last}", f"{word.lstrip('-')}={last}"
+    elif after.startswith("="):
+        typed, right = f"{word} {after}", f"{word.lstrip('-')}{after}"
+    elif after and "=" not in after and not is_value:
+        typed, right = f"{word} {after}", f"{word.lstrip('-')}={after}"
+    elif is_value:
+        return f"{word}: write key=value; if it belongs to the word before it, quote both: '{before} {word}'"
+    elif word in names or "." in word or word.startswith(("-", "=")):
+        typed, right = word, f"{word.strip('-=')}=VALUE"
+    else:
+        return f"{word}: write key=value, such as name={word} or run={word}; --help lists the keys"
+    return f"{typed}: write {right}"
 
 
 def _is_group(override: Override) -> bool:
@@ -127,27 +230,122 @@ def _is_group(override: Override) -> bool:
     return "." not in override.key_or_group and bool(loader.get_group_options(override.key_or_group))
 
 
+def _choice(override: Override, config: Path) -> str:
+    """The word that chooses what ``override`` means; empty where nothing is chosen."""
+    group = override.key_or_group
+    if override.value() not in (None, "none", "null", False) or override.package:
+        check_option(override)
+        return override.input_line or ""
+    if _defaults(config).get(group, "") is None:
+        return ""
+    if group in WITHOUT:
+        return f"{group}={WITHOUT[group]}"
+    raise Mistake(f"{override.input_line}: there must be one" + (f"; {KEPT[group]}" if group in KEPT else ""))
+
+
+@cache
+def _defaults(config: Path) -> dict[str, Any]:
+    """The option of each group where none is chosen."""
+    return {
+        str(key): value for item in OmegaConf.load(config).defaults if item != "_self_" for key, value in item.items()
+    }
+
+
+def _options(group: str) -> list[str]:
+    return GlobalHydra.instance().config_loader().get_group_options(group, results_filter=ObjectType.CONFIG)
+
+
 def check_option(override: Override) -> None:
     """Raises Mistake if it chooses what its group does not have."""
-    group, option = override.key_or_group, override.value()
-    options = GlobalHydra.instance().config_loader().get_group_options(group, results_filter=ObjectType.CONFIG)
+    group, option, options = override.key_or_group, override.value(), _options(override.key_or_group)
     for name in option if isinstance(option, list) else [option]:
-        if name is not None and str(name) not in options:
-            raise Mistake(f"{group}={name}: there is no such {group}.{_near(str(name), options)}")
+        if str(name) not in options:
+            rate = " The rate itself is optimizer.lr." if group == "learning_rate" else ""
+            raise Mistake(f"{group}={name}: there is no such {group}.{_near(str(name), options)}{rate}")
 
 
-def _check_key(override: Override, base: DictConfig) -> None:
-    key = override.key_or_group
-    keys = _items(base)
-    if key.startswith("hydra.") or override.is_add() or override.is_force_add():
-        return
+def _implied(overrides: list[Override], groups: dict[str, str], config: Path) -> dict[str, str]:
+    """Groups of which no option is chosen, but a key is given that one option demands: ``data.root``.
+
+    Raises:
+        Mistake: if options have the key and none of them demands it.
+    """
+    implied: dict[str, str] = {}
+    chosen = tuple(word for word in groups.values() if word)
+    keys = _items(_base(config, chosen))
+    for override in overrides:
+        key, group = override.key_or_group, override.key_or_group.split(".")[0]
+        if override.is_add() or group in {**groups, **implied} or key == group or key in keys:
+            continue
+        have: dict[str, Any] = {}
+        for option in _options(group):
+            with suppress(HydraException, OmegaConfBaseException):
+                items = _items(_base(config, (*chosen, f"{group}={option}")))
+                have |= {f"{group}={option}": items[key]} if key in items else {}
+        demand = [word for word, value in have.items() if value == "???"]
+        if len(demand) == 1:
+            implied[group] = demand[0]
+        elif have:
+            raise Mistake(f"{override.input_line}: {' or '.join(have)} has {key}; add it")
+    return implied
+
+
+def _fitting(override: Override, base: DictConfig, keys: dict[str, Any]) -> str:
+    """The word that sets what ``override`` means in ``base``, whose ``_items`` are ``keys``.
+
+    Raises:
+        Mistake: if there is no such key, or its value is of another kind.
+    """
+    key, word = override.key_or_group, override.input_line or ""
+    if key.startswith("hydra."):
+        return word
     if key not in keys:
-        groups = [g for g in GlobalHydra.instance().config_loader().get_group_options("") if g != "hydra"]
-        raise Mistake(f"{override.input_line}: there is no key {key!r}.{_near(key, [*keys, *groups])}")
-    old = OmegaConf.select(base, key, throw_on_missing=False, throw_on_resolution_failure=False)
-    if isinstance(override.value(), str) and isinstance(old, int | float) and key != "trainer.devices":
-        if "${" not in str(override.value()):
-            raise Mistake(f"{override.input_line}: {key} is a {type(old).__name__} like {old}, not a word")
+        if override.is_add() or override.is_force_add():
+            return word
+        groups = [group for group in GlobalHydra.instance().config_loader().get_group_options("") if group != "hydra"]
+        raise Mistake(f"{word}: there is no key {key!r}.{_near(key, [*keys, *groups])}")
+    if override.is_delete():
+        if SWITCHES.fullmatch(key):
+            return f"{key}=null"
+        raise Mistake(f"{word}: a key cannot be taken away; give it a value")
+    if override.is_add():
+        raise Mistake(f"{word}: the key is there already; leave the + out")
+    value, old = override.value(), keys[key]
+    if isinstance(old, dict) and SWITCHES.fullmatch(key) and value in (None, False):
+        return f"{key}=null"
+    if isinstance(old, str) and "${" in old:
+        old = OmegaConf.select(base, key, throw_on_missing=False, throw_on_resolution_failure=False)
+    if isinstance(value, float) and isinstance(old, int) and not isinstance(old, bool) and value.is_integer():
+        return f"{key}={int(value)}"
+    if key != "trainer.devices" and (kind := _kind(old, value)):
+        square = "; images are square" if key.endswith("image_size") and isinstance(value, list) else ""
+        raise Mistake(f"{word}: {key} is {kind}, not {_described(value)}{square}")
+    if isinstance(old, dict) and not isinstance(value, dict) and "${" not in str(value):
+        raise Mistake(f"{word}: {key} is no value of its own; its keys are {', '.join(f'{key}.{k}' for k in old)}")
+    return word
+
+
+def _kind(old: Any, new: Any) -> str | None:
+    """What ``old`` is, if ``new`` cannot stand in its place: ``a whole number like 64``."""
+    if isinstance(new, str) and "${" in new:
+        return None
+    match old:
+        case bool():
+            return None if isinstance(new, bool) else "true or false"
+        case int() | float():
+            if isinstance(new, int | float) and not isinstance(new, bool) and new == new:
+                return None
+            return f"a {'whole ' if isinstance(old, int) else ''}number like {old}" if new is not None else None
+        case list():
+            return None if isinstance(new, list) else f"a list like [{','.join(map(str, old))}]"
+        case str():
+            return "a text" if isinstance(new, dict) else None
+    return None
+
+
+def _described(value: Any) -> str:
+    kinds = {str: "a word", list: "a list", dict: "a list of keys", type(None): "null"}
+    return kinds.get(type(value), str(value).lower())
 
 
 def _check_refused(key: str) -> None:
@@ -159,6 +357,8 @@ def _near(word: str, known: Iterable[str]) -> str:
     """' Did you mean ...' or, where nothing is near, ' There are: ...'."""
     known = sorted(known)
     by_tail = {k.rsplit(".", 1)[-1]: k for k in known}
+    if same := [key for key in ELSEWHERE.get(word.rsplit(".", 1)[-1], ()) if key in known]:
+        return f" Did you mean {' or '.join(same)}?"
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     near += [by_tail[t] for t in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_tail, n=2, cutoff=0.75)]
     if near:

@@ -7,14 +7,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sturdy.command import LAUNCHER, Mistake, check, check_composed, meant, parsed
+from sturdy.command import LAUNCHER, Mistake, check, check_composed, meant, parsed, understood
 from sturdy.searchpath import is_place, open_folders
 from sturdy.system import UnsupportedSystemError, check_system
 
@@ -42,17 +42,23 @@ def open_door(config: Path, task: str) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before anything of a run exists: no traceback of imports
     sys.argv[1:] = _or_exit(lambda: opened(config, sys.argv[1:]))
-    args = get_args_parser().parse_intermixed_args()  # -m may stand anywhere
+    args = _or_exit(lambda: arguments(config))
     asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
     if asks:
+        _or_exit(lambda: _prepare_answer(config, args))
         answer = hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)
         return answer(lambda cfg: None)()
     _or_exit(lambda: _refuse_flags(config, args))
     if args.multirun:
         sys.exit(_or_exit(lambda: open_sweep(config, args.overrides)))
     cfg = _or_exit(lambda: compose_run(config, args.overrides))
+    words = list(HydraConfig.get().overrides.task)
+    given = [word.split("=")[0] for word in args.overrides]
+    for group in (word.split("=")[0] for word in words):
+        if group not in given and (key := next((key for key in given if key.startswith(f"{group}.")), None)):
+            print(f"{group}={HydraConfig.get().runtime.choices[group]}, as {key} is given", flush=True)
     module, function = task.split(":")
-    words = [*filter(is_place, args.overrides), *HydraConfig.get().overrides.task]
+    words = [*filter(is_place, args.overrides), *words]
     sys.exit(getattr(importlib.import_module(module), function)(cfg, words))
 
 
@@ -60,6 +66,46 @@ def opened(config: Path, words: list[str]) -> list[str]:
     """As of ``open_folders``; raises Mistake."""
     with meant():
         return open_folders(words, config)
+
+
+def arguments(config: Path) -> Namespace:
+    """The flags and the words of this command; -m may stand anywhere.
+
+    Raises:
+        Mistake: for a flag that Hydra does not have, such as ``--name=mine``.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # else --experiment would be --experimental-rerun
+
+    def error(message: str) -> NoReturn:
+        raise Mistake(message)
+
+    parser.error = error  # type: ignore[method-assign, assignment]
+    args, odd = parser.parse_known_intermixed_args()
+    if odd:
+        following = sys.argv[sys.argv.index(odd[0]) + 1 :]
+        value = following[0] if following and "=" not in following[0] and "=" not in odd[0] else "VALUE"
+        name = odd[0].lstrip("-")
+        word = name if "=" in name else f"{name}={value}"
+        try:
+            with meant(config):
+                understood(config, [word])
+        except Mistake as mistake:
+            raise Mistake(f"{odd[0]}: keys are written without dashes. {mistake}") from None
+        raise Mistake(f"{odd[0]}: keys are written without dashes: {word}")
+    return args
+
+
+def _prepare_answer(config: Path, args: Namespace) -> None:
+    """Leave in ``sys.argv`` what Hydra answers by itself: help, the composed config, or where it comes from."""
+    words = args.overrides
+    if args.cfg or args.info:
+        if args.multirun:
+            raise Mistake("--cfg and --info show the config of one run: leave -m out, and give one value of each key")
+        with meant(config):
+            words = understood(config, words)
+    flags = [word for word in sys.argv[1:] if word not in (*args.overrides, "-m", "--multirun")]
+    sys.argv[1:] = [*flags, *words]
 
 
 def compose_run(config: Path, words: list[str]) -> DictConfig:
@@ -87,7 +133,10 @@ def open_sweep(config: Path, words: list[str]) -> int:
     from sturdy.slurm import launch
 
     with meant(config):
-        lasting = [o.input_line or "" for o in parsed(words) if not o.is_sweep_override()]
+        swept = [o.is_sweep_override() for o in parsed(words, multirun=True)]
+        lasting = [word for word, is_swept in zip(words, swept, strict=True) if not is_swept]
+        launcher = [word for word in lasting if word.startswith(LAUNCHER)]
+        lasting = [*launcher, *understood(config, [word for word in lasting if word not in launcher])]
     with meant():
         return launch(config, lasting, sys.argv[0], jobs)
 

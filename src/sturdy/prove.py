@@ -163,20 +163,13 @@ def prove(project: Path, words: list[str]) -> int:
 
 def composed(project: Path, overrides: list[str]) -> DictConfig:
     """The config of ``overrides``; leaves the program with the near misses if they are mistaken."""
-    from hydra import compose, initialize_config_dir
-
-    from sturdy.door import Mistake, check, check_composed, opened
+    from sturdy.door import Mistake, compose_run, opened
 
     train = project / "conf" / "train.yaml"
     try:
-        overrides = opened(train, overrides)
-        check(train, overrides)
-        with initialize_config_dir(str(train.parent), version_base="1.3"):
-            cfg = compose("train", overrides)
-        check_composed(cfg)
+        return compose_run(train, opened(train, overrides))
     except Mistake as mistake:
         fail(f"error: {mistake}\n{USAGE}", 2)
-    return cfg
 
 
 def three_runs(project: Path, cfg: DictConfig, overrides: list[str], broken: str | None) -> list[Run]:

@@ -5,6 +5,7 @@ Importing Lightning or torch takes seconds; a mistyped key must not. Packages of
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,8 +31,54 @@ def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str,
         yield from unknown_arguments(value, f"{prefix}{key}.")
 
 
-def arguments(target: str, depth: int = DEPTH) -> set[str] | None:
-    """Names of the arguments of the class or function ``target``; None where its source does not tell."""
+SETTLED = {"data.shards"}  # null until the first start decides it
+OURS = {"trainer.threads", "trainer.compile"}  # read by the door's task, not handed to the Trainer
+
+
+def unfit_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, value, annotation) for each value that is not of the type its argument is annotated with."""
+    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
+        known = arguments(config["_target_"]) or {}
+        for name in config.keys() & known.keys():
+            path, value = f"{prefix}{name}", config[name]
+            if known[name] and not _is_a(value, known[name]) and not (value is None and path in SETTLED):
+                yield path, value, known[name]
+    if isinstance(config, dict | list):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from unfit_arguments(value, f"{prefix}{key}.")
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "str": (str,),
+    "Path": (str,),
+    "None": (type(None),),
+}
+
+
+def in_words(annotation: str) -> str:
+    """What an annotation of plain kinds asks for."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
+    if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
+        return f"a list, each item {in_words(items[1])}"
+    return " or ".join(dict.fromkeys(words.get(kind.strip(), "a text") for kind in annotation.split("|")))
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    """Whether ``value`` fits ``annotation``; True where that is not of plain kinds alone, such as a class's."""
+    if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
+        return isinstance(value, list) and all(_is_a(item, items[1]) for item in value)
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if not all(kind in KINDS for kind in kinds):
+        return True
+    taken = tuple(kind for name in kinds for kind in KINDS[name])
+    return isinstance(value, taken) and (not isinstance(value, bool) or "bool" in kinds)
+
+
+def arguments(target: str, depth: int = DEPTH) -> dict[str, str] | None:
+    """The annotation of each argument of the class or function ``target``; None where its source does not tell."""
     module, _, name = target.rpartition(".")
     file = located(module)
     if file and file.is_dir():
@@ -85,7 +132,7 @@ def _definitions(file: Path) -> dict[str, ast.stmt]:
     return found
 
 
-def _in_file(file: Path, name: str, depth: int) -> set[str] | None:
+def _in_file(file: Path, name: str, depth: int) -> dict[str, str] | None:
     node = _definitions(file).get(name)
     if isinstance(node, ast.FunctionDef):
         return None if node.decorator_list else _parameters(node)
@@ -101,7 +148,7 @@ def _in_file(file: Path, name: str, depth: int) -> set[str] | None:
     return None
 
 
-def _of_class(file: Path, node: ast.ClassDef, depth: int) -> set[str] | None:
+def _of_class(file: Path, node: ast.ClassDef, depth: int) -> dict[str, str] | None:
     methods = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
     if "__init__" in methods:
         return _parameters(methods["__init__"], skip=1)
@@ -111,9 +158,10 @@ def _of_class(file: Path, node: ast.ClassDef, depth: int) -> set[str] | None:
     return _in_file(file, base.id, depth - 1) if depth and isinstance(base, ast.Name) else None
 
 
-def _parameters(node: ast.FunctionDef, skip: int = 0) -> set[str] | None:
-    """Names that may be given as keywords, without the first ``skip``; None where any may."""
+def _parameters(node: ast.FunctionDef, skip: int = 0) -> dict[str, str] | None:
+    """The annotation of each name that may be given as a keyword, without the first ``skip``; None where any may."""
     if node.args.kwarg:
         return None
     in_order = [*node.args.posonlyargs, *node.args.args][skip:]
-    return {arg.arg for arg in (*in_order, *node.args.kwonlyargs)}
+    every = [*in_order, *node.args.kwonlyargs]
+    return {arg.arg: ast.unparse(arg.annotation) if arg.annotation else "" for arg in every}

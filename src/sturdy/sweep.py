@@ -54,7 +54,7 @@ class Job:
 def plan(config: Path, words: list[str]) -> list[Job]:
     """The jobs of a sweep, each of them checked."""
     with meant(config):
-        overrides = parsed(words)
+        overrides = parsed(words, multirun=True)
         for override in overrides:
             if override.key_or_group == LAUNCHER[0]:
                 check_option(override)

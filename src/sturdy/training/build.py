@@ -32,7 +32,7 @@ def build(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionM
     """
     reseed(config["seed"], "weights")
     made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None}
-    made |= {name: instantiate(config.get(name), _convert_="all") for name in parts}
+    made |= instantiate({name: config.get(name) for name in parts}, _convert_="all")  # at once: an error has the key
     denoiser = Denoiser(made["backbone"], made["schedule"], made["target"], config["num_classes"])
     return DiffusionModule(
         denoiser,

@@ -9,11 +9,38 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sturdy.resume.supervisor import launched, supervise
 
 MISTAKE = 2
+WHOLE = {  # keys that hold a whole number, and the least it may be
+    "seed": None,
+    "restarts": 0,
+    "data.batch_size": 1,
+    "data.shards": 1,
+    "trainer.max_steps": 1,
+    "trainer.val_check_interval": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.num_nodes": 1,
+    "trainer.threads": 1,
+}
+OR_NULL = ("data.shards", "trainer.threads")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+SCALED = "16-bit floats need a loss scale, whose history a step is not a function of"
+BF16 = "use bf16-mixed, which needs none (NVIDIA cards from 2020 on, such as A100 and RTX 30; CPUs), or 32-true"
+PRECISIONS = {  # other words for a precision, and what to do
+    **dict.fromkeys(("16-mixed", "16", "fp16", "float16", "half"), f"{SCALED}; {BF16}"),
+    **dict.fromkeys(("bf16", "bfloat16"), "use bf16-mixed: the arithmetic in 16 bits, the weights in 32"),
+    **dict.fromkeys(("fp32", "float32", "full", "single", "tf32"), "use 32-true"),
+    **dict.fromkeys(
+        ("bf16-true", "16-true"), "weights kept in 16 bits lose the small steps of the EMA: use bf16-mixed or 32-true"
+    ),
+    **dict.fromkeys(
+        ("64-true", "64", "fp64", "float64", "double"),
+        "images, noise and times are drawn in 32 bits, so that 64 would be slower and no more exact: use 32-true",
+    ),
+}
 
 
 class Unfit(Exception):
@@ -64,7 +91,7 @@ def devices(cfg: DictConfig) -> int:
         import torch
 
         return max(1, torch.cuda.device_count())
-    if not str(n).isdigit() or int(n) < 1:
+    if isinstance(n, bool) or not str(n).isdecimal() or int(n) < 1:
         raise Unfit(f"trainer.devices={n} must be a number, or auto. Choose among GPUs with CUDA_VISIBLE_DEVICES")
     if cfg.trainer.num_nodes > 1 and not launched():
         raise Unfit(
@@ -76,9 +103,19 @@ def devices(cfg: DictConfig) -> int:
 
 def check_settings(cfg: DictConfig) -> None:
     """Raises Unfit for values of Lightning's keys that would break the promise, or mean something else there."""
-    for key in ("max_steps", "val_check_interval", "log_every_n_steps"):
-        if not isinstance(cfg.trainer[key], int) or cfg.trainer[key] < 1:
-            raise Unfit(f"trainer.{key}={cfg.trainer[key]} must be a whole number of steps, 1 or more")
+    for key, least in WHOLE.items():
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            if value is not None or key not in OR_NULL:
+                bounds = ("" if least is None else f", {least} or more") + (", or null" if key in OR_NULL else "")
+                raise Unfit(f"{key}={value} must be a whole number{bounds}")
+    if not cfg.callbacks.get("checkpoint"):
+        raise Unfit(
+            "callbacks.checkpoint=null: without checkpoints a run would be lost. To have few of them, set "
+            "callbacks.checkpoint.every_n_train_steps=null and callbacks.checkpoint.every_n_minutes=60"
+        )
+    if cfg.trainer.accelerator not in ACCELERATORS:
+        raise Unfit(f"trainer.accelerator={cfg.trainer.accelerator} must be one of {', '.join(ACCELERATORS)}")
     limit = cfg.trainer.limit_val_batches
     whole, share = isinstance(limit, int) and limit is not True, isinstance(limit, float)
     if not ((whole and limit >= 1) or (share and 0 < limit <= 1)):
@@ -86,15 +123,10 @@ def check_settings(cfg: DictConfig) -> None:
             f"trainer.limit_val_batches={limit} must be a number of batches, 1 or more, or a share up to 1.0: "
             f"the best checkpoint is known by them. To validate less often, raise trainer.val_check_interval"
         )
-    if not isinstance(cfg.restarts, int) or cfg.restarts < 0:
-        raise Unfit(f"restarts={cfg.restarts} must be a whole number, 0 or more")
     if cfg.reduction not in (None, "tree", "allreduce"):
         raise Unfit(f"reduction={cfg.reduction} must be tree, allreduce or null, which chooses")
     for key, why in {"alignment": "looks into the network", "strategy": "takes it apart"}.items():
         if cfg.trainer.compile and (target := (cfg[key] or {}).get("_target_", "")).endswith((".Alignment", ".fsdp2")):
             raise Unfit(f"trainer.compile=true does not go with {target.rpartition('.')[2].lower()}, which {why}")
-    if str(cfg.trainer.precision) not in ("32-true", "32", "bf16-mixed"):
-        raise Unfit(
-            f"trainer.precision={cfg.trainer.precision}: use 32-true or bf16-mixed. 16-bit floats need a loss scale, "
-            f"whose history a step is not a function of, and weights kept in 16 bits lose the small steps of the EMA"
-        )
+    if (precision := str(cfg.trainer.precision)) not in ("32-true", "32", "bf16-mixed"):
+        raise Unfit(f"trainer.precision={precision}: {PRECISIONS.get(precision, 'use 32-true or bf16-mixed')}")

@@ -1,5 +1,6 @@
 """The parts of one start, made from its config: what is settled at the first start, data, the sum, the Trainer."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,17 @@ def unfit() -> Iterator[None]:
         cause = error.__cause__ or error
         if (isinstance(cause, OSError) and cause.errno in MAY_PASS) or is_out_of_memory(cause):
             raise cause from None
-        raise Unfit(str(cause)) from error
+        key = re.search(r"full_key: (\w+)", str(error))  # of Hydra's, where the class does not name it
+        raise Unfit(f"{key[1]}: {cause}" if key and key[1] not in str(cause) else str(cause)) from error
+
+
+def check_accelerator(name: str) -> None:
+    """Raises ValueError if PyTorch finds no such device on this machine."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not {**here, "gpu": any(here.values())}.get(name, True):
+        raise ValueError(
+            f"trainer.accelerator={name}: PyTorch {torch.__version__} finds none on this machine; use auto or cpu"
+        )
 
 
 def settle(cfg: DictConfig, entry: Entry | None) -> None:
@@ -181,7 +192,7 @@ def make_trainer(
     def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
 
-    wanted = [node for key, node in cfg.callbacks.items() if world.rank() == 0 or key != "progress"]
+    wanted = [node for key, node in cfg.callbacks.items() if node and (world.rank() == 0 or key != "progress")]
     callbacks: list[Callback] = [
         Record(metrics),
         Preempt(preemption),  # before those that take their time after a step
@@ -194,7 +205,8 @@ def make_trainer(
     for callback in first:
         if isinstance(callback, Watchdog):
             callback.directory, callback.armed = attempt, launched()
-    mirrors = [*instantiate(cfg.logger, _convert_="all").values()] if cfg.logger and world.rank() == 0 else []
+    loggers = [node for node in (cfg.logger or {}).values() if node] if world.rank() == 0 else []
+    mirrors = [instantiate(node, _convert_="all") for node in loggers]
     for mirror in mirrors:
         spare(mirror).log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in OURS}

@@ -37,7 +37,17 @@ from sturdy.training.failures import OutOfMemoryError, is_out_of_memory, out_of_
 from sturdy.training.identity import run_fingerprint, weights_id
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
+from sturdy.training.parts import (
+    check_accelerator,
+    furnish,
+    how_summed,
+    make_trainer,
+    open_data,
+    settle,
+    summing,
+    try_out,
+    unfit,
+)
 from sturdy.training.snapshots import path_of
 
 STOPPED = ".stopped"  # in the run's directory: the newest step when a signal came last
@@ -88,6 +98,8 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
     preemption = Preemption()
     preemption.listen(training=False)
     watch(cfg)
+    with unfit():
+        check_accelerator(cfg.trainer.accelerator)
     world.join(cfg.trainer.accelerator)
     home = Path(cfg.paths.runs) / cfg.name
     with world.ahead(), unfit():
@@ -243,6 +255,9 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         return judge(entry, now, **config["resume"], data_changes=changes) if entry else None
 
     guarantee = world.decide(promise)
+    with world.ahead(), unfit():  # what does not go together is refused before anything is promised
+        module = build(config)
+        try_out(module, data.image_size)
     attempt = world.decide(lambda: next_attempt(home))
     log_to(attempt, world.rank())
     if world.rank() == 0:
@@ -255,8 +270,6 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         for line in (*(f"the configuration was edited: {line}" for line in start.edited), *data.notes):
             CONSOLE.warning(line)
     with world.ahead(), unfit():
-        module = build(config)
-        try_out(module, data.image_size)
         trainer = make_trainer(cfg, store, metrics, now, preemption, attempt)
         if cfg.init_from and not entry:
             init_from(module, cfg.init_from)
