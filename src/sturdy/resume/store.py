@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sturdy.resume.durable import durable, fsync_directory, make_directory
+from sturdy.resume.renamed import modern
 
 log = logging.getLogger(__name__)
 
@@ -215,13 +216,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A ``state.ckpt`` as tensors and primitives.
+    """A ``state.ckpt`` as tensors and primitives, under today's names (see ``renamed``).
 
     Raises:
         Unloadable: if the file is broken, or holds anything else; such a pickle is refused unexecuted.
     """
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return modern(torch.load(path, map_location=map_location, weights_only=True), FORMAT)
     except (OSError, MemoryError):
         raise
     except Exception:  # a broken pickle raises whatever it likes

@@ -27,8 +27,9 @@ from sturdy.resume.supervisor import die_with_parent, launched
 from sturdy.resume.writer import SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.branch import leave_branch
-from sturdy.training.build import build, init_from
+from sturdy.training.build import build
 from sturdy.training.callbacks.watchdog import watch_start
+from sturdy.training.initial import Source, find_source, init_from
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
 from sturdy.training.parts import furnish, how_summed, make_trainer, open_data, settle, summing, try_out, unfit
@@ -174,14 +175,20 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         CONSOLE.info(banner(cfg, data, entry, guarantee))
     if entry and entry.step >= cfg.trainer.max_steps:
         return 0
+
+    def source() -> Source | None:
+        with unfit():
+            return find_source(str(cfg.init_from), Path(cfg.paths.runs)) if cfg.init_from and not entry else None
+
+    initial = world.decide(source)  # once, as a run that is named may be training now
     with world.ahead(), unfit():
         module = build(config)
         try_out(module, data.image_size)
         trainer = make_trainer(cfg, store, metrics, now, preemption, attempt)
-        if cfg.init_from and not entry:
-            init_from(module, cfg.init_from)
+        if initial:
+            told = init_from(module, initial)
             if world.rank() == 0:
-                CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
+                CONSOLE.info(told)
     furnish(module, data, entry, Path(cfg.paths.cache) / "evaluation")
     module.sum = summing(cfg, module)
     world.decide(lambda: leave_branch(home, store, metrics, entry))
