@@ -114,6 +114,7 @@ def test_the_same_command_on_a_finished_run_says_finished(run):
     assert "finished at step 12 (trainer.max_steps=12), nothing to do" in train(run[0], "run").stdout
 
 
+PLAIN = "~optimizer.betas ~optimizer.fused ~optimizer.weight_decay"
 REFUSALS = {
     "optimizer.lr=0.5": ["optimizer.lr: 0.001 -> 0.5", "Undo the change", "ckpt_path=last", "name=..."],
     "seed=7": ["seed: 0 -> 7"],
@@ -121,7 +122,10 @@ REFUSALS = {
     "ckpt_path=nowhere": ["ckpt_path=nowhere is not there", "auto, last, best, null"],
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
     "name=other ckpt_path=best": ["no checkpoint", "has a score yet"],
-    "name=other init_from=nowhere": ["init_from=nowhere is not there"],
+    "name=other init_from=nowhere": ["init_from=nowhere is not there", "runs in", "run"],
+    "name=other init_from=run backbone.width=16": ["init_from=run holds another network: backbone.width 32 -> 16"],
+    f"name=other optimizer._target_=torch.optim.Muon {PLAIN}": ["optimizer torch.optim", "Muon only supports 2D"],
+    f"name=other optimizer._target_=torch.optim.LBFGS {PLAIN}": ["optimizer torch.optim", "LBFGS"],
     "name=other trainer.devices=0": ["trainer.devices=0 must be a number, or auto"],
     "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
     "name=other reduction=ring": ["reduction=ring must be tree, allreduce or null"],
@@ -197,7 +201,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(run):
     words = ["trainer.max_steps=1", "optimizer.lr=0", "optimizer.weight_decay=0"]
     done = train(tmp, "tuned", f"init_from={source}", *words)
     assert "fresh, to step 1" in done.stdout
-    assert "initialised from the EMA weights of" in done.stdout
+    assert f"init_from={source} (step 12, EMA weights): all" in done.stdout
     old, new = (rebuild(tmp / "runs" / r / "checkpoints" / s / "state.ckpt") for r, s in STATES)
     for expected, found in zip(old.ema.model.parameters(), new.denoiser.parameters(), strict=True):
         assert torch.equal(expected, found)

@@ -82,10 +82,9 @@ def init_from(module: DiffusionModule, source: Source) -> str:
         raise ValueError(f"init_from={source.word} is of another backbone, {theirs}; this run's is {ours}")
     found = match(module.denoiser, given, then, now)
     if found.odd:
-        keys = few(backbone_changes(then, now)) or "its code builds another network"
-        raise ValueError(
-            f"init_from={source.word} holds another network: {keys}; weights that differ: {few(found.odd)}"
-        )
+        keys = backbone_changes(then, now)
+        why = few(keys) if keys else f"its code builds other weights: {few(found.odd)}"
+        raise ValueError(f"init_from={source.word} holds another network: {why}")
     for network in (module.denoiser, *module.ema.networks()):
         network.load_state_dict(found.weights)
     module.initial = {"path": str(source.state), "sha256": source.sha256}
