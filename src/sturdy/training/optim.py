@@ -223,9 +223,8 @@ def continued(
         return dict(fresh), f"optimizer {kinds[0]} -> {kinds[1]}: it begins with an empty state"
     kept = [set(values) for values in stored["state"].values()]
     if kept and (missing := set(kept_state(make) or ()).difference(*kept)):
-        return dict(
-            fresh
-        ), f"the optimizer of the checkpoint kept no {', '.join(sorted(missing))}: it begins with an empty state"
+        lacks = ", ".join(sorted(missing))
+        return dict(fresh), f"the optimizer of the checkpoint kept no {lacks}: it begins with an empty state"
     states, same = fresh["state"] | stored["state"], bool(new) and old == new
     names = {name for group in fresh["param_groups"] for name in group["params"]}
     groups = [
