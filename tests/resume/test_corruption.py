@@ -17,7 +17,7 @@ from sturdy.resume.entry import Refused, find_entry, judge
 from sturdy.resume.fingerprint import fingerprint
 from sturdy.resume.store import MANIFEST, STATE, Corrupt, NothingVerifies, Store, load_state
 from sturdy.resume.writer import StoreIO
-from sturdy.training.build import init_from
+from sturdy.training.initial import find_source, init_from
 
 CONFIG = {"seed": 0, "trainer": {"deterministic": True, "threads": 1}}
 
@@ -243,7 +243,7 @@ def test_a_pickle_that_runs_code_is_not_run_though_its_manifest_vouches_for_it(s
     module = torch.nn.Module()
     for path in (store.path(9), store.state(9)):
         with pytest.raises(ValueError, match=r"state\.ckpt is broken, or holds more than tensors and primitives"):
-            init_from(module, str(path))
+            init_from(module, find_source(str(path), tmp_path))
     assert not touched.exists()
     with store.state(9).open("rb") as file:
         pickle.load(file) if save is plain else torch.load(file, weights_only=False)

@@ -127,7 +127,7 @@ def test_many_modules_are_counted_and_the_first_named(then):
 
 def test_a_run_of_an_older_version_is_continued_with_the_same_samples(then):
     stored = then.as_dict() | {"source": {"backbone/dit.py": "0"}}
-    for later in ("code", "files", "initial"):
+    for later in ("code", "files"):
         del stored[later]
     guarantee = compare(stored, then, **LISTS)
     assert guarantee.level == "same samples"
@@ -166,15 +166,6 @@ def test_the_files_of_a_folder_count_and_those_of_left_out_keys_do_not(tmp_path)
     assert set(before) == {"model"}
     (tmp_path / "model" / "part" / "w.bin").write_bytes(b"2")
     assert file_hashes(config, leave_out=["data"]) != before
-
-
-def test_the_weights_that_a_run_began_from_count_where_both_are_known(then):
-    old = dataclasses.replace(then, initial="a" * 64)
-    assert judge(old, dataclasses.replace(then, initial="a" * 64)).level == "bitwise"
-    assert judge(old, then).level == "bitwise"  # the file is gone, and not needed any more
-    guarantee = judge(old, dataclasses.replace(then, initial="b" * 64))
-    assert guarantee.level == "refused"
-    assert guarantee.reasons[0].startswith("init_from: the run began with the weights aaaaaaaaaaaa")
 
 
 def test_another_stack_keeps_the_samples(then):

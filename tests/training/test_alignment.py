@@ -18,7 +18,8 @@ from sturdy.evaluation.encoders import Encoder
 from sturdy.randomness import Draws, generator, reseed
 from sturdy.resume.store import Store, load_state
 from sturdy.training.alignment import Alignment
-from sturdy.training.build import init_from, rebuild
+from sturdy.training.build import rebuild
+from sturdy.training.initial import find_source, init_from
 from sturdy.training.module import DiffusionModule
 from worlds import World, finish
 
@@ -192,7 +193,7 @@ def test_what_training_needs_is_in_the_checkpoint_and_what_sampling_needs_is_not
     assert not torch.equal(other.denoiser.backbone.stem.weight, whole.denoiser.backbone.stem.weight), "a control"
     plain = module()
     plain.alignment = None
-    init_from(plain, str(path))
+    init_from(plain, find_source(str(path), tmp_path))
     assert torch.equal(plain.denoiser.backbone.stem.weight, state["state_dict"]["ema.model.backbone.stem.weight"])
 
 

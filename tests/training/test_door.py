@@ -122,6 +122,7 @@ def test_a_finished_run_is_finished_before_it_is_judged_and_what_differs_is_said
     assert "num_classes" not in said  # what the data fill in is no difference
 
 
+PLAIN = "~optimizer.betas ~optimizer.fused ~optimizer.weight_decay"
 REFUSALS = {
     "trainer.max_steps=13 optimizer.lr=0.5": [
         "optimizer.lr: 0.001 -> 0.5",
@@ -134,7 +135,10 @@ REFUSALS = {
     "ckpt_path=nowhere": ["ckpt_path=nowhere is not there", "auto, last, best, null"],
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
     "name=other ckpt_path=best": ["ckpt_path=best, but", "has no checkpoint"],
-    "name=other init_from=nowhere": ["init_from=nowhere is not there"],
+    "name=other init_from=nowhere": ["init_from=nowhere is not there", "runs in", "run"],
+    "name=other init_from=run backbone.width=16": ["init_from=run holds another network: backbone.width 32 -> 16"],
+    f"name=other optimizer._target_=torch.optim.Muon {PLAIN}": ["optimizer torch.optim", "Muon only supports 2D"],
+    f"name=other optimizer._target_=torch.optim.LBFGS {PLAIN}": ["optimizer torch.optim", "LBFGS"],
     "name=other trainer.devices=0": ["trainer.devices=0 must be a number, or auto"],
     "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
     "name=other reduction=ring": ["reduction=ring must be tree, allreduce or null"],
@@ -218,7 +222,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(run):
     words = ["trainer.max_steps=1", "optimizer.lr=0", "optimizer.weight_decay=0"]
     done = train(tmp, "tuned", f"init_from={source}", *words)
     assert "fresh, to step 1" in done.stdout
-    assert "initialised from the EMA weights of" in done.stdout
+    assert f"init_from={source} (step 12, EMA weights): all" in done.stdout
     old, new = (rebuild(tmp / "runs" / r / "checkpoints" / s / "state.ckpt") for r, s in STATES)
     for expected, found in zip(old.ema.model.parameters(), new.denoiser.parameters(), strict=True):
         assert torch.equal(expected, found)

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from runs import ROOT
-from sturdy.training.identity import run_fingerprint, weights_id
+from sturdy.training.identity import run_fingerprint
 
 ALWAYS = """
     backbone.dit backbone.embed backbone.whole data.augment data.images data.module data.order diffusion.denoiser
@@ -17,7 +17,7 @@ def code(*words):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", ["experiment=cars", *words])
     config = OmegaConf.to_container(cfg, resolve=True)
-    now = run_fingerprint(config, "digest", "tree", ignore=cfg.resume.ignore, initial=None)
+    now = run_fingerprint(config, "digest", "tree", ignore=cfg.resume.ignore)
     return [name.removeprefix("sturdy.") for name in now.code]
 
 
@@ -33,13 +33,3 @@ def test_what_the_config_names_brings_its_code():
     assert not [name for name in aligned if "report" in name or "charts" in name]
     assert code("callbacks.samples._target_=sturdy.prove.main") == ALWAYS.split()  # it cannot change a weight
     assert "prove" in code("+callbacks.mine._target_=sturdy.prove.main")
-
-
-def test_weights_are_known_by_their_content(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "state.ckpt").write_bytes(b"weights")
-    assert weights_id(str(tmp_path / "a")) == weights_id(str(tmp_path / "b" / "state.ckpt"))
-    (tmp_path / "b" / "state.ckpt").write_bytes(b"others")
-    assert weights_id(str(tmp_path / "a")) != weights_id(str(tmp_path / "b"))
-    assert weights_id(str(tmp_path / "c")) is weights_id(None) is None

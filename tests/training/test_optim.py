@@ -1,11 +1,14 @@
 """Learning rates in closed form, and the optimizer's state by name and back."""
 
 import copy
+import logging
+from functools import partial
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tiny_module import fit, make, save
 from torch import nn
 
 from runs import ROOT
@@ -17,8 +20,10 @@ from sturdy.training.optim import (
     WarmupStableDecay,
     names_in_order,
     parameter_groups,
+    rate_change,
     state_by_index,
     state_by_name,
+    try_out,
 )
 
 
@@ -137,3 +142,125 @@ def test_the_state_of_another_network_is_refused_by_name():
     named = state_by_name(optimizer.state_dict(), names)
     with pytest.raises(ValueError, match=r"of another network.*: 3\.bias, 4\.bias"):
         state_by_index(named, [n.replace("3.bias", "4.bias") for n in names])
+
+
+def test_the_rate_at_a_step_under_two_configs_is_told():
+    def config(**rate):
+        return {"optimizer": {"lr": 1e-3}, "learning_rate": {"_target_": "sturdy.training.optim.Linear", **rate}}
+
+    short, long = config(max_steps=20, warmup=0), config(max_steps=40, warmup=0)
+    assert rate_change(short, long, 20) == "learning rate at this step: 0 -> 0.0005"
+    assert rate_change(short, short, 20) is None
+    foreign = {"optimizer": {"lr": 1e-3}, "learning_rate": {"_target_": "os.system", "command": "true"}}
+    assert rate_change(foreign, long, 20) is None, "no code that a checkpoint names is run"
+
+
+OTHERS = ["NAdam", "Adagrad", "RMSprop", "Adamax", "RAdam", "SGD"]
+
+
+def settings(name, **options):
+    kind = getattr(torch.optim, name)
+    config = {"optimizer": {"_target_": f"torch.optim.{name}", **options}}
+    return {"optimizer": partial(kind, lr=1e-2, **options), "config": config}
+
+
+@pytest.fixture(scope="module")
+def adamw(tmp_path_factory):
+    """The checkpoint after two steps with AdamW."""
+    return save(fit(make(**settings("AdamW")), tmp_path_factory.mktemp("adamw"))[0])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_optimizer_on_purpose_begins_with_an_empty_state(name, adamw, caplog):
+    caplog.set_level(logging.INFO, logger="sturdy")
+    module = make(**settings(name))
+    t, _ = fit(module, adamw.parents[1] / name, steps=4, entry=adamw)
+    assert f"optimizer torch.optim.AdamW -> torch.optim.{name}: it begins with an empty state" in caplog.text
+    state = t.optimizers[0].state_dict()["state"].values()
+    assert all(values["step"] == 2 for values in state if "step" in values), "it counts from here"
+    if name == "SGD":
+        assert not any(state), "nothing of AdamW's was kept"
+
+
+@pytest.mark.parametrize("name", ["AdamW", *OTHERS])
+def test_the_same_optimizer_goes_on_bit_for_bit(name, tmp_path):
+    whole, half, again = (make(**settings(name)) for _ in range(3))
+    fit(whole, tmp_path / "whole", steps=4)
+    path = save(fit(half, tmp_path / "half", steps=2)[0])
+    fit(again, tmp_path / "half", steps=4, entry=path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+
+
+def test_options_that_need_more_state_begin_with_an_empty_one(adamw, caplog):
+    caplog.set_level(logging.INFO, logger="sturdy")
+    fit(make(**settings("AdamW", amsgrad=True)), adamw.parents[1] / "amsgrad", steps=3, entry=adamw)
+    assert "kept no max_exp_avg_sq: it begins with an empty state" in caplog.text
+
+
+class Own(torch.optim.SGD):
+    """An optimizer as a user writes it: nested state of several types, and a count in its groups."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.setdefault("count", 0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state |= {"exact": torch.zeros_like(p, dtype=torch.float64), "nested": [{"n": torch.tensor(0)}]}
+                    state["word"] = "cold"
+                state["exact"].mul_(0.9).add_(p.grad.double() / 3)
+                state["nested"][0]["n"] += 1
+                rate = group["lr"] / group["count"] * (0.5 if state["word"] == "warm" else 1.0)
+                state["word"] = "warm"
+                p.sub_((state["exact"] * rate).to(p.dtype))
+
+
+def own():
+    return {"optimizer": Own, "config": {"optimizer": {"_target_": "mine.Own"}}}
+
+
+def test_the_state_of_an_optimizer_of_ones_own_survives_bit_for_bit(tmp_path):
+    whole, half, again = (make(**own()) for _ in range(3))
+    fit(whole, tmp_path / "whole", steps=5)
+    path = save(fit(half, tmp_path / "half", steps=2)[0])
+    t, _ = fit(again, tmp_path / "half", steps=5, entry=path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+    state = t.optimizers[0].state[again.denoiser.backbone.out.weight]
+    assert (state["exact"].dtype, state["nested"][0]["n"].item(), state["word"]) == (torch.float64, 5, "warm")
+    assert state["nested"][0]["n"].dtype == torch.int64
+    assert t.optimizers[0].param_groups[0]["count"] == 5
+
+
+class Unsaveable(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["made"] = object()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (torch.optim.Muon, "Muon only supports 2D parameters"),
+        (torch.optim.LBFGS, "LBFGS doesn't support per-parameter options"),
+        (partial(torch.optim.AdamW, lr=-1.0), "Invalid learning rate: -1.0"),
+        (partial(torch.optim.SGD, wrong=1), "unexpected keyword argument 'wrong'"),
+        (Unsaveable, r"could not be saved: its state\['made'\] is a object"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_told_before_training(kind, told):
+    with pytest.raises(ValueError, match=rf"^optimizer [\w.]+.*{told}"):
+        try_out(kind, network())
+
+
+def test_a_trial_draws_nothing():
+    module = network()
+    before = torch.get_rng_state()
+    try_out(torch.optim.AdamW, module)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -15,10 +15,15 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], parts: Iterable[str] =
     return sorted(k for k in left.keys() | right.keys() if not _same(left.get(k, ...), right.get(k, ...)))
 
 
+def odd_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Return the sorted names of weights that only one of two networks has, or that have another shape."""
+    names = own.keys() | given.keys()
+    return sorted(k for k in names if k not in own or k not in given or own[k].shape != given[k].shape)
+
+
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Names of the first five weights that only one of two networks has, or that have another shape; '' if none."""
-    odd = (k for k in own.keys() | given.keys() if k not in own or k not in given or own[k].shape != given[k].shape)
-    return ", ".join(sorted(odd)[:5])
+    """Return the first five of ``odd_names``, for people; '' if there are none."""
+    return ", ".join(odd_names(own, given)[:5])
 
 
 def first_divergence(a: Iterable[Mapping[str, str]], b: Iterable[Mapping[str, str]]) -> tuple[int, str] | None:

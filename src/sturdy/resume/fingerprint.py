@@ -33,7 +33,6 @@ class Fingerprint:
         code: hash of each module that training runs, by name; the version of a package that is installed.
         stack: what may change rounding though the config is equal: versions, device, threads.
         files: SHA-256 of each file that a key of the config names.
-        initial: SHA-256 of the checkpoint that the run's first weights came from; None without one.
     """
 
     config: dict[str, Any]
@@ -41,7 +40,6 @@ class Fingerprint:
     code: dict[str, str]
     stack: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
-    initial: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As primitives, for the manifest."""
@@ -63,7 +61,6 @@ def fingerprint(
     *,
     code: Mapping[str, str] | None = None,
     files: Mapping[str, str] | None = None,
-    initial: str | None = None,
 ) -> Fingerprint:
     """Take the fingerprint of this process; the other arguments are as of ``Fingerprint``.
 
@@ -71,9 +68,8 @@ def fingerprint(
         config: resolved.
         gradients: how they are summed, as of ``sturdy.resume.reduction.describe``; the default is one process.
     """
-    return Fingerprint(
-        flatten(config), data, dict(code or {}), stack() | {"gradients": gradients}, dict(files or {}), initial
-    )
+    here = stack() | {"gradients": gradients}
+    return Fingerprint(flatten(config), data, dict(code or {}), here, dict(files or {}))
 
 
 def compare(
@@ -83,6 +79,7 @@ def compare(
     ignore: Iterable[str],
     rounding: Iterable[str],
     added: Mapping[str, Any] | None = None,
+    others: Iterable[str] = (),
     data_changes: Iterable[str] = (),
 ) -> Guarantee:
     """Judge what continuing the run with fingerprint ``then`` as ``now`` promises.
@@ -92,15 +89,12 @@ def compare(
         ignore: config keys (with all below them; ``*`` matches) that cannot change a weight.
         rounding: config keys that change rounding or dropout masks, not samples, noise or times.
         added: config keys that older versions lacked, with the value that means what those did.
+        others: further differences that refuse, a line each.
         data_changes: what differs in the data, where more than the digest is known.
     """
-    then = {"config": {}, "data": "nothing", "stack": {}, "files": {}, "initial": None} | dict(then)
+    then = {"config": {}, "data": "nothing", "stack": {}, "files": {}} | dict(then)
     changed = config_changes(then, now, ignore=ignore, added=added)
-    refusals = [line for k, line in changed.items() if not matches(k, rounding)]
-    if then["initial"] and now.initial and then["initial"] != now.initial:
-        refusals.append(
-            f"init_from: the run began with the weights {then['initial'][:12]}, this file holds {now.initial[:12]}"
-        )
+    refusals = [*others, *(line for k, line in changed.items() if not matches(k, rounding))]
     if then["data"] != now.data:
         told = "; ".join(data_changes) or f"digest {then['data'][:12]} -> {now.data[:12]}"
         refusals.append(f"the data changed: {told}")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from sturdy.files import atomic_write, fsync_directory, make_directory, open_durable
+from sturdy.resume.renamed import modern
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -315,8 +316,9 @@ def _say_unverified(path: Path) -> None:
 
 
 def _loaded(content: bytes, path: Path, map_location: Any) -> Any:
+    """Load ``content``, under today's names (see ``renamed``)."""
     try:
-        return torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
+        return modern(torch.load(io.BytesIO(content), map_location=map_location, weights_only=True), FORMAT)
     except MemoryError:
         raise
     except Exception:  # a broken pickle raises whatever it likes

@@ -93,22 +93,3 @@ def rebuild(
         )
     module.load_state_dict(weights)
     return module
-
-
-def init_from(module: DiffusionModule, path: str) -> None:
-    """Start from the EMA weights of another run's checkpoint.
-
-    Raises:
-        ValueError: if they do not fit the network, naming the first parameters that differ.
-    """
-    file = Path(path) / "state.ckpt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise ValueError(f"init_from={path} is not there; give a checkpoint's directory or its state.ckpt")
-    state, prefix = load_state(file), "ema.model."
-    weights = {k.removeprefix(prefix): v for k, v in state.get("state_dict", {}).items() if k.startswith(prefix)}
-    own = module.denoiser.state_dict()
-    if odd := misfits(own, weights):
-        raise ValueError(f"init_from={path} holds another network; parameters that differ: {odd}")
-    module.denoiser.load_state_dict(weights)
-    for average in module.ema.networks():
-        average.load_state_dict(weights)

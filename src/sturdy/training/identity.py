@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sturdy.resume.code import code_hashes, targets
-from sturdy.resume.fingerprint import PACKAGES, Fingerprint, content_hash, file_hashes, fingerprint
-from sturdy.resume.store import STATE
+from sturdy.resume.fingerprint import PACKAGES, Fingerprint, file_hashes, fingerprint
 
 # The modules of ours that compute every run, whatever its config names.
 ENGINE = (
@@ -52,6 +51,8 @@ BESIDE = (
     "sturdy.training.callbacks*",
     "sturdy.training.failures",
     "sturdy.training.identity",
+    "sturdy.training.initial",
+    "sturdy.training.match",
     "sturdy.training.launch",
     "sturdy.training.loggers*",
     "sturdy.training.run",
@@ -60,9 +61,7 @@ BESIDE = (
 )
 
 
-def run_fingerprint(
-    config: Mapping[str, Any], data: str, gradients: str, *, ignore: Iterable[str], initial: str | None
-) -> Fingerprint:
+def run_fingerprint(config: Mapping[str, Any], data: str, gradients: str, *, ignore: Iterable[str]) -> Fingerprint:
     """Take the fingerprint of a run.
 
     Args:
@@ -70,16 +69,15 @@ def run_fingerprint(
         data: digest of the data. It speaks for the source of the images and for what lies in its files, too.
         gradients: as of ``sturdy.resume.reduction.describe``.
         ignore: keys that cannot change a weight; the code and the files that they name are left out.
-        initial: SHA-256 of the checkpoint that the first weights come from.
     """
     ignore = [*ignore, "data.source", "init_from"]
-    now = fingerprint(config, data, gradients, initial=initial)
+    now = fingerprint(config, data, gradients)
     roots = [*ENGINE, *targets(without(config, ignore))]
     code = code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
     runs, cache = Path(now.config["paths.runs"]), Path(now.config["paths.cache"])
     read = [*ignore, "data", "callbacks", "logger"]  # the last two name what they write
     files = file_hashes(now.config, leave_out=read, written=[runs / str(config["name"]), cache])
-    return Fingerprint(now.config, data, code, now.stack, files, initial)
+    return Fingerprint(now.config, data, code, now.stack, files)
 
 
 def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:
@@ -87,14 +85,6 @@ def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict
     parts = [config.get(key) for key in ("backbone", "schedule", "target")]
     roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets([*parts, sampler])]
     return code_hashes(roots, leave_out=BESIDE, known=PACKAGES)
-
-
-def weights_id(path: str | None) -> str | None:
-    """Hash the checkpoint ``path``, a ``state.ckpt`` or its directory; None where there is none."""
-    if path is None:
-        return None
-    there = Path(path).expanduser()
-    return content_hash(there / STATE if there.is_dir() else there)
 
 
 def without(node: Any, patterns: Iterable[str], prefix: str = "") -> Any:

@@ -7,6 +7,7 @@ after the default generator was reseeded from (seed, step, shard), and their gra
 the bits depend on V and on nothing else.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,15 +19,26 @@ from torch.optim import Optimizer
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
 from sturdy.randomness import Draws, key, reseed
-from sturdy.resume.compare import misfits
 from sturdy.resume.reduction import Sum, Tree, alone
-from sturdy.resume.store import Unloadable
+from sturdy.resume.store import FORMAT, Unloadable
 from sturdy.resume.world import gather, rank, size
 from sturdy.training.ema import EMA
+from sturdy.training.match import (
+    Match,
+    backbone_changes,
+    class_change,
+    few,
+    match,
+    moved_rows,
+    state_by_rows,
+)
 from sturdy.training.optim import (
     LearningRate,
+    continued,
+    load_exactly,
     names_in_order,
     parameter_groups,
+    rate_change,
     state_by_index,
     state_by_name,
     without,
@@ -35,6 +47,8 @@ from sturdy.training.strategies import full, local, shard_parameters, with_gradi
 
 if TYPE_CHECKING:  # imported by those that are aligned
     from sturdy.training.alignment import Alignment
+
+log = logging.getLogger(__name__)
 
 
 class DiffusionModule(L.LightningModule):
@@ -51,6 +65,9 @@ class DiffusionModule(L.LightningModule):
         clip: largest norm of the gradient; ``inf`` only measures it.
         seed, shards: see the module's equation.
         config: the resolved config as primitives; kept in every checkpoint so that it rebuilds alone.
+
+    Attributes:
+        initial: ``path`` and ``sha256`` of the checkpoint that the run began from; None if it began from none.
     """
 
     def __init__(
@@ -75,6 +92,7 @@ class DiffusionModule(L.LightningModule):
         self.objective, self.make_optimizer, self.learning_rate = objective, optimizer, learning_rate
         self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
         self.sum: Sum = alone  # over processes
+        self.initial: dict[str, Any] | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         tree = Tree()
@@ -109,7 +127,7 @@ class DiffusionModule(L.LightningModule):
             shard_parameters(self, self.alignment.project)
 
     def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer(parameter_groups(self))
+        return load_exactly(self.make_optimizer(parameter_groups(self)))
 
     def trained(self) -> list[nn.Parameter]:
         """In the order in which their gradients are summed."""
@@ -129,29 +147,51 @@ class DiffusionModule(L.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
         checkpoint["optimizer_states"] = [state_by_name(s, names) for s in checkpoint["optimizer_states"]]
-        checkpoint["config"] = self.config
+        checkpoint |= {"config": self.config, "format": FORMAT}
+        if self.initial:
+            checkpoint["init_from"] = self.initial
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizer state by index; its options are those of the config, which may have changed on purpose.
+        """Fit the checkpoint to this module, which the user may have changed on purpose, and say what that means.
 
-        What was aligned and, on purpose, no longer is leaves its projection and its encoder behind.
+        Label tables and their optimizer state follow the names of the classes. Another optimizer begins with an empty
+        state. What was aligned and no longer is leaves its projection and its encoder behind.
 
         Raises:
             Unloadable: if its weights are not those of this network, naming the first that differ.
         """
         if self.alignment is None:
             without(checkpoint, "alignment.")
-        weights = checkpoint.get("state_dict")  # not there where fsdp2 has loaded them already
-        if weights and (odd := misfits(self.state_dict(), weights)):
-            raise Unloadable(
-                f"the checkpoint is of another network than backbone, ema or code are now of: {odd}. Undo the change, "
-                f"or begin another run: name=..."
-            )
+        then, now = checkpoint.get("config") or {}, self.config or {}
+        self.initial = checkpoint.get("init_from")
+        weights, told = checkpoint.get("state_dict"), []  # not there where fsdp2 has loaded them already
+        if weights:
+            found = match(self, weights, then, now)
+            if found.odd:
+                keys = f". What changed: {few(changes)}" if (changes := backbone_changes(then, now)) else ""
+                raise Unloadable(
+                    f"the checkpoint is of another network than backbone, ema or code are now of: {few(found.odd)}"
+                    f"{keys}. Undo the change, or begin another run: name=..."
+                )
+            checkpoint["state_dict"] = found.weights
+            self._follow_classes(checkpoint.get("optimizer_states", ()), weights, found, moved_rows(then, now))
+            told = [class_change(then, now), f"new here: {few(found.new)}" if found.new else None]
         if "optimizer_states" in checkpoint:
             names = names_in_order(self, parameter_groups(self))
-            groups = self.configure_optimizers().state_dict()["param_groups"]
-            states = [state_by_index(s, names) for s in checkpoint["optimizer_states"]]
-            checkpoint["optimizer_states"] = [state | {"param_groups": groups} for state in states]
+            fresh = state_by_name(self.configure_optimizers().state_dict(), names)
+            states = [continued(s, fresh, self.make_optimizer, then, now) for s in checkpoint["optimizer_states"]]
+            checkpoint["optimizer_states"] = [state_by_index(state, names) for state, _ in states]
+            told += [line for _, line in states]
+        told.append(rate_change(then, now, checkpoint.get("global_step", 0)))
+        for line in filter(None, told) if rank() == 0 else ():
+            log.info(line)
+
+    def _follow_classes(self, states: Any, weights: Mapping[str, Tensor], found: Match, rows: list[int | None]) -> None:
+        """Move rows of the optimizer states by name like those of the label tables, and drop what is not taken."""
+        for state in states:
+            kept = {name: values for name, values in state["state"].items() if name not in found.left}
+            moved = {name: state_by_rows(kept[name], weights[name], rows) for name in found.tables if name in kept}
+            state["state"] = kept | moved
 
     def shards_of(self, batch: Any) -> Iterator[tuple[Any, ...]]:
         """Those of this process: number, and a part of each of the values of ``batch``."""

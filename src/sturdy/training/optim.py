@@ -1,10 +1,15 @@
 """The optimizer's parameter groups, its learning rate by step, and its state by parameter name."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sturdy.resume.store import assert_primitive
 
 
 class LearningRate(Protocol):
@@ -139,3 +144,124 @@ def state_by_index(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]
         "state": {index[name]: values for name, values in state["state"].items()},
         "param_groups": [g | {"params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
     }
+
+
+def rate_change(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str | None:
+    """Return a sentence on the learning rate at ``step`` under two configs; None if it is equal, or not known.
+
+    It is known where both configs name a class of this module; no other code that a checkpoint names is run.
+    """
+    rates = [_rate(config, step) for config in (then, now)]
+    if None in rates or rates[0] == rates[1]:
+        return None
+    return f"learning rate at this step: {rates[0]:.4g} -> {rates[1]:.4g}"
+
+
+def _rate(config: Mapping[str, Any], step: int) -> float | None:
+    options = dict(config.get("learning_rate") or {})
+    module, _, name = str(options.pop("_target_", "")).rpartition(".")
+    kinds = {kind.__name__: kind for kind in (Constant, Linear, Cosine, InverseSquareRoot, WarmupStableDecay)}
+    rate = (config.get("optimizer") or {}).get("lr")
+    if module != __name__ or name not in kinds or rate is None:
+        return None
+    try:
+        return float(rate) * kinds[name](**options)(step)
+    except (TypeError, ValueError):
+        return None
+
+
+def kept_state(make: Callable[..., Optimizer]) -> dict[str, Any] | None:
+    """Return what the optimizer keeps for a matrix after its first step; None if it cannot take one here."""
+    network = nn.ParameterList([torch.ones(4, 4), torch.ones(4)])
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    try:
+        optimizer = make(parameter_groups(network))
+        optimizer.step()
+    except Exception:  # it may want a GPU, or other shapes
+        return None
+    return dict(optimizer.state[network[0]])
+
+
+def try_out(make: Callable[..., Optimizer], module: nn.Module) -> None:
+    """Make the optimizer of ``module`` once, before any training, and look at what it keeps.
+
+    Raises:
+        ValueError: if its constructor refuses, or it keeps more than tensors and primitives, naming the key.
+    """
+    kind = getattr(make, "func", make)
+    key = f"optimizer {kind.__module__}.{kind.__qualname__}"
+    try:
+        make(parameter_groups(module))
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"{key}: {error}") from None
+    try:
+        assert_primitive(kept_state(make) or {}, "its state")
+    except TypeError as error:
+        raise ValueError(f"{key} could not be saved: {error}") from None
+
+
+def continued(
+    stored: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    make: Callable[..., Optimizer],
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+) -> tuple[dict[str, Any], str | None]:
+    """Return the state by name that an optimizer goes on from, and a sentence if the stored one is not of its kind.
+
+    Parameters that are new begin with what ``fresh`` has for them. Where the options are the same, the groups are the
+    stored ones, as some optimizers count in them; where they were changed, they are the fresh ones.
+
+    Args:
+        stored: of a checkpoint, whose config is ``then``.
+        fresh: of the optimizer that ``make`` gives under the config ``now``, before its first step.
+    """
+    old, new = then.get("optimizer") or {}, now.get("optimizer") or {}
+    kinds = [options.get("_target_") for options in (old, new)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        return dict(fresh), f"optimizer {kinds[0]} -> {kinds[1]}: it begins with an empty state"
+    kept = [set(values) for values in stored["state"].values()]
+    if kept and (missing := set(kept_state(make) or ()).difference(*kept)):
+        lacks = ", ".join(sorted(missing))
+        return dict(fresh), f"the optimizer of the checkpoint kept no {lacks}: it begins with an empty state"
+    states, same = fresh["state"] | stored["state"], bool(new) and old == new
+    names = {name for group in fresh["param_groups"] for name in group["params"]}
+    groups = [
+        new_group | (old_group if same else {}) | {"params": new_group["params"]}
+        for old_group, new_group in zip(stored["param_groups"], fresh["param_groups"], strict=True)
+    ]
+    return {"state": {k: v for k, v in states.items() if k in names}, "param_groups": groups}, None
+
+
+def load_exactly(optimizer: Optimizer) -> Optimizer:
+    """Let ``optimizer`` load its state as it was saved, and return it.
+
+    torch casts tensors to the type of the parameter, and takes a string apart.
+    """
+    given: dict[str, Any] = {}
+
+    def remember(optimizer: Optimizer, state: dict[str, Any]) -> None:
+        given.update(state)
+
+    def restore(optimizer: Optimizer) -> None:
+        numbers = chain.from_iterable(group["params"] for group in given["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for number, parameter in zip(numbers, parameters, strict=True):
+            if number in given["state"]:
+                optimizer.state[parameter] = _as_saved(optimizer.state[parameter], given["state"][number])
+        given.clear()
+
+    optimizer.register_load_state_dict_pre_hook(remember)
+    optimizer.register_load_state_dict_post_hook(restore)
+    return optimizer
+
+
+def _as_saved(loaded: Any, saved: Any) -> Any:
+    if isinstance(saved, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, Mapping):
+        return {key: _as_saved(loaded[key], value) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        return type(saved)([_as_saved(a, b) for a, b in zip(loaded, saved, strict=True)])
+    return saved

@@ -26,7 +26,7 @@ from sturdy.resume.supervisor import launched
 from sturdy.resume.writer import MAY_PASS, StoreIO
 from sturdy.signatures import OURS
 from sturdy.system import available_cpus
-from sturdy.training import strategies
+from sturdy.training import optim, strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.guard import Guard
 from sturdy.training.callbacks.preempt import Agree, Preempt
@@ -127,7 +127,12 @@ def open_data(cfg: DictConfig, begun: str | None = None) -> Any:
 
 
 def try_out(module: DiffusionModule, size: int) -> None:
-    """One picture goes through before training, for its size may not fit the backbone; raises what that says."""
+    """Send one image through before training, as its size may not fit the backbone, and make the optimizer once.
+
+    Raises:
+        ValueError: what these say.
+    """
+    optim.try_out(module.make_optimizer, module)
     with torch.no_grad():
         module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
 
@@ -190,7 +195,8 @@ def make_trainer(
     """Lightning's Trainer, with what this project holds fixed about it."""
 
     def facts(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()}
+        began = {"init_from": checkpoint["init_from"]} if "init_from" in checkpoint else {}
+        return {"position": checkpoint["ImageData"]["position"], "fingerprint": now.as_dict()} | began
 
     wanted = [node for key, node in cfg.callbacks.items() if node and (world.rank() == 0 or key != "progress")]
     callbacks: list[Callback] = [

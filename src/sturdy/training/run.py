@@ -25,18 +25,20 @@ from sturdy.resume.lock import AlreadyRunning, lock
 from sturdy.resume.preemption import RESUMABLE, Preempted, Preemption
 from sturdy.resume.reduction import describe
 from sturdy.resume.skips import Diverged, Skip, Skips
-from sturdy.resume.store import NothingVerifies, Store, Unloadable
+from sturdy.resume.store import Corrupt, NothingVerifies, Store, Unloadable
 from sturdy.resume.supervisor import die_with_parent, launched
 from sturdy.resume.writer import MAY_PASS, SaveFailed
 from sturdy.training.attempt import CONSOLE, describe_attempt, log_to, next_attempt
 from sturdy.training.begun import FROM_DATA, find_begun, is_restart, restore
 from sturdy.training.branch import leave_branch
-from sturdy.training.build import build, init_from
+from sturdy.training.build import build
 from sturdy.training.callbacks.watchdog import watch_start
 from sturdy.training.failures import OutOfMemoryError, is_out_of_memory, out_of_memory
-from sturdy.training.identity import run_fingerprint, weights_id
+from sturdy.training.identity import run_fingerprint
+from sturdy.training.initial import Source, find_source, init_from, other_weights
 from sturdy.training.launch import MISTAKE, Unfit
 from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.training.match import class_change
 from sturdy.training.parts import (
     check_accelerator,
     furnish,
@@ -61,7 +63,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     except (Refused, AlreadyRunning, NothingVerifies, Unloadable, Unfit) as error:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKE
-    except (FloatingPointError, SaveFailed, OutOfMemoryError, OSError) as error:
+    except (FloatingPointError, SaveFailed, OutOfMemoryError, Corrupt, OSError) as error:
         CONSOLE.debug("where it failed", exc_info=True)
         if world.rank() == 0 or not isinstance(error, FloatingPointError):  # all found that
             print(f"error: {error}", file=sys.stderr)
@@ -245,14 +247,14 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     gradients = describe(cfg.data.shards, world.size(), how_summed(cfg))
-    initial = world.decide(lambda: weights_id(cfg.init_from)) or stored.get("initial")
-    now = run_fingerprint(config, data.digest, gradients, ignore=cfg.resume.ignore, initial=initial)
+    now = run_fingerprint(config, data.digest, gradients, ignore=cfg.resume.ignore)
     everywhere = world.gather((now.code, data.digest))
     world.decide(lambda: check_all_alike(everywhere))
 
     def promise() -> Guarantee | None:
         changes = data.changes_since(stored["data"]) if stored.get("data", data.digest) != data.digest else []
-        return judge(entry, now, **config["resume"], data_changes=changes) if entry else None
+        odd = others(cfg, entry) if entry else ()
+        return judge(entry, now, **config["resume"], others=odd, data_changes=changes) if entry else None
 
     guarantee = world.decide(promise)
     with world.ahead(), unfit():  # what does not go together is refused before anything is promised
@@ -269,12 +271,18 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
         CONSOLE.info(banner(cfg, data, entry, guarantee))
         for line in (*(f"the configuration was edited: {line}" for line in start.edited), *data.notes):
             CONSOLE.warning(line)
+
+    def source() -> Source | None:
+        with unfit():
+            return find_source(str(cfg.init_from), Path(cfg.paths.runs)) if cfg.init_from and not entry else None
+
+    initial = world.decide(source)  # once, as a run that is named may be training now
     with world.ahead(), unfit():
         trainer = make_trainer(cfg, store, metrics, now, preemption, attempt)
-        if cfg.init_from and not entry:
-            init_from(module, cfg.init_from)
+        if initial:
+            told = init_from(module, initial)
             if world.rank() == 0:
-                CONSOLE.info(f"initialised from the EMA weights of {cfg.init_from}")
+                CONSOLE.info(told)
     furnish(module, data, entry, Path(cfg.paths.cache) / "evaluation")
     module.sum = summing(cfg, module)
     world.decide(lambda: leave_branch(home, store, metrics, entry))
@@ -315,6 +323,16 @@ def is_finished(cfg: DictConfig, entry: Entry, metrics: MetricsFile) -> bool:
 def on(node: DictConfig | None) -> bool:
     """Whether a callback that does something every N steps is switched on."""
     return bool(node and node.every_n_steps)
+
+
+def others(cfg: DictConfig, entry: Entry) -> list[str]:
+    """Say in words where classes or first weights are not those of the run of ``entry``, a line each."""
+    then = entry.manifest.get("fingerprint", {}).get("config", {})
+    classes = [value for key, value in then.items() if key.startswith("classes.")]
+    change = class_change({"classes": classes}, {"classes": list(cfg.classes)}) if then else None
+    began, before = entry.manifest.get("init_from"), then.get("init_from")
+    weights = other_weights(began, cfg.init_from, before, Path(cfg.paths.runs))
+    return [line for line in (change, weights) if line]
 
 
 def check_all_alike(everywhere: Sequence[tuple[Mapping[str, str], str]]) -> None:
