@@ -164,6 +164,8 @@ def take(home: Path) -> Any:
     except OSError as error:
         if error.errno in MAY_PASS:
             raise
+        if error.errno is None:  # ``lock`` has said it
+            raise Unfit(str(error)) from error
         raise Unfit(f"nothing can be written in paths.runs: {error}. Choose another place: paths.runs=...") from error
 
 
