@@ -46,6 +46,16 @@ def test_alone_the_threads_spin():
     assert machine.changes == 1
 
 
+@pytest.mark.parametrize("gain", [1.1, 1.0, 0.95])
+def test_alone_the_threads_spin_though_it_gains_little_or_nothing(gain):
+    """By how much it is faster depends on the processor, and on the moment of the trial."""
+    machine = Machine()
+    machine.SECONDS = {0: (0.08, 0.08 * gain)}
+    machine.run(60, busy=0)
+    assert not machine.chooser.used
+    assert machine.changes == 1
+
+
 @pytest.mark.parametrize("busy", [3, 7])
 def test_beside_other_programs_they_sleep_from_the_beginning(busy):
     machine = Machine()

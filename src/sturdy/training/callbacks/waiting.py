@@ -35,13 +35,14 @@ class Chooser:
     """Find the faster of two ways to wait, from the seconds that each step took.
 
     The other way is tried for ``n`` steps: at the beginning, when spinning has become slower or sleeping faster by
-    ``change``, and now and then. It is taken if it was faster by ``gain``, and the old way, tried once more, still is
-    not. Steps sleep at first, as that is never bad by much.
+    ``change``, and now and then. Steps spin unless sleeping is faster by ``gain``: on a quiet machine spinning is the
+    faster one by less than that, and on a busy one the slower one by much more. A change is made if the old way, tried
+    once more, says the same. Steps sleep at first, as that is never bad by much.
 
     Args:
         n: steps of a trial, and steps that are compared with it.
         skip: first steps that are not counted.
-        gain, change: factors above 1.
+        gain, change: factors above 1. The first is what sleeping has to be faster by.
         soonest, often, seldom: seconds between two trials: at least, after a change of way, and at most. The pause
             doubles with each trial that changes nothing.
 
@@ -55,7 +56,7 @@ class Chooser:
         self,
         *,
         n: int = 5,
-        skip: int = 3,
+        skip: int = 8,
         gain: float = 1.15,
         change: float = 1.5,
         soonest: float = 10,
@@ -87,9 +88,10 @@ class Chooser:
 
     def limit(self) -> float:
         """Compute in how many seconds of the step to come the trial is decided; infinity where none is made."""
+        allowed = self.gain if self.used else 1 / self.gain  # times the usual, for the other way to be taken
         if self.phase == self._try:
-            return sum(self.usual) / self.gain - sum(self.other)
-        return sum(self.other) * self.gain - sum(self.again) if self.phase == self._confirm else math.inf
+            return sum(self.usual) * allowed - sum(self.other)
+        return sum(self.other) / allowed - sum(self.again) if self.phase == self._confirm else math.inf
 
     def _use(self, seconds: float) -> None:
         self.usual.append(seconds)
@@ -179,7 +181,7 @@ class Waiting(Callback):
         self.library: ctypes.CDLL | None = None
         self.team: IdleTeam | None = None
         self.timer: threading.Timer | None = None
-        self.auto, self.begun, self.told = False, 0.0, False
+        self.auto, self.begun, self.told = False, 0.0, False  # what was told last: spinning
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         applies = trainer.strategy.root_device.type == "cpu" and torch.get_num_threads() > 1
