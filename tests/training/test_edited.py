@@ -106,6 +106,8 @@ def test_control_a_person_is_asked(checkout):
     assert "optimizer.lr: " in said
     assert "13 images are new (30.png, 31.png" in said
     assert said.index("optimizer.lr: ") < said.index("13 images are new")
+    assert "as_begun=true" in said
+    assert "prior" not in said
     assert "Traceback" not in said
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sturdy.files import atomic_write
-from sturdy.resume.fingerprint import Fingerprint, Guarantee, compare
+from sturdy.resume.fingerprint import DATA_CHANGED, Fingerprint, Guarantee, compare
 from sturdy.resume.scores import scores_of
 from sturdy.resume.store import MANIFEST, STATE, Corrupt, Store, load_state, name_of, read_checkpoint, read_manifest
 
@@ -131,9 +131,12 @@ def judge(entry: Entry, now: Fingerprint, **how: Any) -> Guarantee:
     if guarantee.level == "refused" and not entry.on_purpose:
         lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:MOST_REASONS])
         more = f"\n    ... and {len(guarantee.reasons) - MOST_REASONS} more" * (len(guarantee.reasons) > MOST_REASONS)
+        ways = ["Undo the change", "continue on purpose with ckpt_path=last", "start another run with name=..."]
+        if any(reason.startswith(DATA_CHANGED) for reason in guarantee.reasons):
+            ways.insert(1, "keep the images that it began with by as_begun=true")
         raise Refused(
             f"this is not the run that {entry.state.parent} belongs to; what changed:\n{lines}{more}\n"
-            f"Undo the change, or continue on purpose with ckpt_path=last, or start another run with name=..."
+            f"{', or '.join(ways)}"
         )
     return guarantee
 

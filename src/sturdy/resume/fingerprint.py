@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "lightning", "numpy")
+DATA_CHANGED = "the data changed"
 MOST_NAMES = 6  # modules that are named when the code changed
 
 
@@ -97,7 +98,7 @@ def compare(
     refusals = [*others, *(line for k, line in changed.items() if not matches(k, rounding))]
     if then["data"] != now.data:
         told = "; ".join(data_changes) or f"digest {then['data'][:12]} -> {now.data[:12]}"
-        refusals.append(f"the data changed: {told}")
+        refusals.append(f"{DATA_CHANGED}: {told}")
     if odd := _differing(then.get("code", now.code), now.code):
         more = f", and {len(odd) - MOST_NAMES} more" if len(odd) > MOST_NAMES else ""
         refusals.append(
