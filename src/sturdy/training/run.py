@@ -72,7 +72,7 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
         CONSOLE.warning(f"process {world.rank()}: {error}")
         return 1
     except Preempted as stopped:
-        again = "Run the same command" if cfg.ckpt_path in ("auto", "last") else "Use ckpt_path=auto"
+        again = "Use ckpt_path=auto" if cfg.ckpt_path is None else "Run the same command"
         if world.rank() == 0:
             tell = CONSOLE.info if CONSOLE.handlers else print
             tell(f"{stopped}. {again} to continue.")
