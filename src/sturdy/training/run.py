@@ -243,9 +243,13 @@ def enter(cfg: DictConfig, overrides: list[str], home: Path, skips: Skips, preem
     with world.ahead():
         settle(cfg, entry)
     torch.set_num_threads(cfg.trainer.threads)
+    begun = (start.data or stored.get("data")) if start.restart else None
     with world.ahead(), unfit():
-        begun = (start.data or stored.get("data")) if start.restart else None
-        data = open_data(cfg, begun)
+        data: Any = open_data(cfg, begun) if world.rank() == 0 else None
+    digest = world.decide(lambda: data.digest)
+    if data is None:  # the images that rank 0 has, though one more may have come to the folder since
+        with unfit():
+            data = open_data(cfg, digest)
     data.skips = [(skip.step - 1, skip.position, skip.size) for skip in skips.entries]
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     gradients = describe(cfg.data.shards, world.size(), how_summed(cfg))
