@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
 FORMAT = 1
+LOOKS = 10  # of a reader, before it believes that there is no checkpoint
 STATE = "state.ckpt"
 MANIFEST = "manifest.json"
 SCORE = "score.json"
@@ -164,7 +165,15 @@ class Store:
         """
         broken: dict[int, str] = {}
         gone: set[int] = set()
-        while steps := [step for step in order() if step not in broken.keys() | gone]:
+        looks = 1 if heal or not self.directory.is_dir() else LOOKS
+        while looks:
+            steps = [step for step in order() if step not in broken.keys() | gone]
+            if not steps:
+                looks -= (
+                    1  # a folder is not listed in one instant: while a live run saves and prunes, it may look empty
+                )
+                time.sleep(0.01 if looks else 0)
+                continue
             step = steps[0]
             try:
                 return read(step)
