@@ -3,7 +3,8 @@
 The threads meet after every loop of every layer. A thread that comes first spins, which is fastest while each has a
 CPU to itself. Where other programs want the CPUs, too, it spins on the one that the thread it waits for should get, and
 steps take ten times as long. Asleep they take three times as long then, but also a third longer on a quiet machine.
-So both ways are tried, and the faster one is used. The bits are the same: who computes what does not change.
+So both ways are tried; threads spin unless sleeping is clearly faster. The bits are the same: who computes what does
+not change.
 
 GNU's OpenMP, which torch brings along on Linux, reads its settings only once. But it lets threads sleep while there
 are more OpenMP threads than CPUs (its manual, at ``GOMP_SPINCOUNT``). A second team, which does nothing, makes them
@@ -35,9 +36,9 @@ class Chooser:
     """Find the faster of two ways to wait, from the seconds that each step took.
 
     The other way is tried for ``n`` steps: at the beginning, when spinning has become slower or sleeping faster by
-    ``change``, and now and then. Steps spin unless sleeping is faster by ``gain``: on a quiet machine spinning is the
-    faster one by less than that, and on a busy one the slower one by much more. A change is made if the old way, tried
-    once more, says the same. Steps sleep at first, as that is never bad by much.
+    ``change``, and now and then. Steps spin unless sleeping is faster by ``gain``. On a quiet machine the ways differ
+    little, and noise must not choose sleep. On a busy machine sleeping is faster by much more. A change is made if the
+    old way, tried once more, says the same. Steps sleep at first, as that is never bad by much.
 
     Args:
         n: steps of a trial, and steps that are compared with it.
