@@ -34,7 +34,7 @@ format: $(VENV)/ready ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 status: $(VENV)/ready ## what the checkpoints of a run hold: make status RUN=cars
-	$(BIN)/python -m sturdy.resume status runs/$(or $(RUN),cars)
+	$(BIN)/python -m exact_resume status runs/$(or $(RUN),cars)
 
 clean: ## remove caches, never runs
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from sturdy.door import open_door
+from sturdy.cli.main import run_script
 
 if __name__ == "__main__":
-    open_door(Path(__file__).resolve().parent / "conf" / "sample.yaml", "sturdy.training.draw:draw")
+    run_script(
+        Path(__file__).resolve().parent / "conf" / "sample.yaml", "sturdy.sampling.sample:main"
+    )

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
-from sturdy.resume.preemption import leave_on_signal
+from exact_resume.signals import exit_on_signal
 
 if __name__ == "__main__":
-    leave_on_signal()
-    from sturdy.door import open_door  # only now: its imports take a second, in which a signal may come
+    exit_on_signal()
+    from sturdy.cli.main import (
+        run_script,  # only now: its imports take a second, in which a signal may come
+    )
 
-    open_door(Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.launch:train")
+    run_script(
+        Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.launch:train"
+    )

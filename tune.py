@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from sturdy.door import open_door
+from sturdy.cli.main import run_script
 
 if __name__ == "__main__":
-    open_door(Path(__file__).resolve().parent / "conf" / "tune.yaml", "sturdy.training.tune:tune")
+    run_script(
+        Path(__file__).resolve().parent / "conf" / "tune.yaml", "sturdy.evaluation.tune:tune"
+    )

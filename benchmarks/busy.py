@@ -1,7 +1,7 @@
 """What other programs on the machine cost a run, by its way of waiting: python benchmarks/busy.py
 
-A run of experiment=cars, alone, then beside three busy processes for every two CPUs, then alone again; once for each
-callbacks.waiting.policy. Takes about four minutes, on a quiet machine.
+A run of experiment=cars, alone, then beside three busy processes for every two CPUs, then alone
+again; once for each callbacks.waiting.policy. Takes about four minutes, on a quiet machine.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from starting import steps, until
 
-from sturdy.system import available_cpus
+from exact_resume.system import available_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTLE, MEASURE = 10, 12  # seconds: after a change, and of a measurement
@@ -32,7 +32,12 @@ CALM = [
 
 
 def start(directory: Path, policy: str) -> subprocess.Popen[bytes]:
-    words = [*CALM, f"paths.runs={directory}", f"paths.cache={directory / 'cache'}", f"name={policy}"]
+    words = [
+        *CALM,
+        f"paths.runs={directory}",
+        f"paths.cache={directory / 'cache'}",
+        f"name={policy}",
+    ]
     words.append(f"callbacks.waiting.policy={policy}")
     return subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdout=subprocess.DEVNULL)
 
@@ -48,8 +53,15 @@ def speed(metrics: Path) -> float:
 def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir="."))
     busy = 3 * available_cpus() // 2
-    print(f"{available_cpus()} CPUs, load {os.getloadavg()[0]:.1f}; images/s, and as a share of `spin` alone")
-    print(f"| policy | alone | beside {busy} busy processes | alone again |", "|---|---|---|---|", sep="\n")
+    print(
+        f"{available_cpus()} CPUs, load {os.getloadavg()[0]:.1f}; images/s, and as a share of "
+        f"`spin` alone"
+    )
+    print(
+        f"| policy | alone | beside {busy} busy processes | alone again |",
+        "|---|---|---|---|",
+        sep="\n",
+    )
     unit = 0.0
     try:
         for policy in ("spin", "sleep", "auto"):
@@ -59,7 +71,10 @@ def main() -> None:
                 metrics = directory / policy / "metrics.csv"
                 until(run, metrics, 20)
                 rates = [speed(metrics)]
-                others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+                others = [
+                    subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                    for _ in range(busy)
+                ]
                 rates.append(speed(metrics))
                 for other in others:
                     other.kill()
@@ -69,7 +84,11 @@ def main() -> None:
                     process.kill()
                     process.wait()
             unit = unit or rates[0]
-            print(f"| {policy} |", *(f"{16 * rate:.0f} ({rate / unit:.2f}) |" for rate in rates), flush=True)
+            print(
+                f"| {policy} |",
+                *(f"{16 * rate:.0f} ({rate / unit:.2f}) |" for rate in rates),
+                flush=True,
+            )
     finally:
         shutil.rmtree(directory)
 

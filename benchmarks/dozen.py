@@ -1,10 +1,13 @@
-"""Digests of a dozen small runs, to be compared before and after a change that must not change a bit.
+"""Digests of a dozen small runs, to be compared before and after a change that must not change a
+bit.
 
     python benchmarks/dozen.py > before.txt        # in the old checkout
     python benchmarks/dozen.py > after.txt         # in the new one: diff before.txt after.txt
 
-A line a run: SHA-256 of weights and averages, of the optimizer's state, and of the logged losses. Words that follow are
-given to every run (``data.split=count`` where the old checkout knew no other). It takes about three minutes.
+``--only "dit;unet"`` first runs these alone. A line a run: SHA-256 of weights and averages, of the optimizer's state, and of the logged losses.
+    Words that follow are
+given to every run (``data.split=count`` where the old checkout knew no other). It takes about three
+minutes.
 """
 
 import csv
@@ -24,14 +27,17 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = (
-    "trainer=cpu trainer.threads=1 trainer.max_steps=8 trainer.val_check_interval=4 trainer.log_every_n_steps=2 "
-    "data.image_size=16 data.batch_size=8 data.holdout=0.2 sampler.steps=2 callbacks.checkpoint.every_n_train_steps=3 "
+    "trainer=cpu trainer.threads=1 trainer.max_steps=8 trainer.val_check_interval=4 "
+    "trainer.log_every_n_steps=2 "
+    "data.image_size=16 data.batch_size=8 data.holdout=0.2 sampler.steps=2 "
+    "callbacks.checkpoint.every_n_train_steps=3 "
     "callbacks.samples.every_n_steps=8 callbacks.samples.n=4 "
 )
 CARS = COMMON + "data.source.n=60 "
 DIT = "backbone=dit backbone.width=32 backbone.depth=2 backbone.heads=2 backbone.dropout=0.2 "
 UNET = (
-    "backbone=unet backbone.width=8 backbone.head_dim=8 backbone.multipliers=[1,2] backbone.attention=[False,True] "
+    "backbone=unet backbone.width=8 backbone.head_dim=8 backbone.multipliers=[1,2] "
+    "backbone.attention=[False,True] "
     "backbone.blocks=1 backbone.dropout=0.2 "
 )
 RUNS = {
@@ -43,20 +49,28 @@ RUNS = {
     "power averages": CARS + DIT + "ema=power learning_rate=linear",
     "alignment": CARS + DIT + "alignment=embedded alignment.encoder.seen=64",
     "ddp, two processes": CARS + DIT + "trainer.devices=2 data.shards=4 reduction=tree",
-    "bfloat16, min-SNR": CARS + DIT + "trainer.precision=bf16-mixed target=noise schedule=linear objective=min_snr",
+    "bfloat16, min-SNR": CARS
+    + DIT
+    + "trainer.precision=bf16-mixed target=noise schedule=linear objective=min_snr",
     "folder, two classes": COMMON + DIT + "data=folder data.root={images} data.crop=random",
-    "folder, balanced fold": COMMON + DIT + "data=folder data.root={images} data.balance=1 data.folds=3 data.fold=2",
+    "folder, balanced fold": COMMON
+    + DIT
+    + "data=folder data.root={images} data.balance=1 data.folds=3 data.fold=2",
     "killed and resumed": CARS + DIT + "data.num_workers=1",
 }
 
 
 def main() -> None:
     """Train all, and print a line each."""
+    chosen, overrides = [*RUNS], sys.argv[1:]
+    if overrides[:1] == ["--only"]:
+        chosen, overrides = overrides[1].split(";"), overrides[2:]
     with tempfile.TemporaryDirectory() as folder:
         tmp = Path(folder)
         draw(tmp / "images")
-        for number, (name, words) in enumerate(RUNS.items()):
-            given = words.format(images=tmp / "images").split() + sys.argv[1:]
+        for name in chosen:
+            number = list(RUNS).index(name)
+            given = RUNS[name].format(images=tmp / "images").split() + overrides
             train(tmp, str(number), given, kill="killed" in name)
             print(f"{name:24}", *digests(tmp / "runs" / str(number)), flush=True)
 
@@ -74,9 +88,12 @@ def train(tmp: Path, name: str, words: list[str], *, kill: bool) -> None:
     """Train to the end, once killed at step 4 on the way."""
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name='{name}'"]
     command = [sys.executable, str(ROOT / "train.py"), *words, *paths]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     if kill:
-        process, metrics = subprocess.Popen(command, env=environment), tmp / "runs" / name / "metrics.csv"
+        process, metrics = (
+            subprocess.Popen(command, env=environment),
+            tmp / "runs" / name / "metrics.csv",
+        )
         while process.poll() is None and not (metrics.exists() and "\n4," in metrics.read_text()):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -92,7 +109,10 @@ def digests(run: Path) -> list[str]:
     state = torch.load(newest / "state.ckpt", weights_only=True)
     parts = [digest(flat(state[part])) for part in ("state_dict", "optimizer_states")]
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if v and not k.endswith("per_second")} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if v and not k.endswith("per_second")}
+            for row in csv.DictReader(file)
+        ]
     return [*parts, digest({str(i): sorted(row.items()) for i, row in enumerate(rows)})]
 
 

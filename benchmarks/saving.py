@@ -1,7 +1,8 @@
 """How long a save holds up training: python benchmarks/saving.py [megabytes]
 
-One state (weights, their average, AdamW's two moments and step counters), saved in turns by torch, by Lightning and by
-us; the disk is idle before each. Prints medians, and ratios to a plain torch.save.
+One state (weights, their average, AdamW's two moments and step counters), saved in turns by torch,
+by Lightning and by us; the disk is idle before each. Prints medians, and ratios to a plain
+torch.save.
 """
 
 import logging
@@ -22,8 +23,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from sturdy.resume.store import Store
-from sturdy.resume.writer import StoreIO
+from exact_resume.checkpoint.store import Store
+from exact_resume.checkpoint.writer import StoreCheckpointIO
 
 WIDTH, ROUNDS = 512, 4
 ROWS = COPY, PLAIN, FSYNC, SYNC, ASYNC, AT_ONCE, FIRST, LATER, DURABLE = (
@@ -41,17 +42,23 @@ FORK = multiprocessing.get_context("fork")
 
 
 def checkpoint(megabytes: int) -> dict[str, Any]:
-    """A state of about that size: layers of ``(WIDTH, WIDTH)`` and ``(WIDTH,)``, each held four times."""
+    """A state of about that size: layers of ``(WIDTH, WIDTH)`` and ``(WIDTH,)``, each held four
+    times.
+    """
     layers = round(megabytes * 1e6 / (16 * WIDTH * (WIDTH + 1)))
     shapes = {
-        f"layers.{i}.{name}": s for i in range(layers) for name, s in (("weight", (WIDTH, WIDTH)), ("bias", WIDTH))
+        f"layers.{i}.{name}": s
+        for i in range(layers)
+        for name, s in (("weight", (WIDTH, WIDTH)), ("bias", WIDTH))
     }
     weights, average = ({k: torch.randn(s) for k, s in shapes.items()} for _ in range(2))
     moments = {
         k: {"step": torch.tensor(1.0), "exp_avg": torch.randn(s), "exp_avg_sq": torch.rand(s)}
         for k, s in shapes.items()
     }
-    both = {f"denoiser.{k}": v for k, v in weights.items()} | {f"ema.{k}": v for k, v in average.items()}
+    both = {f"denoiser.{k}": v for k, v in weights.items()} | {
+        f"ema.{k}": v for k, v in average.items()
+    }
     return {"global_step": 0, "state_dict": both, "optimizer_states": [{"state": moments}]}
 
 
@@ -90,7 +97,9 @@ class Bench:
         yield
         self.seconds[name].append(time.perf_counter() - start)
 
-    def alone(self, name: str, action: Callable[[Path], None], finish: Callable[[], None] = lambda: None) -> None:
+    def alone(
+        self, name: str, action: Callable[[Path], None], finish: Callable[[], None] = lambda: None
+    ) -> None:
         """Time ``action``, and not what it leaves to be finished; then remove what was written."""
         path = self.directory / "state.ckpt"
         rest()
@@ -99,7 +108,7 @@ class Bench:
         finish()
         path.unlink(missing_ok=True)
 
-    def ours(self, name: str, writer: StoreIO) -> None:
+    def ours(self, name: str, writer: StoreCheckpointIO) -> None:
         """Time what our save takes of training, and how long it is until it is durable."""
         self.state["global_step"] += 1
         rest()
@@ -110,10 +119,14 @@ class Bench:
         writer.store.prune(set())
 
     def first(self, name: str, *, reserve: bool) -> None:
-        """Our first save in a process of its own, for there its buffers are memory that was never touched."""
+        """Our first save in a process of its own, for there its buffers are memory that was never
+        touched.
+        """
 
         def child(answer: Any) -> None:
-            with StoreIO(Store(self.directory / "checkpoints"), lambda state: {}) as writer:
+            with StoreCheckpointIO(
+                Store(self.directory / "checkpoints"), lambda state: {}
+            ) as writer:
                 if reserve:  # as training does after its first step
                     writer.reserve(self.state)
                     self.wait(writer)
@@ -127,7 +140,7 @@ class Bench:
         process.join()
         shutil.rmtree(self.directory / "checkpoints")
 
-    def wait(self, writer: StoreIO) -> None:
+    def wait(self, writer: StoreCheckpointIO) -> None:
         """Until the writer has nothing to do."""
         while writer.free.qsize() < 2:
             time.sleep(0.001)
@@ -152,7 +165,9 @@ class Bench:
                 lambda path, io=background: io.save_checkpoint(self.state, path),  # type: ignore[misc]
                 background.teardown,
             )
-            with StoreIO(Store(self.directory / "checkpoints"), lambda state: {}) as writer:
+            with StoreCheckpointIO(
+                Store(self.directory / "checkpoints"), lambda state: {}
+            ) as writer:
                 writer.reserve(self.state)
                 self.wait(writer)
                 for _ in range(2):
@@ -161,11 +176,15 @@ class Bench:
     def table(self) -> str:
         median = {name: statistics.median(self.seconds[name]) for name in ROWS}
         lines = [
-            f"| {name} | {median[name]:.3f} | {min(self.seconds[name]):.3f} to {max(self.seconds[name]):.3f} "
+            f"| {name} | {median[name]:.3f} | {min(self.seconds[name]):.3f} to "
+            f"{max(self.seconds[name]):.3f} "
             f"| {median[name] / median[PLAIN]:.2f} | {median[name] / median[COPY]:.1f} |"
             for name in ROWS
         ]
-        head = ["| seconds that training waits | median | range | / torch.save | / one copy |", "|---|---|---|---|---|"]
+        head = [
+            "| seconds that training waits | median | range | / torch.save | / one copy |",
+            "|---|---|---|---|---|",
+        ]
         return "\n".join([*head, *lines])
 
 
@@ -173,7 +192,9 @@ def main() -> None:
     state = checkpoint(int(sys.argv[1]) if len(sys.argv) > 1 else 400)
     size, n = sum(x.nbytes for x in tensors(state)), sum(1 for _ in tensors(state))
     load, threads = os.getloadavg()[0], torch.get_num_threads()
-    print(f"{size / 1e6:.0f} MB in {n} tensors, {threads} threads, load {load:.1f}, {ROUNDS} rounds")
+    print(
+        f"{size / 1e6:.0f} MB in {n} tensors, {threads} threads, load {load:.1f}, {ROUNDS} rounds"
+    )
     logging.disable(logging.INFO)
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir="."))  # on the disk that runs are on
     try:

@@ -1,7 +1,7 @@
 """What shards and their sum cost: python benchmarks/sharding.py
 
-The same small DiT, the same batches of 32, one thread a process; images/s as the run's own record tells them, in turns.
-Prints medians, and ratios to the first line of each group.
+The same small DiT, the same batches of 32, one thread a process; images/s as the run's own record
+tells them, in turns. Prints medians, and ratios to the first line of each group.
 """
 
 import csv
@@ -34,10 +34,12 @@ RUN = [
 GROUPS = {
     "one process": {f"data.shards={v}": [f"data.shards={v}"] for v in (1, 2, 4, 8)},
     "two processes, data.shards=2": {
-        f"reduction={how}": ["trainer.devices=2", "data.shards=2", f"reduction={how}"] for how in ("allreduce", "tree")
+        f"reduction={how}": ["trainer.devices=2", "data.shards=2", f"reduction={how}"]
+        for how in ("allreduce", "tree")
     },
     "two processes, data.shards=8": {
-        f"reduction={how}": ["trainer.devices=2", "data.shards=8", f"reduction={how}"] for how in ("allreduce", "tree")
+        f"reduction={how}": ["trainer.devices=2", "data.shards=8", f"reduction={how}"]
+        for how in ("allreduce", "tree")
     },
 }
 
@@ -45,10 +47,22 @@ GROUPS = {
 def rate(overrides: list[str], directory: Path) -> float:
     """Median images/s of a run, its first lines left out."""
     name = f"run-{len(list(directory.glob('run-*')))}"
-    words = [*RUN, *overrides, f"paths.runs={directory}", f"paths.cache={directory / 'cache'}", f"name={name}"]
-    subprocess.run([sys.executable, ROOT / "train.py", *words], check=True, stdout=subprocess.DEVNULL)
+    words = [
+        *RUN,
+        *overrides,
+        f"paths.runs={directory}",
+        f"paths.cache={directory / 'cache'}",
+        f"name={name}",
+    ]
+    subprocess.run(
+        [sys.executable, ROOT / "train.py", *words], check=True, stdout=subprocess.DEVNULL
+    )
     with (directory / name / "metrics.csv").open(newline="") as file:
-        rates = [float(r["train/images_per_second"]) for r in csv.DictReader(file) if r["train/images_per_second"]]
+        rates = [
+            float(r["train/images_per_second"])
+            for r in csv.DictReader(file)
+            if r["train/images_per_second"]
+        ]
     return statistics.median(rates[1:])
 
 
@@ -59,7 +73,9 @@ def main() -> None:
             for group, ways in GROUPS.items():
                 for way, overrides in ways.items():
                     rates[group, way].append(rate(overrides, Path(directory)))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; images/s, median of {ROUNDS} runs")
+    print(
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; images/s, median of {ROUNDS} runs"
+    )
     for group, ways in GROUPS.items():
         first = statistics.median(rates[group, next(iter(ways))])
         print(group)

@@ -1,6 +1,7 @@
 """From SIGKILL to the first new step of a small run: python benchmarks/starting.py
 
-The floor is a process that imports torch and lightning, and does nothing. Taken in turns; prints medians.
+The floor is a process that imports torch and lightning, and does nothing. Taken in turns; prints
+medians.
 """
 
 import os
@@ -44,7 +45,9 @@ def steps(metrics: Path) -> list[int]:
 def cut(metrics: Path, step: int) -> None:
     """Drop the rows after ``step``, as the run will, so that the first one to come is seen."""
     head, *rows = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text(head + "".join(row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step))
+    metrics.write_text(
+        head + "".join(row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step)
+    )
 
 
 def until(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:
@@ -83,8 +86,14 @@ def main() -> None:
         process.wait()
         shutil.rmtree(directory)
     print("| seconds | median | range |", "|---|---|---|", sep="\n")
-    for name, seconds in (("import torch, lightning", imports), ("from SIGKILL to the first new step", restarts)):
-        print(f"| {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to {max(seconds):.1f} |")
+    for name, seconds in (
+        ("import torch, lightning", imports),
+        ("from SIGKILL to the first new step", restarts),
+    ):
+        print(
+            f"| {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to "
+            f"{max(seconds):.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""One thread a process: the tests compare bits, and share two cores. And Ctrl-C reaches what they start."""
+"""One thread a process: the tests compare bits, and share two cores. And Ctrl-C reaches what they
+start.
+"""
 
 import os
 import signal
@@ -19,7 +21,15 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def nobody():
     """The environment of a user without an account."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL", "DIR", "RUN_ID", "RESUME"):
+        for name in (
+            "MODE",
+            "API_KEY",
+            "IDENTITY_TOKEN_FILE",
+            "BASE_URL",
+            "DIR",
+            "RUN_ID",
+            "RESUME",
+        ):
             patch.delenv(f"WANDB_{name}", raising=False)
         patch.setenv("NETRC", "/nowhere/netrc")
         yield patch

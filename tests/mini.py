@@ -1,4 +1,6 @@
-"""A script behind the real door that starts quickly, does as it is told, and speaks train.py's exit codes."""
+"""A script behind the real door that starts quickly, does as it is told, and speaks train.py's exit
+codes.
+"""
 
 import os
 import shutil
@@ -19,10 +21,12 @@ paths:
 
 def project(tmp: Path) -> Path:
     """Write the script and its configuration under ``tmp``; returns the script."""
-    shutil.copytree(ROOT / "conf" / "hydra", tmp / "conf" / "hydra", ignore=shutil.ignore_patterns("help"))
+    shutil.copytree(
+        ROOT / "conf" / "hydra", tmp / "conf" / "hydra", ignore=shutil.ignore_patterns("help")
+    )
     (tmp / "conf" / "train.yaml").write_text(CONFIG)
     (tmp / "train.py").write_text(
-        "from pathlib import Path\nfrom sturdy.door import open_door\n"
+        "from pathlib import Path\nfrom sturdy.cli.main import open_door\n"
         "open_door(Path(__file__).resolve().parent / 'conf' / 'train.yaml', 'mini:main')\n"
     )
     return tmp / "train.py"
@@ -30,7 +34,7 @@ def project(tmp: Path) -> Path:
 
 def main(cfg, overrides):
     """What the door calls; the run's directory tells each start, and the signal that was heard."""
-    from sturdy.resume.preemption import RESUMABLE, Preemption
+    from exact_resume.signals import EXIT_RESUMABLE, Preemption
 
     home = Path(cfg.paths.runs, cfg.name)
     home.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,7 @@ def main(cfg, overrides):
         (home / "saved").write_text(preemption.signal.name)
         while cfg.wait == "slow" and time.monotonic() < end:
             time.sleep(0.01)
-        return RESUMABLE
+        return EXIT_RESUMABLE
     return cfg.end
 
 

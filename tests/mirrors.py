@@ -11,16 +11,28 @@ import numpy as np
 
 
 def metrics(run: Path) -> Counter[tuple[int, str, float]]:
-    """Every value of ``metrics.csv``, as the float32 that TensorBoard keeps: how often it is there."""
+    """Every value of ``metrics.csv``, as the float32 that TensorBoard keeps: how often it is
+    there.
+    """
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return Counter((int(row["step"]), k, np.float32(v)) for row in rows for k, v in row.items() if v and k != "step")
+    return Counter(
+        (int(row["step"]), k, np.float32(v))
+        for row in rows
+        for k, v in row.items()
+        if v and k != "step"
+    )
 
 
 def wandb_metrics(run: Path) -> Counter[tuple[int, str, float]]:
     _, rows = segment(run)
     names = ("train/", "val/", "evaluation/")
-    return Counter((row["_step"], k, np.float32(v)) for row in rows for k, v in row.items() if k.startswith(names))
+    return Counter(
+        (row["_step"], k, np.float32(v))
+        for row in rows
+        for k, v in row.items()
+        if k.startswith(names)
+    )
 
 
 def tensorboard_metrics(run: Path) -> tuple[Counter[tuple[int, str, float]], set[int]]:
@@ -30,7 +42,11 @@ def tensorboard_metrics(run: Path) -> tuple[Counter[tuple[int, str, float]], set
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     names, pictures = events.Tags()["scalars"], events.Tags()["images"]
-    values = Counter((event.step, name, np.float32(event.value)) for name in names for event in events.Scalars(name))
+    values = Counter(
+        (event.step, name, np.float32(event.value))
+        for name in names
+        for event in events.Scalars(name)
+    )
     return values, {event.step for name in pictures for event in events.Images(name)}
 
 
@@ -45,13 +61,17 @@ def segment(run: Path):
 
     records = [Record.FromString(data) for data in frames(segment_file(run).read_bytes())]
     history = [r.history for r in records if r.WhichOneof("record_type") == "history"]
-    rows = [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in h.item} for h in history]
+    rows = [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in h.item} for h in history
+    ]
     run_record = next((r.run for r in records if r.WhichOneof("record_type") == "run"), None)
     return run_record, rows
 
 
 def frames(data: bytes, header: int = 7, block: int = 32768) -> Iterator[bytes]:
-    """Records of a LevelDB log, which is what a ``.wandb`` file is: crc (4), length (2), kind (1), data, in blocks."""
+    """Records of a LevelDB log, which is what a ``.wandb`` file is: crc (4), length (2), kind (1),
+    data, in blocks.
+    """
     at, record = header, b""
     while at + 7 <= len(data):
         if block - at % block < 7:

@@ -1,4 +1,6 @@
-"""Real runs in real processes, small enough for a test: started, killed, and compared bit for bit."""
+"""Real runs in real processes, small enough for a test: started, killed, and compared bit for
+bit.
+"""
 
 import multiprocessing
 import os
@@ -11,13 +13,15 @@ from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from sturdy.resume.compare import differing
-from sturdy.resume.store import Store, load_state
+from exact_resume.checkpoint.compare import diff_checkpoints
+from exact_resume.checkpoint.store import Store, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 # There is one such server a process: nobody else may tell it what to import.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([f"sturdy.{name}" for name in ("training.run", "data.cars", "backbone")])
+SERVER.set_forkserver_preload(
+    [f"sturdy.{name}" for name in ("training.run", "data.cars", "backbone")]
+)
 COMMON = [
     "trainer=cpu",
     "trainer.threads=1",
@@ -35,7 +39,14 @@ COMMON = [
     "callbacks.samples.n=8",
     "backbone.dropout=0.2",
 ]
-SMALL = [*COMMON, "backbone=dit", "backbone.width=32", "backbone.depth=2", "backbone.heads=2", "backbone.whole=4"]
+SMALL = [
+    *COMMON,
+    "backbone=dit",
+    "backbone.width=32",
+    "backbone.depth=2",
+    "backbone.heads=2",
+    "backbone.whole=4",
+]
 SMALL_UNET = [
     *COMMON,
     "backbone=unet",
@@ -47,15 +58,24 @@ SMALL_UNET = [
 ]
 
 
-def command(tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "") -> list[str]:
-    """The command line of a small run called ``name`` under ``tmp``; ``sabotage`` as in sabotage.py."""
+def command(
+    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = ""
+) -> list[str]:
+    """The command line of a small run called ``name`` under ``tmp``; ``sabotage`` as in
+    sabotage.py.
+    """
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name={name}"]
     before = [str(ROOT / "tests" / "sabotage.py"), sabotage] if sabotage else []
     return [sys.executable, *before, str(ROOT / "train.py"), *base, *paths, *overrides]
 
 
 def train(
-    tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = "", code: int = 0
+    tmp: Path,
+    name: str,
+    *overrides: str,
+    base: list[str] = SMALL,
+    sabotage: str = "",
+    code: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code must be ``code``."""
     process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
@@ -66,13 +86,21 @@ def train(
 
 
 def kill_at(
-    tmp: Path, name: str, step: int, *overrides: str, base: list[str] = SMALL, sabotage: str = "", after: float = 0.0
+    tmp: Path,
+    name: str,
+    step: int,
+    *overrides: str,
+    base: list[str] = SMALL,
+    sabotage: str = "",
+    after: float = 0.0,
 ) -> None:
     """Start the run and SIGKILL it ``after`` seconds from when its metrics show ``step``."""
     metrics = tmp / "runs" / name / "metrics.csv"
     process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
     while process.exitcode is None:
-        if metrics.exists() and any(line.startswith(f"{step},") for line in metrics.read_text().splitlines()):
+        if metrics.exists() and any(
+            line.startswith(f"{step},") for line in metrics.read_text().splitlines()
+        ):
             time.sleep(after)
             process.kill()
             break
@@ -89,7 +117,8 @@ def start(
 
 
 def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:
-    """``python *words``, forked from a process that has imported what a run takes: most of a small run's time is that.
+    """``python *words``, forked from a process that has imported what a run takes: most of a small
+    run's time is that.
 
     Returns it, and where its output and its errors go.
     """
@@ -102,7 +131,11 @@ def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Pat
 def _become(words: list[str], environment: dict[str, str], out: str, err: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    found = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    found = [
+        path
+        for path in environment.get("PYTHONPATH", "").split(os.pathsep)
+        if path and path not in sys.path
+    ]
     sys.path[:0] = [str(Path(words[0]).parent), *found]
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
@@ -113,14 +146,16 @@ def _become(words: list[str], environment: dict[str, str], out: str, err: str) -
 
 
 def differences(tmp: Path, a: str, b: str) -> list[str]:
-    """Names of what differs in bits between the newest checkpoints of two runs: weights, EMA, optimizer, losses."""
+    """Names of what differs in bits between the newest checkpoints of two runs: weights, EMA,
+    optimizer, losses.
+    """
     states = []
     for name in (a, b):
         store = Store(tmp / "runs" / name / "checkpoints")
         manifest = store.last()
         assert manifest is not None
         states.append(load_state(store.state(manifest["step"])))
-    odd = differing(*states)
+    odd = diff_checkpoints(*states)
     left, right = Counter(losses(tmp, a)), Counter(losses(tmp, b))
     return odd + [f"row {row}" for row in ((left - right) + (right - left))]
 

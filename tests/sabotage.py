@@ -1,8 +1,10 @@
-"""``python sabotage.py HOW train.py ...``: the real door with one thing broken, or with death at a chosen place.
+"""``python sabotage.py HOW train.py ...``: the real door with one thing broken, or with death at a
+chosen place.
 
-The deaths are SIGKILL, from inside, where no watcher could aim: in the middle of a validation or of a save.
-``poison:17,40`` makes the images of each batch NaN that holds position 17 or 40; ``strike`` and ``die`` come as the
-batch with the last of the positions was computed, and as its skip is recorded.
+The deaths are SIGKILL, from inside, where no watcher could aim: in the middle of a validation or of
+    a save.
+``poison:17,40`` makes the images of each batch NaN that holds position 17 or 40; ``strike`` and
+``die`` come as the batch with the last of the positions was computed, and as its skip is recorded.
 """
 
 import errno
@@ -13,7 +15,7 @@ import stat
 import sys
 from types import SimpleNamespace
 
-from sturdy.sabotage import BREAK, main
+from sturdy.fault_injection import FAULTS, main
 
 
 def die(*args: object) -> None:
@@ -34,20 +36,20 @@ def in_validation() -> None:
 
 def in_save() -> None:
     """The files are written, the checkpoint is not yet there."""
-    import sturdy.resume.store as store
+    import exact_resume.checkpoint.store as store
 
     store.fsync_directory = die
 
 
 def in_samples() -> None:
-    import sturdy.training.callbacks.samples as samples
+    import sturdy.sampling.grid_callback as samples
 
     samples.save_png = die
 
 
 def in_snapshot() -> None:
     """The averages are written, their file has not yet its name."""
-    import sturdy.training.callbacks.snapshots as snapshots
+    import sturdy.training.callbacks.ema_snapshots as snapshots
 
     write = snapshots.write
 
@@ -92,21 +94,23 @@ def poison_and_die_after_the_skip(*positions: str) -> None:
 
 def _at_the_last_skip(positions, name) -> None:
     """Die where the skip of the last position would be renamed into place, or right after."""
-    import sturdy.resume.skips as skips
+    import exact_resume.skips as skips
 
-    add = skips.Skips.add
+    add = skips.SkipLog.add
 
     def dying(self, skip):
         if skip.position <= int(positions[-1]) < skip.position + skip.size:
             _die_at(name)
         add(self, skip)
 
-    skips.Skips.add = dying
+    skips.SkipLog.add = dying
 
 
 def _die_at(name) -> None:
-    """Die where the next file would be renamed into place, or where its directory would be synced."""
-    from sturdy import files
+    """Die where the next file would be renamed into place, or where its directory would be
+    synced.
+    """
+    from exact_resume import files
 
     if name == "replace":
         files.os = SimpleNamespace(**vars(os) | {"replace": die})
@@ -160,4 +164,4 @@ WAYS = {
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    main(BREAK | WAYS)
+    main(FAULTS | WAYS)

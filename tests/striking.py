@@ -1,4 +1,6 @@
-"""A callback that lets a signal come from outside at a step's end: it asks for it, and waits until it is there."""
+"""A callback that lets a signal come from outside at a step's end: it asks for it, and waits until
+it is there.
+"""
 
 import os
 import signal
@@ -8,7 +10,9 @@ import lightning as L
 
 
 class Strike(L.Callback):
-    """At the end of ``step``, if ``own`` is ``wanted``, whoever started this process gets ``number``, and tells it."""
+    """At the end of ``step``, if ``own`` is ``wanted``, whoever started this process gets
+    ``number``, and tells it.
+    """
 
     def __init__(self, number: str, step: int, wanted: int, own: int) -> None:
         self.number, self.step, self.wanted = signal.Signals[number], step, wanted == own
@@ -30,5 +34,11 @@ class Strike(L.Callback):
 
 def words(number: str, step: int, key: str, value: int) -> list[str]:
     """Overrides of train.py that add it, for where ``key`` is ``value``."""
-    arguments = {"_target_": "striking.Strike", "number": number, "step": step, "wanted": value, "own": f"${{{key}}}"}
+    arguments = {
+        "_target_": "striking.Strike",
+        "number": number,
+        "step": step,
+        "wanted": value,
+        "own": f"${{{key}}}",
+    }
     return [f"+callbacks.strike.{name}={argument}" for name, argument in arguments.items()]

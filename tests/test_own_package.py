@@ -1,4 +1,6 @@
-"""A package of one's own, outside the project, goes the whole way: examples/mypackage, which docs/extend shows."""
+"""A package of one's own, outside the project, goes the whole way: examples/mypackage, which
+docs/extend shows.
+"""
 
 import os
 import re
@@ -14,14 +16,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import mini
+from exact_resume.checkpoint.store import Store, load_state
 from runs import ROOT, differences, fork, kill_at, train
+from sturdy.cli.search_path import open_folders
+from sturdy.cli.signatures import arguments
 from sturdy.diffusion.sampler import Heun
-from sturdy.resume.store import Store, load_state
-from sturdy.searchpath import open_folders
-from sturdy.signatures import arguments
-from sturdy.training.build import rebuild
-from sturdy.training.recipe import recipe_of
-from sturdy.training.trust import Trust
+from sturdy.sampling.config import resolve_sampling
+from sturdy.training.build import load_module
+from sturdy.trust import Trust
 
 EXAMPLE = ROOT / "examples" / "mypackage"
 PLACE = "hydra.searchpath=[pkg://mypackage.conf]"
@@ -47,13 +49,21 @@ BASE = [
     "callbacks.samples.n=4",
     "callbacks.norms.every_n_steps=4",
 ]
-EVALUATE = ["evaluate.n=8", "evaluate.batch_size=4", "evaluate.levels=2", "evaluate.audit_seen=0", "features.seen=16"]
+EVALUATE = [
+    "evaluate.n=8",
+    "evaluate.batch_size=4",
+    "evaluate.levels=2",
+    "evaluate.audit_seen=0",
+    "features.seen=16",
+]
 TUNE = ["tune.n=8", "tune.batch_size=4", "tune.scales=[1]", "tune.steps=[1]", "features.seen=16"]
 
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """A directory with the package in ``outside/``, which Python finds there, and images with a table of labels."""
+    """A directory with the package in ``outside/``, which Python finds there, and images with a
+    table of labels.
+    """
     tmp = tmp_path_factory.mktemp("own")
     shutil.copytree(EXAMPLE, tmp / "outside", ignore=shutil.ignore_patterns("__pycache__"))
     draw, rows = np.random.default_rng(0), []
@@ -101,14 +111,18 @@ def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
         kill_at(outside, "killed", step, base=words)
     assert "resumed from step" in train(outside, "killed", base=words).stdout
     assert differences(outside, "once", "killed") == []
-    norms = [outside / "runs" / name / "norms" / "step-00000012.json" for name in ("once", "killed")]
+    norms = [
+        outside / "runs" / name / "norms" / "step-00000012.json" for name in ("once", "killed")
+    ]
     assert norms[0].read_text() == norms[1].read_text(), "of the callback of its own"
     state = load_state(once)["optimizer_states"][0]["state"]
     assert "momentum" in state["denoiser.backbone.first.weight"], "of the optimizer of its own"
 
 
 def test_its_code_is_in_the_promise(outside, words, once):
-    """A changed comment is bitwise; a changed helper of the backbone is refused, and named, until it is undone."""
+    """A changed comment is bitwise; a changed helper of the backbone is refused, and named, until
+    it is undone.
+    """
     helper = outside / "outside" / "mypackage" / "blocks.py"
     before = helper.read_text()
     train(outside, "edited", "trainer.max_steps=6", base=words)
@@ -143,7 +157,10 @@ def test_from_elsewhere_it_takes_a_word(outside, once):
     shutil.copy(once, foreign)
     words = ["run=gone", f"ckpt_path={foreign}", f"sample.out={outside / 'drawn'}", "sample.n=1"]
     refused = through(outside, "sample", *words, code=2)
-    assert "asks for mypackage.network.Plain as its backbone, which is not code of this project" in refused
+    assert (
+        "asks for mypackage.network.Plain as its backbone, which is not code of this project"
+        in refused
+    )
     assert "If you trust mypackage, say so: trust=[mypackage]\n" in refused
     assert not (outside / "drawn").exists()
     through(outside, "sample", *words, "trust=[mypackage]")
@@ -151,23 +168,31 @@ def test_from_elsewhere_it_takes_a_word(outside, once):
     assert "trust=[mypackage]\n" in through(outside, "evaluate", *words[:2], *EVALUATE, code=2)
 
 
-@pytest.mark.parametrize("target", ["os.system", "subprocess.Popen", "mypackage.data.Path", "mypackage.data.decode"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "subprocess.Popen", "mypackage.data.Path", "mypackage.data.decode"]
+)
 def test_a_trusted_package_opens_the_door_for_nothing_else(outside, once, target):
     state = load_state(once)
     for name in ("backbone", "schedule", "ema"):
         node = {"_target_": target, "_args_": [f"touch {outside / 'touched'}"]}
         evil = outside / "evil.ckpt"
-        torch.save(state | {"config": state["config"] | {name: {**state["config"][name], "extra": [node]}}}, evil)
-        with pytest.raises(ValueError, match=f"asks for {re.escape(target)} as its {name}.* is not run"):
-            rebuild(evil, trust=["mypackage"], training=False)
+        torch.save(
+            state
+            | {"config": state["config"] | {name: {**state["config"][name], "extra": [node]}}},
+            evil,
+        )
+        with pytest.raises(
+            ValueError, match=f"asks for {re.escape(target)} as its {name}.* is not run"
+        ):
+            load_module(evil, trust=["mypackage"], training=False)
     assert not (outside / "touched").exists()
 
 
 def test_in_a_notebook(outside, once):
     with pytest.raises(ValueError, match=r"trust=\[mypackage\]"):
-        rebuild(once)
+        load_module(once)
     for trust in (["mypackage"], Trust(runs=outside / "runs")):
-        weights = rebuild(once, trust=trust).state_dict()
+        weights = load_module(once, trust=trust).state_dict()
         stored = load_state(once)["state_dict"]
         assert weights.keys() == stored.keys()
         assert all(torch.equal(weights[name], value) for name, value in stored.items())
@@ -176,25 +201,42 @@ def test_in_a_notebook(outside, once):
 def test_what_only_trained_it_need_not_be_there_to_draw_with_it(outside, once):
     state = load_state(once)
     file = outside / "without.ckpt"
-    torch.save(state | {"config": state["config"] | {"optimizer": {"_target_": "not_installed.Optimizer"}}}, file)
-    with pytest.raises(ValueError, match=r"asks for not_installed\.Optimizer as its optimizer.*trust=\[mypackage,not"):
-        rebuild(file, trust=["mypackage"])
-    drawing = rebuild(file, trust=["mypackage"], training=False)
-    assert all(torch.equal(v, state["state_dict"][f"ema.{k}"]) for k, v in drawing.ema.state_dict().items())
+    torch.save(
+        state
+        | {"config": state["config"] | {"optimizer": {"_target_": "not_installed.Optimizer"}}},
+        file,
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"asks for not_installed\.Optimizer as its optimizer.*trust=\[mypackage,not",
+    ):
+        load_module(file, trust=["mypackage"])
+    drawing = load_module(file, trust=["mypackage"], training=False)
+    assert all(
+        torch.equal(v, state["state_dict"][f"ema.{k}"]) for k, v in drawing.ema.state_dict().items()
+    )
     with pytest.raises(RuntimeError, match="rebuilt to draw with"):
         drawing.configure_optimizers()
 
 
 def test_what_is_typed_is_run(outside):
     given = open_folders([PLACE, "run=any", "sampler=midpoint", "sampler.steps=3"])
-    stock = {"sampler": {"_target_": "sturdy.diffusion.sampler.Heun", "steps": 5}, "guidance": {"scale": 1.0}}
+    stock = {
+        "sampler": {"_target_": "sturdy.diffusion.sampler.Heun", "steps": 5},
+        "guidance": {"scale": 1.0},
+    }
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        recipe = recipe_of(compose("sample", given), stock, None)
+        recipe = resolve_sampling(compose("sample", given), stock, None)
         assert type(recipe.sampler).__name__ == "Midpoint"
-        assert isinstance(recipe_of(compose("sample", ["run=any"]), stock, None).sampler, Heun)
+        assert isinstance(
+            resolve_sampling(compose("sample", ["run=any"]), stock, None).sampler, Heun
+        )
     own = {**stock, "sampler": {"_target_": "mypackage.sampler.Midpoint"}}
-    with pytest.raises(ValueError, match=r"asks for mypackage\.sampler\.Midpoint as its sampler.*trust=\[mypackage\]"):
-        recipe_of(OmegaConf.create(), own, None)
+    with pytest.raises(
+        ValueError,
+        match=r"asks for mypackage\.sampler\.Midpoint as its sampler.*trust=\[mypackage\]",
+    ):
+        resolve_sampling(OmegaConf.create(), own, None)
 
 
 WORDS = {
@@ -203,7 +245,9 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("place", ["pkg://mypackage.conf", "file://FOLDER/mypackage/conf", "announced"])
+@pytest.mark.parametrize(
+    "place", ["pkg://mypackage.conf", "file://FOLDER/mypackage/conf", "announced"]
+)
 def test_its_options_are_known_before_anything_is_imported(outside, place, tmp_path, monkeypatch):
     """The package would end the process if it was imported."""
     shutil.copytree(outside / "outside" / "mypackage", tmp_path / "mypackage")
@@ -247,12 +291,18 @@ def test_a_sweep_and_its_jobs_know_the_place(where, tmp_path):
     else:
         with (tmp_path / "conf" / "train.yaml").open("a") as file:
             file.write("hydra:\n  searchpath: [theirs]\n")
-    done = subprocess.run(mini.command(script, *words), cwd=tmp_path, env=mini.environment(), timeout=60)
+    done = subprocess.run(
+        mini.command(script, *words), cwd=tmp_path, env=mini.environment(), timeout=60
+    )
     assert done.returncode == 0
     for seed in (1, 2):
         started = (tmp_path / "runs" / "mini" / f"seed-{seed}" / "starts").read_text()
-        assert started.startswith(f"hydra.searchpath=['file://{tmp_path}/theirs'] +plus=one" * (where == "typed"))
-    wrong = subprocess.run(mini.command(script, "+plus=ome", "seed=1"), capture_output=True, cwd=tmp_path, text=True)
+        assert started.startswith(
+            f"hydra.searchpath=['file://{tmp_path}/theirs'] +plus=one" * (where == "typed")
+        )
+    wrong = subprocess.run(
+        mini.command(script, "+plus=ome", "seed=1"), capture_output=True, cwd=tmp_path, text=True
+    )
     assert ("Did you mean one?" in wrong.stderr) == (where == "in the config")
 
 
@@ -260,7 +310,8 @@ def test_the_arguments_of_ones_own_are_read_and_never_imported(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "alone.py").write_text(
         "raise SystemExit('imported')\n"
-        "from broken import Broken\nfrom round_a import Ring\nfrom inner.part import Deep as Renamed\n"
+        "from broken import Broken\nfrom round_a import Ring\nfrom inner.part import Deep as "
+        "Renamed\n"
         "class Mine:\n    def __init__(this, width, *, depth=1): ...\n"
         "class Child(Mine): ...\n"
         "class Own(Own): ...\n"
@@ -268,15 +319,23 @@ def test_the_arguments_of_ones_own_are_read_and_never_imported(tmp_path, monkeyp
         "@made_elsewhere\nclass Made(Mine): ...\n"
         "@made_elsewhere\ndef made(a): ...\n"
         "def plain(a, b=1): ...\n"
-        "try:\n    from nowhere import Fast\nexcept ImportError:\n    class Fast:\n        def __init__(self, c): ...\n"
+        "try:\n    from nowhere import Fast\nexcept ImportError:\n    class Fast:\n        def "
+        "__init__(self, c): ...\n"
     )
     (tmp_path / "broken.py").write_text("def (:\n")
     (tmp_path / "round_a.py").write_text("from round_b import Ring\n")
     (tmp_path / "round_b.py").write_text("from round_a import Ring\n")
     (tmp_path / "inner").mkdir()  # a namespace package
     (tmp_path / "inner" / "part.py").write_text("from .deeper import Deep\n")
-    (tmp_path / "inner" / "deeper.py").write_bytes("class Deep:\n    def __init__(self, é): ...\n".encode("latin-1"))
-    known = {"Mine": {"width", "depth"}, "Child": {"width", "depth"}, "plain": {"a", "b"}, "Fast": {"c"}}
+    (tmp_path / "inner" / "deeper.py").write_bytes(
+        "class Deep:\n    def __init__(self, é): ...\n".encode("latin-1")
+    )
+    known = {
+        "Mine": {"width", "depth"},
+        "Child": {"width", "depth"},
+        "plain": {"a", "b"},
+        "Fast": {"c"},
+    }
     unknown = ("Own", "Any", "Made", "made", "Broken", "Ring", "Renamed", "Nothing", "Mine.width")
     for name in (*known, *unknown):
         found = arguments(f"alone.{name}")
@@ -300,7 +359,12 @@ def test_the_pages_show_the_files_that_were_tested():
 
 @pytest.mark.slow
 def test_it_is_proved(outside, words):
-    paths = [f"paths.runs={outside / 'runs'}", f"paths.cache={outside / 'cache'}", "name=proved", "kills=1"]
+    paths = [
+        f"paths.runs={outside / 'runs'}",
+        f"paths.cache={outside / 'cache'}",
+        "name=proved",
+        "kills=1",
+    ]
     command = [sys.executable, str(ROOT / "prove.py"), *words, *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""The proof that users run: it proves where the promise holds, and fails where a mechanism is taken away."""
+"""The proof that users run: it proves where the promise holds, and fails where a mechanism is taken
+away.
+"""
 
 import os
 import random
@@ -11,9 +13,13 @@ import time
 import pytest
 
 from runs import ROOT, SMALL
-from sturdy.prove import Instant, Run, Seen, campaign, instants
+from sturdy.prove import KillPoint, Run, Snapshot, campaign, instants
 
-FEW = ["trainer.max_steps=8", "trainer.val_check_interval=4", "callbacks.samples.every_n_steps=null"]
+FEW = [
+    "trainer.max_steps=8",
+    "trainer.val_check_interval=4",
+    "callbacks.samples.every_n_steps=null",
+]
 
 
 def words(tmp_path, *overrides):
@@ -42,7 +48,9 @@ def test_proves_the_promise(tmp_path):
     assert starts[0][1].startswith("at step ")
     assert starts[-1][0].startswith("step ")
     assert starts[-1][1] == "finished"
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if str(tmp_path) not in line), done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if str(tmp_path) not in line), (
+        done.stdout
+    )
 
 
 @pytest.mark.slow
@@ -56,7 +64,9 @@ def test_control_fails_without_the_mechanism(mechanism, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], ["data.num_workers=1", "data.shards=2"], ["learning_rate=linear"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["data.num_workers=1", "data.shards=2"], ["learning_rate=linear"]]
+)
 def test_ten_kills(overrides, tmp_path):
     done = prove(tmp_path, "kills=10", "trainer.max_steps=60", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,7 +83,11 @@ def test_where_no_checkpoint_comes_before_the_end_nothing_is_claimed(tmp_path):
 
 @pytest.mark.parametrize(
     ("overrides", "text"),
-    [(["kills=many"], "usage: "), (["break=luck"], "usage: "), (["data.batchsize=3"], "Did you mean data.batch_size")],
+    [
+        (["kills=many"], "usage: "),
+        (["break=luck"], "usage: "),
+        (["data.batchsize=3"], "Did you mean data.batch_size"),
+    ],
 )
 def test_mistakes_start_nothing(overrides, text, tmp_path):
     done = prove(tmp_path, *overrides)
@@ -82,7 +96,8 @@ def test_mistakes_start_nothing(overrides, text, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-# The rest is about how runs are watched and killed. What is run is a script that starts at once and counts its steps.
+# The rest is about how runs are watched and killed. What is run is a script that starts at once and
+# counts its steps.
 
 COUNTING = """
 import os, sys, time
@@ -126,12 +141,12 @@ def test_a_life_is_seen_from_start_up_to_its_end(tmp_path):
 
 def test_it_is_killed_where_it_is_told_and_seen_anew(tmp_path):
     run = counting(tmp_path, "run")
-    end = run.live(Instant(7, True, 0.0))[-1]
+    end = run.live(KillPoint(7, True, 0.0))[-1]
     assert not run.finished
     assert 7 <= end.step < 20
-    end = run.live(Instant(-1, False, 0.0))[-1]
+    end = run.live(KillPoint(-1, False, 0.0))[-1]
     assert end.step == -1, "the record is that of the start before"
-    end = run.live(Instant(2, False, 0.0))[-1]
+    end = run.live(KillPoint(2, False, 0.0))[-1]
     assert 5 <= end.step < 20, "it was entered behind this step, and is killed as soon as it trains"
     assert "resumed from step 5" in run.output()
 
@@ -146,12 +161,16 @@ def test_a_campaign_ends_also_where_each_kill_loses_everything(every, tmp_path, 
     starts = table(capsys.readouterr().out)
     assert starts[-1][1] == "finished"
     assert [killed for _, killed in starts[1:3]] == ["in start-up"] * 2, "twice in a row"
-    assert {entered.strip() for entered, _ in starts} <= {"fresh", "-", *(f"step {3 * k}" for k in range(1, 7))}
+    assert {entered.strip() for entered, _ in starts} <= {
+        "fresh",
+        "-",
+        *(f"step {3 * k}" for k in range(1, 7)),
+    }
 
 
 def test_a_kill_that_would_come_after_the_end_is_told(tmp_path, capsys):
     run = counting(tmp_path, "run", steps=3)
-    assert not campaign(run, [Instant(2, False, 60.0), Instant(-1, False, 0.0)])
+    assert not campaign(run, [KillPoint(2, False, 60.0), KillPoint(-1, False, 0.0)])
     assert "it finished before kill 1" in capsys.readouterr().out
 
 
@@ -167,7 +186,11 @@ def test_a_run_that_fails_by_itself_is_told_with_its_output(tmp_path, capsys):
 
 @pytest.mark.parametrize("kills", [0, 1, 2, 3, 10])
 def test_instants_are_of_the_whole_life_and_the_last_has_something_to_resume(kills):
-    life = [Seen(0.0, -1, False), *(Seen(10.0 + k, k, k >= 4) for k in range(11)), Seen(30.0, 10, True)]
+    life = [
+        Snapshot(0.0, -1, False),
+        *(Snapshot(10.0 + k, k, k >= 4) for k in range(11)),
+        Snapshot(30.0, 10, True),
+    ]
     drawn = [instants(life, kills, random.Random(seed)) for seed in range(50)]
     assert all(len(one) == kills for one in drawn)
     at_start = [i for i in range(kills) if i % 5 in (1, 2)]
@@ -193,7 +216,9 @@ prove.composed = lambda *_: type("cfg", (), dict(name="it"))
 prove.three_runs = lambda *_: [counting(Path({str(tmp_path)!r}), "run", steps=10**6)] * 3
 prove.prove(Path(), [])
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         metrics = tmp_path / "run" / "metrics.csv"
         while not metrics.exists() and process.poll() is None:
             time.sleep(0.01)

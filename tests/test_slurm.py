@@ -1,7 +1,9 @@
-"""Runs under SLURM, as far as that goes without a cluster: real submitit, real scripts, and SLURM's programs played.
+"""Runs under SLURM, as far as that goes without a cluster: real submitit, real scripts, and SLURM's
+programs played.
 
-What plays them writes down how it was called, runs a batch script with SLURM's variables, and starts it again when it
-is asked to. It knows no time limit, no nodes and no accounting: who signals here is the test.
+What plays them writes down how it was called, runs a batch script with SLURM's variables, and
+starts it again when it is asked to. It knows no time limit, no nodes and no accounting: who signals
+    here is the test.
 """
 
 import os
@@ -105,7 +107,9 @@ esac
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A directory with SLURM's programs, the little script, and jobs that SLURM counts as running."""
+    """A directory with SLURM's programs, the little script, and jobs that SLURM counts as
+    running.
+    """
     here = tmp_path / "cluster"
     here.mkdir()
     for name, text in PROGRAMS.items():
@@ -128,11 +132,15 @@ def sweep(cluster, *words):
     """A sweep that runs, on its way through the launcher."""
     words = mini.command(cluster.parent / "train.py", *words)
     env, pipe = mini.environment(cluster), subprocess.PIPE
-    return subprocess.Popen(words, cwd=cluster.parent, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        words, cwd=cluster.parent, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def tell_all(home, number):
-    """Send a signal as SLURM does: to each process of the step, the one that waits for the run included."""
+    """Send a signal as SLURM does: to each process of the step, the one that waits for the run
+    included.
+    """
     run, parent = mini.pids(home)
     (home / "pid").unlink()
     os.kill(run, number)
@@ -144,7 +152,13 @@ def tell_all(home, number):
 def test_what_was_stopped_is_queued_again_once_and_what_ended_is_not(cluster):
     """Four jobs: two hear the warning and then go on to end well, or badly; two end so at once."""
     runs = cluster.parent / "runs" / "mini"
-    process = sweep(cluster, "hydra/launcher=slurm", "hydra.launcher.partition=long", "wait=heard,null", "end=0,2")
+    process = sweep(
+        cluster,
+        "hydra/launcher=slurm",
+        "hydra.launcher.partition=long",
+        "wait=heard,null",
+        "end=0,2",
+    )
     tell_all(runs / "end-0+wait-heard", signal.SIGUSR1)
     tell_all(runs / "end-2+wait-heard", signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
@@ -152,12 +166,27 @@ def test_what_was_stopped_is_queued_again_once_and_what_ended_is_not(cluster):
     for name, outcome in (("end-0", "finished"), ("end-2", "refused")):
         assert re.search(rf"mini/{name}\+wait-heard +{outcome}", said)
         assert re.search(rf"mini/{name}\+wait-null +{outcome}", said)
-        assert (mini.starts(runs / f"{name}+wait-heard"), mini.starts(runs / f"{name}+wait-null")) == (2, 1)
+        assert (
+            mini.starts(runs / f"{name}+wait-heard"),
+            mini.starts(runs / f"{name}+wait-null"),
+        ) == (2, 1)
     assert sorted(calls(cluster, "scontrol")) == ["requeue 7_0", "requeue 7_1"]
     script = (cluster / "7.sh").read_text()
-    for option in ("signal=USR1@300", "gpus-per-node=1", "time=1440", "job-name=mini", "partition=long", "array=0-3%4"):
+    for option in (
+        "signal=USR1@300",
+        "gpus-per-node=1",
+        "time=1440",
+        "job-name=mini",
+        "partition=long",
+        "array=0-3%4",
+    ):
         assert f"#SBATCH --{option}\n" in script
-    assert {path.name for path in cluster.parent.iterdir()} == {"cluster", "conf", "train.py", "runs"}
+    assert {path.name for path in cluster.parent.iterdir()} == {
+        "cluster",
+        "conf",
+        "train.py",
+        "runs",
+    }
     assert {path.name for path in (cluster.parent / "runs").iterdir()} == {"mini", ".submitit"}
 
 
@@ -186,7 +215,9 @@ def test_what_was_cancelled_saves_and_is_not_queued_again(cluster):
 @submitit
 def test_submitit_without_a_cluster(cluster):
     """Its local executor: one job is told to save and goes on, the other fails."""
-    place = f"hydra.searchpath=['file://{cluster}']"  # of options of one's own: the jobs need it, too
+    place = (
+        f"hydra.searchpath=['file://{cluster}']"  # of options of one's own: the jobs need it, too
+    )
     process = sweep(cluster, "hydra/launcher=slurm_local", place, "wait=heard", "end=0,1")
     for name in ("end-0", "end-1"):
         tell_all(cluster.parent / "runs" / "mini" / name, signal.SIGUSR1)
@@ -195,7 +226,9 @@ def test_submitit_without_a_cluster(cluster):
     assert "mini/end-0  finished" in said
     assert "mini/end-1  failed" in said
     assert mini.starts(cluster.parent / "runs" / "mini" / "end-0") == 2
-    assert (cluster.parent / "runs" / "mini" / "end-0" / "starts").read_text().count(f"{place} ") == 2
+    assert (cluster.parent / "runs" / "mini" / "end-0" / "starts").read_text().count(
+        f"{place} "
+    ) == 2
     assert not (cluster / "calls").exists()
 
 
@@ -230,7 +263,14 @@ def test_the_batch_script_to_copy(cluster, state):
     assert script != BATCH
     (cluster.parent / "batch.sh").write_text(script)
     env = mini.environment(cluster)
-    subprocess.run(["sbatch", "batch.sh"], cwd=cluster.parent, env=env, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        ["sbatch", "batch.sh"],
+        cwd=cluster.parent,
+        env=env,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     run, _ = mini.pids(home)
     os.kill(run, signal.SIGUSR1)
     mini.there(home / "saved")
@@ -246,7 +286,12 @@ def test_the_batch_script_to_copy(cluster, state):
 def test_a_real_run_that_was_queued_again_ends_in_the_bits_of_an_undisturbed_one(cluster):
     tmp = cluster.parent
     words = [
-        *command(tmp, "queued", "hydra/launcher=slurm", *striking.words("SIGUSR1", step=2, key="seed", value=0)),
+        *command(
+            tmp,
+            "queued",
+            "hydra/launcher=slurm",
+            *striking.words("SIGUSR1", step=2, key="seed", value=0),
+        ),
         "-m",
     ]
     env = mini.environment(cluster)

@@ -1,4 +1,6 @@
-"""Sweeps: what the runs are called, that mistakes are answered first, how jobs end and are taken up; real processes."""
+"""Sweeps: what the runs are called, that mistakes are answered first, how jobs end and are taken
+up; real processes.
+"""
 
 import os
 import signal
@@ -10,8 +12,8 @@ import pytest
 import mini
 import striking
 from runs import ROOT, command, differences, train
-from sturdy.command import Mistake, check
-from sturdy.sweep import Job, label, plan, report
+from sturdy.cli.overrides import UsageError, compose_checked
+from sturdy.cli.sweep import Job, label, plan, report
 
 TRAIN = ROOT / "conf" / "train.yaml"
 
@@ -22,8 +24,12 @@ def names(*words):
 
 def test_a_run_is_named_after_what_is_swept_and_nothing_else():
     found = names("experiment=cars", "optimizer.lr=1e-3,3e-3", "seed=0,1", "clip=2")
-    assert found == [f"cars/optimizer.lr-{lr}+seed-{seed}" for lr in ("0.001", "0.003") for seed in (0, 1)]
-    assert sorted(found) == sorted(names("seed=0,1", "clip=3", "optimizer.lr=0.001,0.003", "experiment=cars"))
+    assert found == [
+        f"cars/optimizer.lr-{lr}+seed-{seed}" for lr in ("0.001", "0.003") for seed in (0, 1)
+    ]
+    assert sorted(found) == sorted(
+        names("seed=0,1", "clip=3", "optimizer.lr=0.001,0.003", "experiment=cars")
+    )
     assert set(found) < set(names("experiment=cars", "optimizer.lr=1e-3,3e-3", "seed=range(0,3)"))
     assert names("experiment=cars", "seed=3") == names("experiment=cars", "name=cars") == ["cars"]
     assert names("name=a,b", "seed=choice(0)") == ["a/seed-0", "b/seed-0"]
@@ -31,17 +37,39 @@ def test_a_run_is_named_after_what_is_swept_and_nothing_else():
 
 
 def test_a_jobs_words_are_the_command_of_a_single_run():
-    words = ["data=folder", "data.root='/a b/c',/d", "backbone.multipliers=[1,2],[1,2,4]", "hydra/launcher=basic"]
+    words = [
+        "data=folder",
+        "data.root='/a b/c',/d",
+        "backbone.multipliers=[1,2],[1,2,4]",
+        "hydra/launcher=basic",
+    ]
     for job in plan(TRAIN, words):
-        cfg = check(TRAIN, job.words)
+        cfg = compose_checked(TRAIN, job.words)
         assert cfg.name == job.name
         assert cfg.data.root in ("/a b/c", "/d")
         assert not any(word.startswith("hydra") for word in job.words)
-        assert check(TRAIN, [f"name={job.name}"]).name == job.name  # as a person would type it
+        assert (
+            compose_checked(TRAIN, [f"name={job.name}"]).name == job.name
+        )  # as a person would type it
 
 
 def test_any_value_makes_a_directory_of_its_own():
-    values = ["/x/y", "/x-y", "x y", "..", "a=b", "a+b", "a,b", "$x", "ü", "x" * 300, "x" * 301, "-1", "", "null"]
+    values = [
+        "/x/y",
+        "/x-y",
+        "x y",
+        "..",
+        "a=b",
+        "a+b",
+        "a,b",
+        "$x",
+        "ü",
+        "x" * 300,
+        "x" * 301,
+        "-1",
+        "",
+        "null",
+    ]
     labels = [label({"data.root": value}) for value in values]
     assert len({text.lower() for text in labels}) == len(values)
     for text in labels:
@@ -69,14 +97,14 @@ MISTAKES = {
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_are_answered_before_anything_starts(words):
-    with pytest.raises(Mistake) as mistake:
+    with pytest.raises(UsageError) as mistake:
         plan(TRAIN, words.split())
     assert MISTAKES[words] in str(mistake.value)
 
 
 def test_without_submitit_the_launcher_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(Mistake, match=r"pip install 'sturdy-diffusion\[slurm\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'sturdy-diffusion\[slurm\]'"):
         plan(TRAIN, ["hydra/launcher=slurm", "seed=0,1"])
 
 
@@ -90,14 +118,18 @@ ALONE = {
 
 @pytest.mark.parametrize("word", ALONE)
 def test_what_is_for_a_sweep_is_none_of_a_single_run(word):
-    with pytest.raises(Mistake, match=ALONE[word]):
-        check(TRAIN, [word])
+    with pytest.raises(UsageError, match=ALONE[word]):
+        compose_checked(TRAIN, [word])
 
 
 def run(tmp, *words):
-    """A sweep of the little script to its end: exit code, what it said, and how many starts each run has seen."""
+    """A sweep of the little script to its end: exit code, what it said, and how many starts each
+    run has seen.
+    """
     words = mini.command(tmp / "train.py", *words)
-    done = subprocess.run(words, cwd=tmp, env=mini.environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        words, cwd=tmp, env=mini.environment(), capture_output=True, text=True, timeout=120
+    )
     homes = {path.parent.name: mini.starts(path.parent) for path in (tmp / "runs").rglob("starts")}
     return done.returncode, done.stdout + done.stderr, homes
 
@@ -136,7 +168,9 @@ def test_the_worst_of_the_exit_codes_is_what_a_person_must_see_first():
 
 def test_the_table_says_how_good_each_became(tmp_path, capsys):
     jobs = [Job(name, [], tmp_path / f"{name}.csv") for name in ("a", "b", "c")]
-    for job, rows in zip(jobs, ("2,0.5,0.9\n4,0.4,0.7\n6,0.4,0.8\n", "2,0.5,0.5\n3,0.4,\n"), strict=False):
+    for job, rows in zip(
+        jobs, ("2,0.5,0.9\n4,0.4,0.7\n6,0.4,0.8\n", "2,0.5,0.5\n3,0.4,\n"), strict=False
+    ):
         job.record.write_text("step,train/loss,val/loss\n" + rows)
     assert report({"a": 0, "b": 75, "c": None}, jobs) == 75
     said = capsys.readouterr().out
@@ -157,7 +191,9 @@ def begin(tmp, *words):
     """A sweep that runs, in a process group of its own as a terminal would make."""
     words = mini.command(tmp / "train.py", *words)
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=tmp, env=mini.environment(), stdout=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        words, cwd=tmp, env=mini.environment(), stdout=pipe, text=True, start_new_session=True
+    )
 
 
 def test_a_signal_stops_the_sweep_and_the_same_command_takes_it_up(tmp):
@@ -219,21 +255,37 @@ def test_a_job_saves_and_leaves_when_its_sweep_is_killed(tmp):
 
 @pytest.mark.slow
 def test_real_runs_in_a_sweep_end_in_the_bits_of_runs_alone(tmp_path):
-    """One process runs through; two are stopped after two steps, and taken up by the same command."""
-    words = ["data.shards=2", "reduction=tree", *striking.words("SIGUSR1", step=2, key="trainer.devices", value=2)]
+    """One process runs through; two are stopped after two steps, and taken up by the same
+    command.
+    """
+    words = [
+        "data.shards=2",
+        "reduction=tree",
+        *striking.words("SIGUSR1", step=2, key="trainer.devices", value=2),
+    ]
     words = [*command(tmp_path, "swept", "trainer.devices=1,2", *words), "-m"]
     env = mini.environment()
-    first = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    first = subprocess.run(
+        words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
     assert first.returncode == 75, first.stdout + first.stderr
     assert "finished at step 12" in first.stdout
     assert "SIGUSR1: saved step 3. Run the same command to continue." in first.stdout
-    again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    again = subprocess.run(
+        words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
     assert again.returncode == 0, again.stdout + again.stderr
     assert "swept/trainer.devices-1: 60 images, 8 classes; finished at step 12" in again.stdout
-    assert "swept/trainer.devices-2: 60 images, 8 classes, 2 processes; resumed from step 3" in again.stdout
+    assert (
+        "swept/trainer.devices-2: 60 images, 8 classes, 2 processes; resumed from step 3"
+        in again.stdout
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"swept"}
-    assert {path.name for path in (tmp_path / "runs" / "swept").iterdir()} == {"trainer.devices-1", "trainer.devices-2"}
+    assert {path.name for path in (tmp_path / "runs" / "swept").iterdir()} == {
+        "trainer.devices-1",
+        "trainer.devices-2",
+    }
     train(tmp_path, "alone", "data.shards=2")
     for devices in (1, 2):
         assert differences(tmp_path, "alone", f"swept/trainer.devices-{devices}") == []

@@ -1,4 +1,6 @@
-"""Systems and file systems that lack something: what can go on goes on, and the rest is told in a line."""
+"""Systems and file systems that lack something: what can go on goes on, and the rest is told in a
+line.
+"""
 
 import os
 import subprocess
@@ -6,11 +8,11 @@ import sys
 
 import pytest
 
+from exact_resume.files import LockUnsupportedError
+from exact_resume.system import available_cpus
+from examples.cars.source import Cars
 from runs import ROOT, SMALL, command, differences, train
 from sturdy.data.cache import open_cache
-from sturdy.data.cars import Cars
-from sturdy.files import LockUnsupportedError
-from sturdy.system import available_cpus
 
 # What macOS lacks, how it starts processes, and its own way to empty a drive's memory.
 MACOS = """
@@ -62,7 +64,11 @@ def on(system, tmp, words):
 
 def test_a_run_on_macos(tmp_path):
     base = [word for word in SMALL if not word.startswith("trainer.threads")]
-    done = on(MACOS, tmp_path, command(tmp_path, "mac", "trainer.max_steps=4", "data.num_workers=1", base=base))
+    done = on(
+        MACOS,
+        tmp_path,
+        command(tmp_path, "mac", "trainer.max_steps=4", "data.num_workers=1", base=base),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     flushed = {line.rpartition("/")[2] for line in (tmp_path / "flushed").read_text().splitlines()}
     assert {"state.ckpt", "manifest.json", "images.bin", ".lock"} <= flushed
@@ -87,7 +93,10 @@ def test_windows_is_told_what_to_use(script, tmp_path):
 def test_runs_where_files_cannot_be_locked(tmp_path):
     done = train(tmp_path, "run", sabotage="without-locks", code=2)
     assert "error: paths.runs: " in done.stderr
-    assert "runs/run is on a file system that cannot lock files: use a local disk; docs/storage.md" in done.stderr
+    assert (
+        "runs/run is on a file system that cannot lock files: use a local disk; docs/storage.md"
+        in done.stderr
+    )
     assert done.stderr.count("\n") == 1
 
 
@@ -97,7 +106,9 @@ def test_a_cache_where_files_cannot_be_locked(tmp_path, monkeypatch):
     for name in ("lockf", "flock"):
         monkeypatch.setattr(f"fcntl.{name}", None)  # to be put back
     sabotage.without_locks()
-    with pytest.raises(LockUnsupportedError, match=r"^paths.cache: .*/cache is on a file system that cannot lock"):
+    with pytest.raises(
+        LockUnsupportedError, match=r"^paths.cache: .*/cache is on a file system that cannot lock"
+    ):
         open_cache(Cars(n=4, size=8), root=tmp_path / "cache")
 
 
@@ -106,11 +117,16 @@ def test_a_directory_where_nothing_may_be_written_is_a_mistake(tmp_path):
     if os.access(tmp_path / "runs", os.W_OK):
         pytest.skip("root may write everywhere")
     done = train(tmp_path, "run", code=2)
-    assert f"error: paths.runs: {tmp_path / 'runs' / 'run'} cannot be written, permission denied" in done.stderr
+    assert (
+        f"error: paths.runs: {tmp_path / 'runs' / 'run'} cannot be written, permission denied"
+        in done.stderr
+    )
 
 
 def test_where_a_directory_cannot_be_synced_the_run_goes_on_and_says_so_once(tmp_path):
     weak = train(tmp_path, "weak", sabotage="without-directory-sync")
-    assert (weak.stdout + weak.stderr).count("is on a file system that cannot sync a directory: a power cut") == 1
+    assert (weak.stdout + weak.stderr).count(
+        "is on a file system that cannot sync a directory: a power cut"
+    ) == 1
     train(tmp_path, "whole")
     assert differences(tmp_path, "weak", "whole") == []

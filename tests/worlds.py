@@ -1,6 +1,8 @@
-"""Several real processes of one run, forked from this one, so that each costs no imports: started, killed, awaited.
+"""Several real processes of one run, forked from this one, so that each costs no imports: started,
+killed, awaited.
 
-They are told their ranks as by a launcher, and differ from the processes of ``trainer.devices=N`` in nothing else.
+They are told their ranks as by a launcher, and differ from the processes of ``trainer.devices=N``
+in nothing else.
 """
 
 import os
@@ -15,15 +17,17 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 import sturdy.training.run as run
+from exact_resume.checkpoint.store import Store
+from exact_resume.randomness import Draws, key
 from runs import ROOT, SMALL, SMALL_UNET
-from sturdy.randomness import Draws, key
-from sturdy.resume.store import Store
 
 SHARDED, SHARDED_UNET = ([*base, "data.shards=4", "reduction=tree"] for base in (SMALL, SMALL_UNET))
 
 
 class World:
-    """``n`` processes that train ``name`` under ``tmp``; what they print is in ``tmp/name-RANK.out``."""
+    """``n`` processes that train ``name`` under ``tmp``; what they print is in
+    ``tmp/name-RANK.out``.
+    """
 
     def __init__(
         self,
@@ -34,7 +38,13 @@ class World:
         base: list[str] = SHARDED,
         first: Callable[[int], object] = lambda rank: None,
     ) -> None:
-        words = [*base, f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name={name}", *overrides]
+        words = [
+            *base,
+            f"paths.runs={tmp / 'runs'}",
+            f"paths.cache={tmp / 'cache'}",
+            f"name={name}",
+            *overrides,
+        ]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("train", words)
         self.home = tmp / "runs" / name
@@ -65,10 +75,13 @@ class World:
                 os._exit(code)
 
     def until(self, step: int) -> "World":
-        """Return when ``step`` is in the record, and a checkpoint of this world on the disk, however slow that is."""
+        """Return when ``step`` is in the record, and a checkpoint of this world on the disk,
+        however slow that is.
+        """
         metrics = self.home / "metrics.csv"
         while set(self.store.steps()) <= self.older or not (
-            metrics.exists() and any(r.startswith(f"{step},") for r in metrics.read_text().splitlines())
+            metrics.exists()
+            and any(r.startswith(f"{step},") for r in metrics.read_text().splitlines())
         ):
             if all(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in self.pids):
                 raise AssertionError(f"the run ended before step {step}:\n{self.output()}")
@@ -87,7 +100,9 @@ class World:
 
     def output(self, rank: int | None = None) -> str:
         """What was printed, by one rank or by all."""
-        return "".join(o.read_text() for i, o in enumerate(self.outputs) if rank in (None, i) and o.exists())
+        return "".join(
+            o.read_text() for i, o in enumerate(self.outputs) if rank in (None, i) and o.exists()
+        )
 
 
 def finish(tmp: Path, name: str, n: int, *overrides: str, **how) -> World:
@@ -99,7 +114,9 @@ def finish(tmp: Path, name: str, n: int, *overrides: str, **how) -> World:
 
 
 def ledger(tmp: Path, name: str) -> Callable[[int], None]:
-    """A ``first`` of ``World`` that notes what each process draws for training; read it with ``entries``."""
+    """A ``first`` of ``World`` that notes what each process draws for training; read it with
+    ``entries``.
+    """
 
     def keep(rank: int) -> None:
         import sturdy.training.module as module
@@ -117,7 +134,9 @@ def ledger(tmp: Path, name: str) -> Callable[[int], None]:
                 out = super()._fill(purpose, shape, method)
                 for position, row in zip(self.positions, out, strict=True):
                     if self.seed == 0:  # validation has a seed of its own
-                        file.write(f"{step} {position} {purpose} {key(row.numpy().tobytes().hex())}\n")
+                        file.write(
+                            f"{step} {position} {purpose} {key(row.numpy().tobytes().hex())}\n"
+                        )
                 return out
 
         module.reseed, module.Draws = noting, Noting
@@ -126,8 +145,14 @@ def ledger(tmp: Path, name: str) -> Callable[[int], None]:
 
 
 def entries(tmp: Path, name: str) -> list[str]:
-    """Each step, position, purpose and hash that any process of ``name`` has noted, once; of a cut line nothing."""
-    lines = {line for path in tmp.glob(f"{name}-*.ledger") for line in path.read_text().splitlines(keepends=True)}
+    """Each step, position, purpose and hash that any process of ``name`` has noted, once; of a cut
+    line nothing.
+    """
+    lines = {
+        line
+        for path in tmp.glob(f"{name}-*.ledger")
+        for line in path.read_text().splitlines(keepends=True)
+    }
     return sorted(line for line in lines if line.endswith("\n"))
 
 
@@ -137,6 +162,16 @@ def _become(rank: int, n: int, port: int, output: Path) -> None:
     os.dup2(out, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": n,
+        "LOCAL_WORLD_SIZE": n,
+    }
     os.environ |= {k: str(v) for k, v in ranks.items()}
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -26,7 +26,9 @@ def batch(b=3, c=3, h=8, w=8, dtype=torch.float32):
 
 
 def gradients(backbone, x, t, label, seed=5):
-    """A loss and its gradients under one state of the default generator, from which dropout draws."""
+    """A loss and its gradients under one state of the default generator, from which dropout
+    draws.
+    """
     backbone.zero_grad()
     torch.manual_seed(seed)
     loss = (backbone(x, t, label) - x).square().mean()
@@ -34,7 +36,9 @@ def gradients(backbone, x, t, label, seed=5):
     return [loss.detach(), *(parameter.grad.clone() for parameter in backbone.parameters())]
 
 
-@pytest.mark.parametrize(("b", "c", "h", "w"), [(1, 3, 8, 8), (3, 1, 16, 16), (2, 4, 8, 12), (5, 3, 2, 6)])
+@pytest.mark.parametrize(
+    ("b", "c", "h", "w"), [(1, 3, 8, 8), (3, 1, 16, 16), (2, 4, 8, 12), (5, 3, 2, 6)]
+)
 def test_shape_is_kept(make, b, c, h, w):
     backbone = awake(make(image_channels=c))
     x, t, _ = batch(b, c, h, w)
@@ -119,7 +123,9 @@ def test_checkpointing_changes_no_bit(make, dropout):
     expected = gradients(plain, *args)
     assert all(map(torch.equal, gradients(recomputed, *args), expected))
     other_seed = gradients(recomputed, *args, seed=6)
-    assert all(map(torch.equal, other_seed, expected)) == (dropout == 0)  # the seed is dropout's, and nothing else's
+    assert all(map(torch.equal, other_seed, expected)) == (
+        dropout == 0
+    )  # the seed is dropout's, and nothing else's
 
 
 def test_checkpointing_recomputes(make):
@@ -138,7 +144,9 @@ def test_checkpointing_recomputes(make):
 
 
 def test_a_shard_is_a_function_of_its_seed(make):
-    """What ran before, in another shape or mode, changes no bit; no kernel is refused as nondeterministic."""
+    """What ran before, in another shape or mode, changes no bit; no kernel is refused as
+    nondeterministic.
+    """
     backbone = awake(make(num_classes=3, dropout=0.3))
     args = batch()
     torch.use_deterministic_algorithms(True)
@@ -173,7 +181,11 @@ def test_gradient_is_the_slope(make):
 
     def loss(step):
         moved = {name: p + step * direction[name] for name, p in start.items()}
-        return torch.func.functional_call(backbone, moved, (x + step * across, t, label)).square().sum()
+        return (
+            torch.func.functional_call(backbone, moved, (x + step * across, t, label))
+            .square()
+            .sum()
+        )
 
     step = torch.zeros((), dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(loss(step), step)
@@ -204,7 +216,9 @@ def test_channels_last_is_kept_and_equal(make):
 
 
 def test_learns_one_batch(make):
-    """Noise of eight images, told apart by time, label and shape, is found to a twentieth of its variance."""
+    """Noise of eight images, told apart by time, label and shape, is found to a twentieth of its
+    variance.
+    """
     backbone = make(num_classes=3, width=16, dropout=0.0)
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=1e-2)
     x, t, label = batch(8)

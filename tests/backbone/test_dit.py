@@ -3,8 +3,8 @@ import torch
 from tiny import awake, dit
 from torch.nn import functional as F
 
+from examples.cars.mixer import GlobalMixer, cosines, spectrum
 from sturdy.backbone.dit import Attention, Block, rotate, rotation
-from sturdy.backbone.whole import Whole, cosines, spectrum
 
 ROWS, COLUMNS, DIM = 5, 7, 16
 
@@ -26,7 +26,9 @@ def test_rotation_is_complex_multiplication():
         row, column = divmod(token, COLUMNS)
         for i in range(DIM // 2):
             place = row if i < DIM // 4 else column
-            angle = torch.tensor(place * 100.0 ** -((i % (DIM // 4)) / (DIM // 4)), dtype=torch.float64)
+            angle = torch.tensor(
+                place * 100.0 ** -((i % (DIM // 4)) / (DIM // 4)), dtype=torch.float64
+            )
             before = torch.complex(x[:, token, ..., i], x[:, token, ..., i + DIM // 2])
             after = torch.complex(y[:, token, ..., i], y[:, token, ..., i + DIM // 2])
             torch.testing.assert_close(after, before * torch.polar(torch.ones_like(angle), angle))
@@ -39,7 +41,9 @@ def test_products_depend_on_the_distance_only():
         everywhere(torch.randn(DIM, dtype=torch.float64)),
     )
     product = torch.einsum("hwc,ijc->hwij", q, k)
-    torch.testing.assert_close(product[:-1, :-1, :-1, :-1], product[1:, 1:, 1:, 1:])  # both a row and a column on
+    torch.testing.assert_close(
+        product[:-1, :-1, :-1, :-1], product[1:, 1:, 1:, 1:]
+    )  # both a row and a column on
     torch.testing.assert_close(product[:-2, :, :-2, :], product[2:, :, 2:, :])
     assert not torch.allclose(product[:-1], product[1:])  # one of them alone
     assert not torch.allclose(product[0, 0, 0, 1], product[0, 0, 1, 0])  # a row is not a column
@@ -67,7 +71,9 @@ def test_attention_is_the_softmax_formula():
         part = slice(head * DIM, (head + 1) * DIM)
         q, k, v = (
             x @ weight[part].T + bias[part]
-            for weight, bias in zip(attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True)
+            for weight, bias in zip(
+                attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3), strict=True
+            )
         )
         q, k = (z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() for z in (q, k))
         q, k = (rotate(z[:, :, None, None], turn())[:, :, 0, 0] for z in (q, k))
@@ -111,7 +117,9 @@ def test_patches_come_back_where_they_were(patch):
 
 
 def test_tokens_know_where_they_are():
-    """Rotary positions alone cannot: from patches that are all alike they make patches that are all alike."""
+    """Rotary positions alone cannot: from patches that are all alike they make patches that are all
+    alike.
+    """
     torch.manual_seed(0)
     backbone = awake(dit(patch=2)).double().eval()
     x, t = torch.full((1, 3, 8, 12), 0.3, dtype=torch.float64), torch.rand(1, dtype=torch.float64)
@@ -138,7 +146,9 @@ def test_whole_tells_every_patch_of_every_pixel():
 
 def test_spectrum_has_each_wave_in_one_number():
     i = torch.arange(8) + 0.5
-    wave = torch.cos(torch.pi * 3 * i / 8)[:, None] * torch.cos(torch.pi * 4 * i / 8)  # frequency 5, norm 4
+    wave = torch.cos(torch.pi * 3 * i / 8)[:, None] * torch.cos(
+        torch.pi * 4 * i / 8
+    )  # frequency 5, norm 4
     found = spectrum((wave / 4).expand(1, 3, 8, 8))
     expected = torch.zeros(1, 3, 8, 8)
     expected[0, 0, 3, 4] = 3**0.5 * 8 / (2 + 5)
@@ -149,12 +159,17 @@ def test_spectrum_has_each_wave_in_one_number():
 
 def test_whole_is_the_formula_and_begins_without_a_say():
     torch.manual_seed(0)
-    whole = Whole(12, 5, 8, units=4)
+    whole = GlobalMixer(12, 5, 8, units=4)
     x, c = torch.randn(2, 3, 2, 2), torch.randn(2, 8)
     assert not whole(x, c).any()
     awake(whole)
-    scale, shift, scale2, shift2 = (c @ whole.modulation.weight.T + whole.modulation.bias).split(4, dim=1)
-    u = F.silu((spectrum(x).reshape(2, 12) @ whole.compare.weight.T + whole.compare.bias) * (1 + scale) + shift)
+    scale, shift, scale2, shift2 = (c @ whole.modulation.weight.T + whole.modulation.bias).split(
+        4, dim=1
+    )
+    u = F.silu(
+        (spectrum(x).reshape(2, 12) @ whole.compare.weight.T + whole.compare.bias) * (1 + scale)
+        + shift
+    )
     v = u + F.silu((u @ whole.think.weight.T + whole.think.bias) * (1 + scale2) + shift2)
     for token, said in enumerate((v @ whole.tell.weight.T + whole.tell.bias).chunk(5, dim=1)):
         expected = said @ whole.spread.weight.T + whole.spread.bias
@@ -162,14 +177,20 @@ def test_whole_is_the_formula_and_begins_without_a_say():
 
 
 def test_whole_is_for_one_size():
-    with pytest.raises(ValueError, match=r"needs backbone\.image_size=\S+ to be a multiple of backbone\.patch=2"):
+    with pytest.raises(
+        ValueError, match=r"needs backbone\.image_size=\S+ to be a multiple of backbone\.patch=2"
+    ):
         dit(whole=4, image_size=9)
-    with pytest.raises(ValueError, match=r"sees 8 x 8 pixels, and the images are 8 x 12: set backbone\.image_size"):
+    with pytest.raises(
+        ValueError, match=r"sees 8 x 8 pixels, and the images are 8 x 12: set backbone\.image_size"
+    ):
         dit(whole=4, image_size=8)(torch.zeros(1, 3, 8, 12), torch.zeros(1))
 
 
 def test_size_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"10 x 8 .* data\.image_size a multiple of backbone\.patch=4"):
+    with pytest.raises(
+        ValueError, match=r"10 x 8 .* data\.image_size a multiple of backbone\.patch=4"
+    ):
         dit(patch=4)(torch.randn(2, 3, 10, 8), torch.rand(2))
 
 

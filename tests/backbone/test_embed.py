@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sturdy.backbone.embed import Condition, call, fourier, zero
+from sturdy.backbone.embed import Condition, checkpointed_call, fourier, zero_init
 
 
 def test_fourier_is_the_formula():
@@ -20,7 +20,9 @@ def test_fourier_is_the_formula():
 def test_fourier_agrees_with_diffusers():
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     t = torch.rand(7, dtype=torch.float32)
-    theirs = embeddings.get_timestep_embedding(1000 * t, 32, flip_sin_to_cos=True, downscale_freq_shift=0)
+    theirs = embeddings.get_timestep_embedding(
+        1000 * t, 32, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
     torch.testing.assert_close(fourier(t, 32), theirs, rtol=0, atol=1e-3)
 
 
@@ -37,7 +39,7 @@ def test_odd_number_of_features():
 
 
 def test_zero_reaches_every_parameter():
-    module = zero(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    module = zero_init(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     assert not any(parameter.any() for parameter in module.parameters())
 
 
@@ -51,9 +53,9 @@ def test_call_does_not_recompute_without_gradients():
 
     block, x = Counter(2, 2), torch.ones(1, 2)
     with torch.no_grad():
-        call(block, x, recompute=True)
+        checkpointed_call(block, x, recompute=True)
     assert block.calls == 1
-    call(block, x, recompute=True).sum().backward()
+    checkpointed_call(block, x, recompute=True).sum().backward()
     assert block.calls == 3
 
 

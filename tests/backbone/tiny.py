@@ -7,7 +7,13 @@ from sturdy.backbone import DiT, UNet
 
 
 def unet(**changes) -> UNet:
-    sizes = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (False, True), "head_dim": 8}
+    sizes = {
+        "width": 8,
+        "multipliers": (1, 2),
+        "blocks": 1,
+        "attention": (False, True),
+        "head_dim": 8,
+    }
     return UNet(**(sizes | changes))
 
 

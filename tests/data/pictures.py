@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from sturdy.data.source import Broken
+from sturdy.data.source import BadImageError
 
 COLOURS = ((200, 40, 30), (20, 160, 60), (30, 60, 210), (230, 220, 90))
 
@@ -31,7 +31,9 @@ def encode(image, format, **options):
 def corners(x):
     """The colours in the middle of the four quarters, ``(4, 3)``."""
     h, w = x.shape[1:]
-    return np.array([x[:, y, z] for y in (h // 4, 3 * h // 4) for z in (w // 4, 3 * w // 4)]).astype(int)
+    return np.array(
+        [x[:, y, z] for y in (h // 4, 3 * h // 4) for z in (w // 4, 3 * w // 4)]
+    ).astype(int)
 
 
 def near(x, y, tolerance):
@@ -40,10 +42,17 @@ def near(x, y, tolerance):
 
 def png(width, height, bits, kind, rows=b""):
     def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def tiff(pixels, *, photometric):
@@ -86,7 +95,7 @@ class Noise:
 
     def decode(self, index):
         if self.broken and index % self.broken == 0:
-            raise Broken("on purpose")
+            raise BadImageError("on purpose")
         return np.random.default_rng(index).integers(0, 256, self.shape, dtype=np.uint8)
 
 
@@ -111,4 +120,8 @@ def only_the_cache(root):
 
 
 def content(cache):
-    return [cache.image(i).tobytes() for i in range(len(cache))], cache.labels.tolist(), cache.digest
+    return (
+        [cache.image(i).tobytes() for i in range(len(cache))],
+        cache.labels.tolist(),
+        cache.digest,
+    )

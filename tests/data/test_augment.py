@@ -6,12 +6,14 @@ import torch
 from pictures import Noise
 from test_module import batches, opened
 
+from exact_resume.randomness import Draws
 from sturdy.data.augment import Augment, reflected
-from sturdy.data.module import ImageData
-from sturdy.randomness import Draws
+from sturdy.data.datamodule import ImageData
 
 SIDE = 16
-PICTURE = torch.arange(3 * SIDE * SIDE).reshape(3, SIDE, SIDE) % 251  # no mirror, shift or turn of it is another
+PICTURE = (
+    torch.arange(3 * SIDE * SIDE).reshape(3, SIDE, SIDE) % 251
+)  # no mirror, shift or turn of it is another
 
 
 def augmented(probability=0.5, n=2000, seed=0, **options):
@@ -20,7 +22,9 @@ def augmented(probability=0.5, n=2000, seed=0, **options):
 
 
 def undone(image, condition, most):
-    """The picture before, as far as it is inside the frame of the shifted one: values, and where they are known."""
+    """The picture before, as far as it is inside the frame of the shifted one: values, and where
+    they are known.
+    """
     mirrored, down, right, *turns = condition.tolist()
     known = torch.ones(SIDE, SIDE, dtype=torch.bool)
     down, right = round(down * most), round(right * most)

@@ -1,4 +1,6 @@
-"""The images that a run began with, found again whatever became of the folder; and what became of it, by name."""
+"""The images that a run began with, found again whatever became of the folder; and what became of
+it, by name.
+"""
 
 import json
 import shutil
@@ -7,12 +9,12 @@ import pytest
 from test_module import Steps, batches, equal
 from test_split import draw
 
+from examples.cars.source import Cars
 from sturdy.data.build import seal
 from sturdy.data.cache import Cache, find_cache, open_cache
-from sturdy.data.cars import Cars
 from sturdy.data.changes import describe_changes
+from sturdy.data.datamodule import ImageData, folder_data
 from sturdy.data.folder import Folder
-from sturdy.data.module import ImageData, folder_data
 
 
 @pytest.fixture
@@ -24,7 +26,13 @@ def photos(tmp_path):
 
 
 def opened(root, begun=None, **options):
-    options = {"image_size": 8, "batch_size": 4, "flip": True, "split": "content", "holdout": 0.3} | options
+    options = {
+        "image_size": 8,
+        "batch_size": 4,
+        "flip": True,
+        "split": "content",
+        "holdout": 0.3,
+    } | options
     data = folder_data(root=str(root), cache=root.parent / "cache", **options)
     data.trainer = Steps()
     data.open(begun)
@@ -77,10 +85,22 @@ def go_away(root):
     [
         (add, ["13 images are new, and not used (a/new20.png, a/new21.png, a/new22.png, ...)"]),
         (remove, ["2 images are gone, and still used (b/01.png, b/03.png)"]),
-        (rename, ["1 image is new, and not used (a/zz.png)", "1 image is gone, and still used (a/00.png)"]),
+        (
+            rename,
+            [
+                "1 image is new, and not used (a/zz.png)",
+                "1 image is gone, and still used (a/00.png)",
+            ],
+        ),
         (touch, ["files were moved or written anew; the images that the run began with are used"]),
         (add_a_class, ["1 image is new, and not used (c/0.png)"]),
-        (lose, ["does not exist; the way there ends at", "The 20 images that the run began with are still in"]),
+        (
+            lose,
+            [
+                "does not exist; the way there ends at",
+                "The 20 images that the run began with are still in",
+            ],
+        ),
         (go_away, ["found no files at all. The 20 images that the run began with are still in"]),
     ],
     ids=lambda x: x.__name__ if callable(x) else "",
@@ -98,7 +118,9 @@ def test_a_run_goes_on_with_the_images_it_began_with(photos, happens, notes, spl
     assert all(text in line for text, line in zip(notes, again.notes * len(notes), strict=False))
     if happens in (lose, go_away):
         assert again.source is None
-        with pytest.raises((OSError, ValueError), match=r"data\.root"):  # the control: without it, there is no way
+        with pytest.raises(
+            (OSError, ValueError), match=r"data\.root"
+        ):  # the control: without it, there is no way
             opened(photos, split=split)
     else:
         now = opened(photos, split=split)
@@ -133,7 +155,8 @@ def test_without_the_cache_the_folder_is_read_as_ever(photos):
     again = opened(photos, begun=first.digest)
     assert again.digest == first.digest
     assert again.notes == [
-        f"the images that the run began with are not in paths.cache={photos.parent / 'cache'}: all are read"
+        f"the images that the run began with are not in paths.cache={photos.parent / 'cache'}: all "
+        f"are read"
     ]
     assert equal(stream(again), expected)
     shutil.rmtree(again.cache.path)
@@ -179,7 +202,9 @@ def test_a_cache_of_an_older_version_still_serves_the_runs_that_began_with_it(ph
     assert describe_changes(old, opened(photos).cache) == [
         "13 images are new (a/new20.png, a/new21.png, a/new22.png, ...)"
     ]
-    assert opened(photos, begun=first.digest, split="content").cache.contents is not None  # which an older one cannot
+    assert (
+        opened(photos, begun=first.digest, split="content").cache.contents is not None
+    )  # which an older one cannot
 
 
 def test_what_changed_is_told_by_name(photos, tmp_path):
@@ -187,7 +212,9 @@ def test_what_changed_is_told_by_name(photos, tmp_path):
         return open_cache(Folder(root=photos, size=8), root=tmp_path / "cache", max_broken=0.5)
 
     old = cache()
-    assert describe_changes(old, old) == ["the files are the same; their order differs, or how they are decoded"]
+    assert describe_changes(old, old) == [
+        "the files are the same; their order differs, or how they are decoded"
+    ]
     add(photos)
     remove(photos)
     rename(photos)
@@ -221,4 +248,6 @@ def test_drawn_cars_still_know_their_attributes(tmp_path):
     other = data(15, first.digest)
     assert len(other.cache) == 12
     assert other.source.key != other.cache.key  # which is how to tell that indices may not fit
-    assert other.notes == ["3 images are new, and not used (car-00000012, car-00000013, car-00000014)"]
+    assert other.notes == [
+        "3 images are new, and not used (car-00000012, car-00000013, car-00000014)"
+    ]

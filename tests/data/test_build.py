@@ -28,7 +28,9 @@ def test_errors_of_a_source_leave_nothing(tmp_path):
 def test_two_processes_at_once_make_one_cache(tmp_path):
     source = Slow(tmp_path / "decoded", n=40)
     with fork.Pool(3) as pool:
-        opened = [pool.apply_async(open_cache, (source,), {"root": tmp_path / "cache"}) for _ in range(3)]
+        opened = [
+            pool.apply_async(open_cache, (source,), {"root": tmp_path / "cache"}) for _ in range(3)
+        ]
         digests = {cache.get().digest for cache in opened}
     assert len(digests) == 1
     assert (tmp_path / "decoded").stat().st_size == 40  # each image was decoded once
@@ -43,7 +45,9 @@ def test_sigkill_at_any_instant(tmp_path, workers):
     span = time.monotonic() - started
     instants, interrupted = random.Random(0), 0
     for round in range(12):
-        child = fork.Process(target=open_cache, args=(source,), kwargs={"root": root, "workers": workers})
+        child = fork.Process(
+            target=open_cache, args=(source,), kwargs={"root": root, "workers": workers}
+        )
         child.start()
         if round % 2:
             child.join(instants.uniform(0, span))
@@ -54,7 +58,9 @@ def test_sigkill_at_any_instant(tmp_path, workers):
         child.kill()  # SIGKILL
         child.join()
         done = [name for name in os.listdir(root) if "." not in name] if root.exists() else []
-        interrupted += any(name.endswith(".building") for name in os.listdir(root)) if root.exists() else 0
+        interrupted += (
+            any(name.endswith(".building") for name in os.listdir(root)) if root.exists() else 0
+        )
         for name in done:  # what is there is whole
             assert content(Cache(root / name)) == expected
             shutil.rmtree(root / name)
@@ -107,7 +113,8 @@ def test_manifest_is_plain_json(tmp_path):
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_written(tmp_path):
     with pytest.raises(
-        ValueError, match=r"paths\.cache=.* has room for .* GB, and the decoded images take 192,000\.0 GB"
+        ValueError,
+        match=r"paths\.cache=.* has room for .* GB, and the decoded images take 192,000\.0 GB",
     ):
         open_cache(Noise(10**12, shape=(3, 8, 8)), root=tmp_path)
     assert all(name.endswith(".lock") for name in os.listdir(tmp_path))
@@ -123,7 +130,9 @@ def test_a_large_cache_is_announced(tmp_path, caplog):
 def test_where_no_cache_can_be_made_the_key_is_named(tmp_path):
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match=r"paths\.cache cannot be written .*choose another folder") as error:
+        with pytest.raises(
+            OSError, match=r"paths\.cache cannot be written .*choose another folder"
+        ) as error:
             open_cache(Noise(), root=root)
         assert error.value.filename == str(root)
         assert error.value.__cause__ is None  # which would be told instead

@@ -23,7 +23,12 @@ def photos(tmp_path):
     """Twenty files each of two classes, one in three a PNG."""
     rng = np.random.default_rng(0)
     for k in range(40):
-        path = tmp_path / "photos" / ("car" if k % 2 else "truck") / f"{k:02d}.{'jpg' if k % 3 else 'png'}"
+        path = (
+            tmp_path
+            / "photos"
+            / ("car" if k % 2 else "truck")
+            / f"{k:02d}.{'jpg' if k % 3 else 'png'}"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         x = rng.integers(0, 256, (6, 6 + k % 5, 3), dtype=np.uint8)
         Image.fromarray(x).resize((16 * x.shape[1], 96)).save(path)
@@ -33,7 +38,9 @@ def photos(tmp_path):
 def test_holds_what_the_source_gives(photos, tmp_path):
     folder = Folder(root=photos, size=24)
     told = []
-    cache = open_cache(folder, root=tmp_path / "cache", progress=lambda done, total: told.append((done, total)))
+    cache = open_cache(
+        folder, root=tmp_path / "cache", progress=lambda done, total: told.append((done, total))
+    )
     assert cache.uniform
     assert len(cache) == len(folder) == 40
     assert cache.classes == ("car", "truck")
@@ -67,7 +74,8 @@ def test_the_number_of_workers_changes_nothing(photos, tmp_path):
     (photos / "car/01.jpg").write_bytes(b"")
     source = Folder(root=photos, size=24, crop="random")
     one, *others = [
-        open_cache(source, root=tmp_path / str(workers), workers=workers, max_broken=0.1) for workers in (0, 1, 3)
+        open_cache(source, root=tmp_path / str(workers), workers=workers, max_broken=0.1)
+        for workers in (0, 1, 3)
     ]
     for other in others:
         assert content(other) == content(one)
@@ -98,7 +106,10 @@ def test_digest_is_of_the_content_alone(photos, tmp_path):
     digest = open_cache(here, root=tmp_path / "cache").digest
     assert open_cache(there, root=tmp_path / "cache").digest == digest
     (tmp_path / "copy/car").rename(tmp_path / "copy/bus")  # same order, another class
-    assert open_cache(Folder(root=tmp_path / "copy", size=24), root=tmp_path / "cache").digest != digest
+    assert (
+        open_cache(Folder(root=tmp_path / "copy", size=24), root=tmp_path / "cache").digest
+        != digest
+    )
 
 
 def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
@@ -106,7 +117,9 @@ def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
     (photos / "truck/02.jpg").write_text("hello")
     (photos / "truck/zz.png").symlink_to("nowhere")
     folder = Folder(root=photos, size=24)
-    with pytest.raises(TooManyBroken, match=r"7.32% of .*data.max_broken=0.01 accepts: 3 of 41 images") as error:
+    with pytest.raises(
+        TooManyBroken, match=r"7.32% of .*data.max_broken=0.01 accepts: 3 of 41 images"
+    ) as error:
         open_cache(folder, root=tmp_path / "cache")
     assert "truck/zz.png  dangling link" in str(error.value)
     made = [path.stat().st_ino for path in (tmp_path / "cache").glob("*/images.bin")]
@@ -123,7 +136,9 @@ def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
     assert len(short) == 3
     listed = (cache.path / "quarantine.txt").read_text()
     assert str(cache.path / "quarantine.txt") in short[0]
-    assert [line.split("\t") for line in listed.splitlines()] == [list(row) for row in cache.quarantine]
+    assert [line.split("\t") for line in listed.splitlines()] == [
+        list(row) for row in cache.quarantine
+    ]
     assert cache.name(0) == "car/03.png"
     with pytest.raises(TooManyBroken):  # a cache that is there is judged too
         open_cache(folder, root=tmp_path / "cache", max_broken=0.01)
@@ -143,7 +158,9 @@ def test_all_broken_is_an_error_always(tmp_path):
         lambda path: (path / "shapes.npy").unlink(),
         lambda path: (path / "manifest.json").unlink(),
         lambda path: os.truncate(path / "manifest.json", 50),
-        lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("odd", "old")),
+        lambda path: (path / "manifest.json").write_text(
+            (path / "manifest.json").read_text().replace("odd", "old")
+        ),
         lambda path: (path / "manifest.json").write_text("[]"),
     ],
 )
@@ -163,7 +180,9 @@ def test_pickles_as_its_path_and_opens_in_a_new_process(tmp_path):
         cache = pickle.load(sys.stdin.buffer)
         print(cache.gather([5, 7]).sum(), cache.name(3), cache.digest)
     """
-    found = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(cache), capture_output=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", program], input=pickle.dumps(cache), capture_output=True, check=True
+    )
     assert found.stdout.decode().strip() == f"{cache.gather([5, 7]).sum()} noise 3 {cache.digest}"
     with fork.Pool(2) as pool:
         assert pool.map(cache.gather, [[1], [2]])[1].tobytes() == cache.image(2).tobytes()

@@ -1,4 +1,6 @@
-"""The drawn cars: a pure function of (seed, index), fair in their attributes, antialiased, all different."""
+"""The drawn cars: a pure function of (seed, index), fair in their attributes, antialiased, all
+different.
+"""
 
 import hashlib
 import subprocess
@@ -10,8 +12,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from sturdy.data.cars import BODIES, OPTIONS, RARE, Attributes, Cars, draw
-from sturdy.data.painting import Canvas, rgb
+from examples.cars.painting import Canvas, rgb
+from examples.cars.source import BODIES, OPTIONS, RARE, Attributes, Cars, draw
 
 SOME = [Attributes(body=body, light=light) for body in BODIES for light in OPTIONS["light"]]
 
@@ -31,17 +33,20 @@ def table():
     return [cars.attributes(i) for i in range(len(cars))]
 
 
-# --- a pure function of (seed, index) ---------------------------------------------------------------------
+# --- a pure function of (seed, index)
+# ---------------------------------------------------------------------
 
 
 def test_another_process_draws_the_same_bytes_in_another_order():
     indices = [5, 0, 17, 3, 9999]
     code = (
-        "import hashlib; from sturdy.data.cars import Cars; cars = Cars(seed=7, size=33)\n"
+        "import hashlib; from examples.cars.source import Cars; cars = Cars(seed=7, size=33)\n"
         f"images = {{i: cars.decode(i).tobytes() for i in {sorted(indices, reverse=True)}}}\n"
         f"print(hashlib.sha256(b''.join(images[i] for i in {indices})).hexdigest())"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    there = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     here = Cars(seed=7, size=33)
     assert there.strip() == digest(here.decode(i) for i in indices)
     assert there.strip() != digest(Cars(seed=8, size=33).decode(i) for i in indices)
@@ -71,7 +76,7 @@ def test_drawing_leaves_no_trace_on_the_shared_scene():
 def test_key_tells_all_data_sets_apart(monkeypatch):
     sets = [{}, {"n": 500}, {"size": 64}, {"seed": 1}]
     keys = [Cars(**kwargs).key for kwargs in sets]
-    monkeypatch.setattr("sturdy.data.cars.DRAWING", -1)
+    monkeypatch.setattr("examples.cars.source.DRAWING", -1)
     keys.append(Cars().key)
     assert len(set(keys)) == len(keys)
 
@@ -84,13 +89,16 @@ def test_out_of_range(index):
             method(index)
 
 
-@pytest.mark.parametrize(("options", "key"), [({"n": 0}, "data.source.n=0"), ({"size": 0}, "data.image_size=0")])
+@pytest.mark.parametrize(
+    ("options", "key"), [({"n": 0}, "data.source.n=0"), ({"size": 0}, "data.image_size=0")]
+)
 def test_options_out_of_range_name_their_key(options, key):
     with pytest.raises(ValueError, match=key):
         Cars(**options)
 
 
-# --- attributes ------------------------------------------------------------------------------------------
+# --- attributes
+# ------------------------------------------------------------------------------------------
 
 
 def test_labels_are_the_bodies():
@@ -104,7 +112,9 @@ def test_one_body_is_rare_and_the_others_are_equally_frequent(table):
     assert 0.015 < count.pop(RARE) / len(table) < 0.025
     expected = sum(count.values()) / len(count)
     assert len(count) == len(BODIES) - 1
-    assert sum((c - expected) ** 2 / expected for c in count.values()) < 22.5  # chi-square, 6 degrees, p = 0.001
+    assert (
+        sum((c - expected) ** 2 / expected for c in count.values()) < 22.5
+    )  # chi-square, 6 degrees, p = 0.001
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "body"])
@@ -112,15 +122,21 @@ def test_values_are_equally_frequent(table, name):
     count = Counter(getattr(a, name) for a in table)
     expected = len(table) / len(OPTIONS[name])
     assert set(count) == set(OPTIONS[name])
-    assert sum((c - expected) ** 2 / expected for c in count.values()) < 24.4  # 7 degrees or fewer, p = 0.001
+    assert (
+        sum((c - expected) ** 2 / expected for c in count.values()) < 24.4
+    )  # 7 degrees or fewer, p = 0.001
 
 
 def dependence(xs, ys):
-    """Chi-square of independence over its degrees of freedom, in standard deviations from its mean."""
+    """Chi-square of independence over its degrees of freedom, in standard deviations from its
+    mean.
+    """
     joint, x, y = Counter(zip(xs, ys, strict=True)), Counter(xs), Counter(ys)
     expected = {(a, b): x[a] * y[b] / len(xs) for a in x for b in y}
     degrees = (len(x) - 1) * (len(y) - 1)
-    return (sum((joint[k] - e) ** 2 / e for k, e in expected.items()) - degrees) / (2 * degrees) ** 0.5
+    return (sum((joint[k] - e) ** 2 / e for k, e in expected.items()) - degrees) / (
+        2 * degrees
+    ) ** 0.5
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(OPTIONS, 2)))
@@ -142,7 +158,8 @@ def test_jitter_fills_its_range(table):
         assert abs(values.mean()) < 4 * 3**-0.5 / len(table) ** 0.5
 
 
-# --- the picture -----------------------------------------------------------------------------------------
+# --- the picture
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [16, 17, 31, 32, 33, 64, 100, 256])
@@ -160,7 +177,9 @@ def test_twice_the_size_reduced_is_the_same_picture(size):
         large = draw(a, 2 * size).astype(float).reshape(3, size, 2, size, 2).mean((2, 4))
         small = draw(a, size).astype(float)
         assert np.abs(large - small).mean() < 3.0
-        assert np.abs(large - np.roll(small, 1, axis=2)).mean() > 3.0  # a pixel's shift would be noticed
+        assert (
+            np.abs(large - np.roll(small, 1, axis=2)).mean() > 3.0
+        )  # a pixel's shift would be noticed
 
 
 def test_edges_take_intermediate_values():
@@ -211,14 +230,18 @@ def test_every_value_changes_the_picture(name, size):
 
 @pytest.mark.parametrize("name", ["shift", "scale", "pan"])
 def test_jitter_changes_the_picture(name):
-    assert change(draw(replace(Attributes(), **{name: -1.0}), 32), draw(replace(Attributes(), **{name: 1.0}), 32)).any()
+    assert change(
+        draw(replace(Attributes(), **{name: -1.0}), 32),
+        draw(replace(Attributes(), **{name: 1.0}), 32),
+    ).any()
 
 
 @pytest.mark.parametrize("body", list(BODIES))
 def test_left_is_the_mirror_image_of_right(body):
     def car(direction):
         images = [
-            draw(Attributes(body=body, direction=direction, backdrop=b, shift=0.5), 64) for b in OPTIONS["backdrop"]
+            draw(Attributes(body=body, direction=direction, backdrop=b, shift=0.5), 64)
+            for b in OPTIONS["backdrop"]
         ]
         same = ~np.logical_or.reduce([change(images[0], image) for image in images[1:]])
         same[52:] = same[:20] = False  # sky and road are the same everywhere, too
@@ -234,7 +257,10 @@ def test_left_is_the_mirror_image_of_right(body):
 def test_the_car_fills_most_of_the_width_and_stays_in_the_picture():
     for body in BODIES:
         for shift, scale in ((-1.0, 1.0), (1.0, 1.0), (0.0, 0.0)):
-            red, blue = (draw(Attributes(body=body, paint=p, shift=shift, scale=scale), 64) for p in ("red", "blue"))
+            red, blue = (
+                draw(Attributes(body=body, paint=p, shift=shift, scale=scale), 64)
+                for p in ("red", "blue")
+            )
             columns = np.flatnonzero(change(red, blue).any(axis=0))
             assert columns[-1] - columns[0] > 0.62 * 64
             assert columns[0] >= 0

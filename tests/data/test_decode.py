@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from sturdy.data.decode import UPRIGHT, decode
 from sturdy.data.formats import READS_HEIC
-from sturdy.data.source import Broken
+from sturdy.data.source import BadImageError
 
 
 def jpeg_with_size(height, width):
@@ -63,7 +63,9 @@ def test_only_the_first_frame():
 def test_exif_orientation(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(quarters(40, 64), format, exif=exif, **({"quality": 95} if format == "JPEG" else {}))
+    data = encode(
+        quarters(40, 64), format, exif=exif, **({"quality": 95} if format == "JPEG" else {})
+    )
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -82,7 +84,7 @@ def test_heic():
     heif.from_pillow(quarters()).save(file, quality=95)
     data = file.getvalue()
     assert near(corners(decode(data, size=40, crop="random")), COLOURS, 8)
-    with pytest.raises(Broken):
+    with pytest.raises(BadImageError):
         decode(data[: int(0.6 * len(data))], size=40)
 
 
@@ -91,14 +93,18 @@ HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
 
 @pytest.mark.skipif(READS_HEIC, reason="here HEIC is read")
 def test_heic_names_what_reads_it():
-    with pytest.raises(Broken, match=r"^HEIC; pip install 'sturdy-diffusion\[heic\]' reads it$"):
+    with pytest.raises(
+        BadImageError, match=r"^HEIC; pip install 'sturdy-diffusion\[heic\]' reads it$"
+    ):
         decode(HEIC, size=40)
 
 
 def test_a_heif_container_of_avif_is_avif():
     data = encode(quarters(), "AVIF", quality=95)
     assert data[4:12] == b"ftypavif"
-    assert near(corners(decode(data[:8] + b"mif1" + data[12:], size=40)), corners(decode(data, size=40)), 0)
+    assert near(
+        corners(decode(data[:8] + b"mif1" + data[12:], size=40)), corners(decode(data, size=40)), 0
+    )
 
 
 # --- sizes
@@ -111,7 +117,11 @@ def test_resize_agrees_with_pillow(height, width):
     expected = np.array(photo.resize((80, 60), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert near(decode(encode(photo, "PNG"), size=60, crop="random"), expected, 2)
     # decoded at a fraction of its size by the JPEG decoder, it is still the same picture
-    assert near(decode(encode(photo, "JPEG", quality=98, subsampling=0), size=60, crop="random"), expected, 6)
+    assert near(
+        decode(encode(photo, "JPEG", quality=98, subsampling=0), size=60, crop="random"),
+        expected,
+        6,
+    )
 
 
 def test_sizes():
@@ -120,7 +130,11 @@ def test_sizes():
 
     assert shape(100, 333, size=64, crop="random") == (3, 64, 213)
     assert shape(333, 100, size=64, crop="random") == (3, 213, 64)
-    assert shape(999, 3001, size=64, crop="random") == (3, 64, 192)  # the file's proportions, not the draft's
+    assert shape(999, 3001, size=64, crop="random") == (
+        3,
+        64,
+        192,
+    )  # the file's proportions, not the draft's
     assert shape(5, 7, size=64) == (3, 64, 64)
     assert shape(64, 64, size=64) == (3, 64, 64)
 
@@ -134,11 +148,13 @@ def test_the_crop_is_in_the_middle():
 
 
 def test_damage_inside_a_jpeg_is_noticed():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8))
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    )
     data = bytearray(encode(noise, "JPEG"))
     data[len(data) // 2 : len(data) // 2 + 500] = bytes(500)
     Image.open(io.BytesIO(data)).load()  # the control: Pillow takes it
-    with pytest.raises(Broken, match="corrupt"):
+    with pytest.raises(BadImageError, match="corrupt"):
         decode(bytes(data), size=64)
 
 
@@ -147,16 +163,18 @@ def test_every_changed_byte_of_a_png_is_noticed():
     for at in range(16, len(data) - 12):
         changed = bytearray(data)
         changed[at] ^= int(rng.integers(1, 256))
-        with pytest.raises(Broken):
+        with pytest.raises(BadImageError):
             decode(bytes(changed), size=20)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize(
+    "format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000"]
+)
 def test_cut_short(format):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encode(noise, format)
     for share in (0.05, 0.3, 0.6, 0.95):
-        with pytest.raises(Broken, match=r"truncated|corrupt"):
+        with pytest.raises(BadImageError, match=r"truncated|corrupt"):
             decode(data[: int(share * len(data))], size=32)
 
 
@@ -164,7 +182,10 @@ def test_cut_short(format):
     ("data", "reason"),
     [
         (b"", "^empty$"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "^a Git LFS pointer, .* git lfs pull fetches it"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+            "^a Git LFS pointer, .* git lfs pull fetches it",
+        ),
         (b"../.git/annex/objects/a/b", "^a git-annex pointer"),
         (b"\n<!DOCTYPE html><html>403</html>", "^a web page, not an image$"),
         (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "^an SVG drawing"),
@@ -174,7 +195,10 @@ def test_cut_short(format):
         (b"\0\x05\x16\x07" + bytes(99), "^metadata of macOS"),
         (bytes(4096), "^zeros only"),
         (b"8BPS\0\1", "^a Photoshop file"),
-        (b"not an image, whatever its name", "^not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image$"),
+        (
+            b"not an image, whatever its name",
+            "^not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or JPEG 2000 image$",
+        ),
         (png(20_000, 20_000, 8, 2), "^400 megapixels is over the limit of 100$"),
         (jpeg_with_size(20_000, 20_000), "^400 megapixels is over the limit of 100$"),
         (b"GIF89a" + struct.pack("<HH", 20_000, 20_000) + bytes(30), "400 megapixels|corrupt"),
@@ -185,14 +209,14 @@ def test_cut_short(format):
     ],
 )
 def test_reasons(data, reason):
-    with pytest.raises(Broken, match=reason):
+    with pytest.raises(BadImageError, match=reason):
         decode(data, size=64, crop="random")
 
 
 def test_the_limit_is_exact():
     data = encode(quarters(40, 60), "PNG")
     assert decode(data, size=8, max_pixels=2400).shape == (3, 8, 8)
-    with pytest.raises(Broken, match="limit"):
+    with pytest.raises(BadImageError, match="limit"):
         decode(data, size=8, max_pixels=2399)
 
 
@@ -212,7 +236,7 @@ def test_paths_that_are_no_files(tmp_path):
         "self.jpg": "link to itself",
         "huge.jpg": "10,000 MB is over the limit of 1,600 MB",
     }.items():
-        with pytest.raises(Broken, match=rf"^{reason}$"):
+        with pytest.raises(BadImageError, match=rf"^{reason}$"):
             decode(tmp_path / name, size=8)
     signal.alarm(0)
 
@@ -222,7 +246,7 @@ def test_permission_denied(tmp_path):
     path = tmp_path / "secret.png"
     path.write_bytes(encode(quarters(), "PNG"))
     path.chmod(0)
-    with pytest.raises(Broken, match=r"^permission denied$"):
+    with pytest.raises(BadImageError, match=r"^permission denied$"):
         decode(path, size=8)
 
 
@@ -235,7 +259,7 @@ def test_pillow_does_not_warn_from_any_thread():
     def attempt(data):
         try:
             return decode(data, size=16) is None
-        except Broken:
+        except BadImageError:
             return True
 
     with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(4) as pool:

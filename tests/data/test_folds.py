@@ -5,8 +5,9 @@ import pytest
 from pictures import Noise
 from test_module import batches, opened
 
-from sturdy.data.module import ImageData
-from sturdy.data.order import Order, Split
+from exact_resume.permutation import FeistelPermutation
+from sturdy.data.datamodule import ImageData
+from sturdy.data.split import Split
 
 
 def places(split):
@@ -26,7 +27,7 @@ def test_folds_are_disjoint_and_cover_everything_once(n, folds):
 
 def test_a_share_is_the_beginning_of_the_order():
     held, rest = places(Split.share(30, 0.1))
-    order = Order(30, 0, purpose="split")(np.arange(30)).tolist()
+    order = FeistelPermutation(30, 0, purpose="split")(np.arange(30)).tolist()
     assert (held, rest) == (order[:3], order[3:])
     assert places(Split.fold(30, 1, 10)) == (held, rest)
 
@@ -55,7 +56,10 @@ def test_a_fold_is_what_is_validated_on_and_the_rest_is_what_is_trained_on(tmp_p
     [
         ({"fold": 2}, "data.fold=2 data.folds=None: give both"),
         ({"folds": 5}, "data.fold=None data.folds=5: give both"),
-        ({"fold": 6, "folds": 5}, "data.fold=6 is none of data.folds=5: they are numbered from 1 to 5"),
+        (
+            {"fold": 6, "folds": 5},
+            "data.fold=6 is none of data.folds=5: they are numbered from 1 to 5",
+        ),
         ({"fold": 0, "folds": 5}, "data.fold=0 must be a whole number of at least 1"),
         ({"fold": 1, "folds": 1}, "data.folds=1 must be a whole number of at least 2"),
         ({"fold": 1.5, "folds": 3}, "data.fold=1.5"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sturdy.data.decode import decode
 from sturdy.data.mend import mend_jpeg, mend_png
-from sturdy.data.source import Broken
+from sturdy.data.source import BadImageError
 
 
 def photo(seed=0):
@@ -20,11 +20,18 @@ def photo(seed=0):
 
 
 def chunk(kind, body, spoilt=False):
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ spoilt)
+    return (
+        struct.pack(">I", len(body))
+        + kind
+        + body
+        + struct.pack(">I", zlib.crc32(kind + body) ^ spoilt)
+    )
 
 
 def equal(data, other):
-    return np.array_equal(decode(data, size=40, crop="random"), decode(other, size=40, crop="random"))
+    return np.array_equal(
+        decode(data, size=40, crop="random"), decode(other, size=40, crop="random")
+    )
 
 
 JPEG = encode(photo(), "JPEG")
@@ -71,22 +78,26 @@ def test_zeros_in_place_of_pixels_are_refused():
     """The end of a download that broke off is often zeros, and so is a block that a disk lost."""
     for whole in (JPEG, RESTARTS):
         for at in range(whole.index(b"\xff\xda") + 14, len(whole) - 20, 7):
-            with pytest.raises(Broken):
+            with pytest.raises(BadImageError):
                 decode(whole[:at] + bytes(len(whole) - at - 2) + whole[-2:], size=40)
-            with pytest.raises(Broken):
+            with pytest.raises(BadImageError):
                 decode(odd_revision(whole)[:at] + bytes(5) + whole[-2:], size=40)
-    for at in range(PROGRESSIVE.index(b"\xff\xda") + 14, len(PROGRESSIVE), 7):  # a scan less is not noticed
+    for at in range(
+        PROGRESSIVE.index(b"\xff\xda") + 14, len(PROGRESSIVE), 7
+    ):  # a scan less is not noticed
         zeros = PROGRESSIVE[:at] + bytes(99) + PROGRESSIVE[-2:]
         assert mend_jpeg(zeros) == zeros
 
 
 def test_what_is_mended_is_judged_as_strictly_as_without_the_odd_metadata():
-    """A damaged file is accepted with zeros at its end and an odd revision if and only if it is without them."""
+    """A damaged file is accepted with zeros at its end and an odd revision if and only if it is
+    without them.
+    """
 
     def accepted(data):
         try:
             decode(data, size=40)
-        except Broken:
+        except BadImageError:
             return False
         return True
 
@@ -103,7 +114,7 @@ def test_what_is_mended_is_judged_as_strictly_as_without_the_odd_metadata():
 
 
 def test_bytes_that_are_left_over_are_refused():
-    with pytest.raises(Broken, match="extraneous"):
+    with pytest.raises(BadImageError, match="extraneous"):
         decode(JPEG[:-2] + b"\x12\x34\x56\x78\x9a\xbc\xde" + JPEG[-2:], size=40)
 
 
@@ -137,13 +148,16 @@ def test_a_png_keeps_what_turns_it_and_what_colours_it():
     at = palette.index(b"tRNS") - 4
     spoilt = palette[:at] + chunk(b"tRNS", b"\0\xff\xff\xff", spoilt=True) + palette[at + 16 :]
     assert len(spoilt) == len(palette)
-    with pytest.raises(Broken):  # pixels depend on it
+    with pytest.raises(BadImageError):  # pixels depend on it
         decode(spoilt, size=40)
 
 
 def test_damaged_pixels_of_a_png_are_refused_whatever_its_metadata():
     large = chunk(b"zTXt", b"parameters\0\0" + TEXT)
-    parts = b"".join(chunk(b"IDAT", zlib.compress(np.asarray(photo()).tobytes())[at : at + 500]) for at in (0, 500))
+    parts = b"".join(
+        chunk(b"IDAT", zlib.compress(np.asarray(photo()).tobytes())[at : at + 500])
+        for at in (0, 500)
+    )
     for damaged in (
         PNG[: len(PNG) // 2],
         PNG[:-14],
@@ -151,7 +165,7 @@ def test_damaged_pixels_of_a_png_are_refused_whatever_its_metadata():
         HEAD + large + REST[:-30] + bytes([REST[-30] ^ 255]) + REST[-29:],
         HEAD + large + REST[: len(REST) // 2],
     ):
-        with pytest.raises(Broken):
+        with pytest.raises(BadImageError):
             decode(damaged, size=40)
 
 
@@ -161,7 +175,9 @@ def test_whole_files_are_left_alone():
     assert mend_png(PNG) == PNG
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\xff\xff", b"\xff\xd8" + b"\xff" * 99])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\xff\xff", b"\xff\xd8" + b"\xff" * 99]
+)
 def test_nothing_is_read_beyond_the_end(data):
     mend_jpeg(data)
     mend_png(b"\x89PNG\r\n\x1a\n" + data)

@@ -6,7 +6,7 @@ import torch
 from pictures import Noise
 from PIL import Image
 
-from sturdy.data.module import Batch, ImageData, folder_data
+from sturdy.data.datamodule import Batch, ImageData, folder_data
 
 
 class Steps:
@@ -30,7 +30,9 @@ def batches(data, n):
 
 def equal(xs, ys):
     return all(
-        torch.equal(x.image, y.image) and torch.equal(x.label, y.label) and np.array_equal(x.positions, y.positions)
+        torch.equal(x.image, y.image)
+        and torch.equal(x.label, y.label)
+        and np.array_equal(x.positions, y.positions)
         for x, y in zip(xs, ys, strict=True)
     )
 
@@ -50,7 +52,9 @@ def test_every_image_once_an_epoch_and_the_held_out_never(tmp_path):
     data = opened(tmp_path, source, batch_size=9, holdout=0.2)
     number = {source.decode(i).tobytes(): i for i in range(23)}
     held = [number[x.numpy().tobytes()] for batch in data.val_dataloader() for x in batch.image]
-    seen = [number[x.numpy().tobytes()] for batch in batches(data, 6) for x in batch.image]  # 54 = 3 epochs of 18
+    seen = [
+        number[x.numpy().tobytes()] for batch in batches(data, 6) for x in batch.image
+    ]  # 54 = 3 epochs of 18
     assert len(held) == len(set(held)) == 5
     epochs = [seen[18 * k : 18 * k + 18] for k in range(3)]
     assert all(sorted(epoch) == sorted(set(range(23)) - set(held)) for epoch in epochs)
@@ -64,7 +68,14 @@ def test_workers_and_the_step_of_entry_change_nothing(photos, tmp_path, crop):
     def stream(step, seed=0, **options):
         cache = tmp_path / "cache"
         data = folder_data(
-            root=photos, image_size=8, crop=crop, flip=True, batch_size=4, cache=cache, seed=seed, **options
+            root=photos,
+            image_size=8,
+            crop=crop,
+            flip=True,
+            batch_size=4,
+            cache=cache,
+            seed=seed,
+            **options,
         )
         data.trainer = Steps()
         data.load_state_dict({"step": 0, "position": 4 * step})
@@ -78,7 +89,9 @@ def test_workers_and_the_step_of_entry_change_nothing(photos, tmp_path, crop):
 
 
 def test_random_crops_and_flips_reach_everywhere_and_validation_is_central(photos, tmp_path):
-    data = folder_data(root=photos, image_size=8, crop="random", flip=True, holdout=0.5, cache=tmp_path / "cache")
+    data = folder_data(
+        root=photos, image_size=8, crop="random", flip=True, holdout=0.5, cache=tmp_path / "cache"
+    )
     data.trainer = Steps()
     data.open()
     image = torch.cat([batch.image for batch in batches(data, 10)])
@@ -88,7 +101,9 @@ def test_random_crops_and_flips_reach_everywhere_and_validation_is_central(photo
     assert set(left.tolist()) == set(range(33))
     assert 0.4 < flipped.float().mean() < 0.6
     for batch in data.val_dataloader():
-        assert torch.equal(batch.image[:, 1], torch.arange(16, 24).expand(len(batch.image), 8, 8).byte())
+        assert torch.equal(
+            batch.image[:, 1], torch.arange(16, 24).expand(len(batch.image), 8, 8).byte()
+        )
 
 
 def test_pixels_are_from_minus_one_to_one():

@@ -1,4 +1,6 @@
-"""Progress as a user sees it: on a real terminal, in a file, and not at all for what takes no time."""
+"""Progress as a user sees it: on a real terminal, in a file, and not at all for what takes no
+time.
+"""
 
 import io
 import os

@@ -1,4 +1,6 @@
-"""Which images are held out by content: no image changes sides when others come, go, move or are renamed."""
+"""Which images are held out by content: no image changes sides when others come, go, move or are
+renamed.
+"""
 
 import hashlib
 import shutil
@@ -9,9 +11,9 @@ from pictures import Noise
 from PIL import Image
 from test_module import opened
 
-from sturdy.data.cars import Cars
-from sturdy.data.module import ImageData, folder_data
-from sturdy.data.order import Split
+from examples.cars.source import Cars
+from sturdy.data.datamodule import ImageData, folder_data
+from sturdy.data.split import Split
 
 WAYS = [{"holdout": 0.1}, {"holdout": 0.3}, *({"fold": k, "folds": 4} for k in (1, 2, 3, 4))]
 
@@ -32,9 +34,14 @@ def draw(path, k):
 
 def sides(root, split="content", **options):
     """Contents of the held-out files, and of the others."""
-    data = folder_data(root=str(root), cache=root.parent / "cache", split=split, **{"image_size": 8, **options})
+    data = folder_data(
+        root=str(root), cache=root.parent / "cache", split=split, **{"image_size": 8, **options}
+    )
     data.open()
-    files = [(root / data.cache.name(int(i))).read_bytes() for i in data.split(np.arange(len(data.cache)))]
+    files = [
+        (root / data.cache.name(int(i))).read_bytes()
+        for i in data.split(np.arange(len(data.cache)))
+    ]
     return set(files[: data.held_out]), set(files[data.held_out :])
 
 
@@ -68,7 +75,9 @@ def duplicate(root):
         shutil.copy(path, path.parent / f"copy of {path.name}")
 
 
-@pytest.mark.parametrize("happens", [grow, shrink, rename, move, duplicate], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "happens", [grow, shrink, rename, move, duplicate], ids=lambda f: f.__name__
+)
 def test_no_image_changes_sides_whatever_becomes_of_the_folder(photos, happens):
     before = [sides(photos, **way) for way in WAYS]
     by_count = [sides(photos, "count", **way) for way in WAYS]
@@ -76,17 +85,26 @@ def test_no_image_changes_sides_whatever_becomes_of_the_folder(photos, happens):
     after = [sides(photos, **way) for way in WAYS]
     assert [crossed(a, b) for a, b in zip(before, after, strict=True)] == [0] * len(WAYS)
     assert all(held and rest and not held & rest for held, rest in after)
-    by_count = [crossed(a, sides(photos, "count", **way)) for a, way in zip(by_count, WAYS, strict=True)]
+    by_count = [
+        crossed(a, sides(photos, "count", **way)) for a, way in zip(by_count, WAYS, strict=True)
+    ]
     assert all(by_count)  # the control
 
 
 def test_neither_the_size_nor_the_crop_nor_the_classes_move_an_image(photos):
     expected = sides(photos)
-    for options in ({"image_size": 5}, {"crop": "random"}, {"labels": False}, {"seed": 3, "balance": 1.0}):
+    for options in (
+        {"image_size": 5},
+        {"crop": "random"},
+        {"labels": False},
+        {"seed": 3, "balance": 1.0},
+    ):
         assert sides(photos, **options) == expected
     held = []
     for n, size in ((60, 8), (60, 9), (90, 8)):
-        cars = ImageData(Cars(n=n, size=size), image_size=size, cache=photos.parent / "cache", split="content")
+        cars = ImageData(
+            Cars(n=n, size=size), image_size=size, cache=photos.parent / "cache", split="content"
+        )
         cars.open()
         held.append({cars.cache.name(int(i)) for i in cars.split(np.arange(cars.held_out))})
     assert held[0] == held[1] == {name for name in held[2] if name < "car-00000060"}
@@ -107,7 +125,9 @@ def test_shares_are_near_what_was_asked_at_a_million_images():
         held = len(Split.content_share(contents, share).held_out)
         assert abs(held - n * share) < 5 * (n * share * (1 - share)) ** 0.5
     parts = [Split.content_fold(contents, k, 7) for k in range(1, 8)]
-    assert [part.held_out.stop for part in parts[:-1]] == [part.held_out.start for part in parts[1:]]
+    assert [part.held_out.stop for part in parts[:-1]] == [
+        part.held_out.start for part in parts[1:]
+    ]
     assert sum(len(part.held_out) for part in parts) == n
     assert np.array_equal(np.sort(parts[3](np.arange(n))), np.arange(n))
 
@@ -130,7 +150,9 @@ def test_at_least_one_is_held_out_and_one_is_not_and_copies_stay_together():
     ):
         split = Split.content_share(np.array(contents, dtype=np.uint64), share)
         assert split(np.arange(len(split.held_out))).tolist() == held
-    with pytest.raises(ValueError, match=r"data\.fold=2 of data\.folds=2 would hold out 0 of 2.*data\.split=count"):
+    with pytest.raises(
+        ValueError, match=r"data\.fold=2 of data\.folds=2 would hold out 0 of 2.*data\.split=count"
+    ):
         Split.content_fold(np.array([low, low], dtype=np.uint64), 2, 2)
     with pytest.raises(ValueError, match="would hold out 2 of 2"):
         Split.content_fold(np.array([low, low], dtype=np.uint64), 1, 2)
@@ -140,7 +162,9 @@ def test_growing_a_tiny_set_never_holds_out_what_was_trained_on():
     rng = np.random.default_rng(0)
     for _ in range(300):
         contents = rng.integers(0, 2**64, 40, dtype=np.uint64)
-        contents[0] = 2**63  # never to be held out: if all were to be, one would have to be trained on all the same
+        contents[0] = (
+            2**63
+        )  # never to be held out: if all were to be, one would have to be trained on all the same
         trained = set()
         for n in range(2, 40):
             split = Split.content_share(contents[:n], 0.1)
@@ -156,8 +180,17 @@ def test_by_count_is_what_it_always_was():
     assert (second.held_out, second(np.arange(3)).tolist()) == (range(2, 4), [0, 4, 7])
     digest = hashlib.sha256()
     for n in (2, 3, 30, 1000, 4097):
-        for split in (Split.share(n, 0.1), Split.share(n, 0.5), Split.fold(n, 1, 2), Split.fold(n, 2, 2)):
-            digest.update(repr((split.held_out.start, split.held_out.stop, split(np.arange(n)).tolist())).encode())
+        for split in (
+            Split.share(n, 0.1),
+            Split.share(n, 0.5),
+            Split.fold(n, 1, 2),
+            Split.fold(n, 2, 2),
+        ):
+            digest.update(
+                repr(
+                    (split.held_out.start, split.held_out.stop, split(np.arange(n)).tolist())
+                ).encode()
+            )
     assert digest.hexdigest() == "be88ab9420ea20828c7a709bf78ad7ba25b28f47ca7bf6ae64a5fb7b3bc67736"
 
 
@@ -174,7 +207,10 @@ def test_the_digest_of_a_run_tells_what_its_split_depends_on(photos):
     """The same pixels in other bytes may be held out where they were not."""
 
     def digests():
-        found = [folder_data(root=str(photos), image_size=8, cache=photos.parent / "c", split=s) for s in WORDS]
+        found = [
+            folder_data(root=str(photos), image_size=8, cache=photos.parent / "c", split=s)
+            for s in WORDS
+        ]
         for data in found:
             data.open()
         return [data.digest for data in found]

@@ -1,4 +1,6 @@
-"""What a folder is taken for, what is left out of it, and what the user is asked about, in words."""
+"""What a folder is taken for, what is left out of it, and what the user is asked about, in
+words.
+"""
 
 import json
 import os
@@ -12,9 +14,9 @@ from PIL import Image
 from runs import COMMON, train
 from sturdy.data.build import seal
 from sturdy.data.cache import open_cache
+from sturdy.data.datamodule import folder_data
 from sturdy.data.folder import Folder
 from sturdy.data.layout import summary, words
-from sturdy.data.module import folder_data
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 6, 6, 3), dtype=np.uint8)
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]
@@ -23,7 +25,9 @@ SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.
 def put(folder, n, start=0, suffix="png", size=16):
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(start, start + n):
-        Image.fromarray(NOISE[k]).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{k:03d}.{suffix}")
+        Image.fromarray(NOISE[k]).resize((size, size), Image.Resampling.BICUBIC).save(
+            folder / f"{k:03d}.{suffix}"
+        )
 
 
 def put_bytes(path, content=b"nothing"):
@@ -62,7 +66,10 @@ def test_one_folder_of_folders_is_pointed_out(tmp_path):
     put(tmp_path / "photos/cat", 3)
     put(tmp_path / "photos/dog", 2)
     (line,) = Folder(root=tmp_path).understood()
-    assert line == f"{tmp_path}: 5 images, no classes; data.root={tmp_path}/photos would make 2 classes"
+    assert (
+        line
+        == f"{tmp_path}: 5 images, no classes; data.root={tmp_path}/photos would make 2 classes"
+    )
     assert Folder(root=tmp_path / "photos").classes == ("cat", "dog")
 
 
@@ -75,11 +82,21 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
         put_bytes(tmp_path / f"IMG_{k}.HEIC")
     for k in range(5):
         put_bytes(tmp_path / f"{k:032x}", (tmp_path / "000.png").read_bytes())
-    for name in ("a.npy", "b.tar", ".DS_Store", "._000.png", "sub/.hidden/1.png", "README", "metadata.jsonl"):
+    for name in (
+        "a.npy",
+        "b.tar",
+        ".DS_Store",
+        "._000.png",
+        "sub/.hidden/1.png",
+        "README",
+        "metadata.jsonl",
+    ):
         put_bytes(tmp_path / name)
     for k in range(4):
         put_bytes(tmp_path / f"{k:03d}.txt")
-    monkeypatch.setattr("sturdy.data.listing.SUFFIXES", frozenset({b".png"}))  # whatever is installed here
+    monkeypatch.setattr(
+        "sturdy.data.listing.SUFFIXES", frozenset({b".png"})
+    )  # whatever is installed here
     first, left_out, unused = Folder(root=tmp_path).understood()
     assert first == f"{tmp_path}: 4 images, no classes"
     assert set(left_out.removeprefix("left out: ").split(", ")) == {
@@ -99,12 +116,25 @@ def test_any_suffix_looks_at_the_content(tmp_path):
         put_bytes(tmp_path / name, b"plain words" if name.endswith("txt") else image)
     os.mkfifo(tmp_path / "pipe")
     folder = Folder(root=tmp_path, any_suffix=True)
-    assert [folder.name(i) for i in range(len(folder))] == ["000.png", "001.png", "hashed", "photo.jpg_large"]
+    assert [folder.name(i) for i in range(len(folder))] == [
+        "000.png",
+        "001.png",
+        "hashed",
+        "photo.jpg_large",
+    ]
     assert all(folder.decode(i).shape == (3, 64, 64) for i in range(4))
     assert len(Folder(root=tmp_path)) == 2
 
 
-SYSTEM = ["@eaDir", "__MACOSX", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume Information", ".thumbnails"]
+SYSTEM = [
+    "@eaDir",
+    "__MACOSX",
+    "lost+found",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    ".thumbnails",
+]
 
 
 @pytest.mark.parametrize("name", SYSTEM)
@@ -117,7 +147,9 @@ def test_folders_of_the_system_are_no_classes(tmp_path, name):
     folder = Folder(root=tmp_path)
     assert (folder.classes, len(folder), folder.key) == (("cat", "dog"), 5, key)
     hidden = name.startswith(".")
-    assert folder.understood()[1:] == [f"left out: 2 {'hidden by a dot in front' if hidden else f'{name} folders'}"]
+    assert folder.understood()[1:] == [
+        f"left out: 2 {'hidden by a dot in front' if hidden else f'{name} folders'}"
+    ]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -133,7 +165,9 @@ def test_exclude(tmp_path):
     put(tmp_path / "dog", 2, start=3, suffix="gif")
     put(tmp_path / "thumbs", 1)
     folder = Folder(root=tmp_path, exclude=["thumbs/", "*/old", "*_none*"])
-    assert [folder.name(i) for i in range(len(folder))] == [f"cat/{k:03d}.png" for k in range(3)] + [
+    assert [folder.name(i) for i in range(len(folder))] == [
+        f"cat/{k:03d}.png" for k in range(3)
+    ] + [
         "dog/003.gif",
         "dog/004.gif",
     ]
@@ -193,12 +227,20 @@ def test_what_is_asked_about(tmp_path, layout, first):
     promised = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in said[1:]}
     for word in promised:
         if word.startswith("data.root=/"):
-            assert Folder(root=word.removeprefix("data.root=")).understood()[0].endswith(f": {promised[word]}")
-    assert Folder(root=tmp_path, labels=True).classes == tuple(sorted({name.split("/")[0] for name in layout}))
+            assert (
+                Folder(root=word.removeprefix("data.root="))
+                .understood()[0]
+                .endswith(f": {promised[word]}")
+            )
+    assert Folder(root=tmp_path, labels=True).classes == tuple(
+        sorted({name.split("/")[0] for name in layout})
+    )
     assert Folder(root=tmp_path, labels=False).classes == ()
 
 
-@pytest.mark.parametrize("layout", [["train"], ["images"], ["images/2024"], ["trainers", "tests"], ["car", "labelled"]])
+@pytest.mark.parametrize(
+    "layout", [["train"], ["images"], ["images/2024"], ["trainers", "tests"], ["car", "labelled"]]
+)
 def test_what_is_not_asked_about(tmp_path, layout):
     for k, name in enumerate(layout):
         put(tmp_path / name, 2, start=10 * k)
@@ -255,7 +297,10 @@ def test_roots_that_overlap_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("root", "message"),
     [
-        ("s3://bucket/photos", "data.root=s3://bucket/photos is not on this machine: download it, or mount it"),
+        (
+            "s3://bucket/photos",
+            "data.root=s3://bucket/photos is not on this machine: download it, or mount it",
+        ),
         ([], "data.root is empty"),
         (None, "data.root=None is not the name of a folder"),
         (True, "data.root=True is not the name of a folder"),
@@ -284,7 +329,9 @@ def test_a_number_may_be_the_name_of_a_folder(tmp_path, monkeypatch):
 def remarks(tmp_path, **options):
     folder = Folder(root=tmp_path / "photos", **{"size": 16, **options})
     cache = open_cache(folder, root=tmp_path / "cache")
-    assert open_cache(folder, root=tmp_path / "cache").remarks == cache.remarks  # said again from the manifest
+    assert (
+        open_cache(folder, root=tmp_path / "cache").remarks == cache.remarks
+    )  # said again from the manifest
     return cache, cache.remarks
 
 
@@ -297,11 +344,17 @@ def test_copies_are_told_across_files_and_classes(tmp_path):
     put(tmp_path / "photos/cat", 5)
     put(tmp_path / "photos/dog", 3, start=10)
     for k in range(4):
-        put_bytes(tmp_path / f"photos/dog/copy {k}.png", (tmp_path / f"photos/cat/{k:03d}.png").read_bytes())
-    Image.open(tmp_path / "photos/dog/010.png").save(tmp_path / "photos/dog/another.bmp")  # equal pixels, other bytes
+        put_bytes(
+            tmp_path / f"photos/dog/copy {k}.png",
+            (tmp_path / f"photos/cat/{k:03d}.png").read_bytes(),
+        )
+    Image.open(tmp_path / "photos/dog/010.png").save(
+        tmp_path / "photos/dog/another.bmp"
+    )  # equal pixels, other bytes
     cache, lines = remarks(tmp_path)
     assert lines == [
-        "exact copies: 5 of 13 images (dog/another.bmp = dog/010.png, dog/copy 0.png = cat/000.png, "
+        "exact copies: 5 of 13 images (dog/another.bmp = dog/010.png, dog/copy 0.png = "
+        "cat/000.png, "
         "dog/copy 1.png = cat/001.png, ...); 4 of them are in another class"
     ]
     assert len(cache) == 13  # nothing is taken away
@@ -312,14 +365,17 @@ def test_small_images_are_told_and_can_be_left_out(tmp_path):
     put(tmp_path / "photos", 2, start=10, size=12)
     cache, lines = remarks(tmp_path)
     assert lines == [
-        "smaller than data.image_size, scaled up: 2 of 5 images (010.png, 011.png); data.min_side=16 leaves them out"
+        "smaller than data.image_size, scaled up: 2 of 5 images (010.png, 011.png); "
+        "data.min_side=16 leaves them out"
     ]
     cache, lines = remarks(tmp_path, min_side=16)
     assert lines == ["smaller than data.min_side, left out: 2 of 5 images (010.png, 011.png)"]
     assert (len(cache), cache.quarantine, cache.report()) == (3, [], "")  # they are not broken
     assert cache.small == ["010.png", "011.png"]
     assert "010.png\tsmaller than data.min_side" in (cache.path / "quarantine.txt").read_text()
-    with pytest.raises(ValueError, match=r"no image is left: 5 of 5 are smaller than data\.min_side"):
+    with pytest.raises(
+        ValueError, match=r"no image is left: 5 of 5 are smaller than data\.min_side"
+    ):
         remarks(tmp_path, min_side=41)
     assert "data.min_side=0" in refusal(root=tmp_path / "photos", min_side=0)
 
@@ -333,8 +389,10 @@ def test_images_of_one_colour_and_of_twelve_bits_are_told(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "photos/black.jpg")
     _, lines = remarks(tmp_path)
     assert lines == [
-        "nearly of one colour: 3 of 7 images (black.jpg, depth 0.png, depth 1.png); 2 of them have more than 8 bits "
-        "but use few of the values: multiply these in the files, by 16 where 12 bits are stored in 16"
+        "nearly of one colour: 3 of 7 images (black.jpg, depth 0.png, depth 1.png); 2 of them have "
+        "more than 8 bits "
+        "but use few of the values: multiply these in the files, by 16 where 12 bits are stored in "
+        "16"
     ]
 
 
@@ -349,7 +407,11 @@ def test_a_cache_without_remarks_opens(tmp_path):
     file.write_text(json.dumps({**manifest, "seal": seal(manifest)}))
     inode = (cache.path / "images.bin").stat().st_ino
     cache = open_cache(folder, root=tmp_path / "cache")
-    assert (cache.remarks, cache.small, (cache.path / "images.bin").stat().st_ino) == ([], [], inode)
+    assert (cache.remarks, cache.small, (cache.path / "images.bin").stat().st_ino) == (
+        [],
+        [],
+        inode,
+    )
 
 
 def test_a_number_of_broken_images_may_be_accepted(tmp_path):
@@ -359,7 +421,10 @@ def test_a_number_of_broken_images_may_be_accepted(tmp_path):
 
     def opened(max_broken):
         data = folder_data(
-            root=str(tmp_path / "photos"), image_size=16, cache=tmp_path / "cache", max_broken=max_broken
+            root=str(tmp_path / "photos"),
+            image_size=16,
+            cache=tmp_path / "cache",
+            max_broken=max_broken,
         )
         return len(data.open())
 
@@ -373,7 +438,9 @@ def test_a_number_of_broken_images_may_be_accepted(tmp_path):
 
 
 def test_a_start_says_what_was_understood(tmp_path):
-    base = [word for word in COMMON if not word.startswith(("data.source", "backbone."))] + SMALL_DIT
+    base = [
+        word for word in COMMON if not word.startswith(("data.source", "backbone."))
+    ] + SMALL_DIT
     for k, split in enumerate(("train", "test")):
         put(tmp_path / f"photos/{split}/cat", 10, start=40 * k)
         put(tmp_path / f"photos/{split}/dog", 10, start=40 * k + 20)

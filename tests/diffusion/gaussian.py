@@ -1,6 +1,8 @@
-"""Gaussian data and a mixture of two: ideal denoisers, ideal predictions and exact walks back, all in closed form.
+"""Gaussian data and a mixture of two: ideal denoisers, ideal predictions and exact walks back, all
+in closed form.
 
-Written from x_t ~ N(alpha mu, alpha^2 s^2 + sigma^2) alone, without the conversions that are under test.
+Written from x_t ~ N(alpha mu, alpha^2 s^2 + sigma^2) alone, without the conversions that are under
+test.
 """
 
 import torch
@@ -44,7 +46,12 @@ REFUSED = (
     | {(schedule, "velocity") for schedule in SCHEDULES if schedule not in STRAIGHT}
     | {("variance_exploding", target) for target in ("noise", "x0", "v")}
 )
-PAIRS = [(schedule, target) for schedule in SCHEDULES for target in TARGETS if (schedule, target) not in REFUSED]
+PAIRS = [
+    (schedule, target)
+    for schedule in SCHEDULES
+    for target in TARGETS
+    if (schedule, target) not in REFUSED
+]
 
 
 def derivatives(schedule, t):
@@ -55,7 +62,9 @@ def derivatives(schedule, t):
 
 
 def posterior_mean(x, alpha, sigma, mu=MU, s=S):
-    """E[x_0 | x_t]: in x_t / alpha and sigma / alpha the design's (s^2 x + sigma^2 mu) / (s^2 + sigma^2)."""
+    """E[x_0 | x_t]: in x_t / alpha and sigma / alpha the design's (s^2 x + sigma^2 mu) / (s^2 +
+    sigma^2).
+    """
     return (alpha * s**2 * x + sigma**2 * mu) / (alpha**2 * s**2 + sigma**2)
 
 
@@ -65,7 +74,9 @@ def posterior_noise(x, alpha, sigma, mu=MU, s=S):
 
 
 def posterior_f(x, alpha, sigma):
-    """EDM's F, as the paper has it: of x = x_t / alpha at the noise level sigma / alpha, with c_skip and c_out."""
+    """EDM's F, as the paper has it: of x = x_t / alpha at the noise level sigma / alpha, with
+    c_skip and c_out.
+    """
     x, sigma = x / alpha, sigma / alpha
     c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
     c_out = sigma * SIGMA_DATA / (sigma**2 + SIGMA_DATA**2) ** 0.5
@@ -104,11 +115,15 @@ class Exact:
         self.schedule, self.mu, self.s = schedule, mu, s
 
     def __call__(self, x, t, label=None):
-        return posterior_mean(x, *(c[:, None, None, None] for c in self.schedule(t)), self.mu, self.s)
+        return posterior_mean(
+            x, *(c[:, None, None, None] for c in self.schedule(t)), self.mu, self.s
+        )
 
 
 def exact_walk(schedule, noise, mu=MU, s=S, start=1.0):
-    """Where the probability-flow ODE takes x = sigma(start) noise: the same number of standard deviations."""
+    """Where the probability-flow ODE takes x = sigma(start) noise: the same number of standard
+    deviations.
+    """
     alpha, sigma = (c.item() for c in schedule(torch.tensor([start], dtype=torch.float64)))
     return mu + s * (sigma * noise - alpha * mu) / (alpha**2 * s**2 + sigma**2) ** 0.5
 
@@ -133,7 +148,9 @@ class TwoPeaks:
     def cdf(self, x, alpha=1.0, sigma=0.0):
         """Of x_t."""
         spread = ((alpha * self.WIDTH) ** 2 + sigma**2) ** 0.5
-        return (self.WEIGHT * torch.special.ndtr((x[..., None] - alpha * self.CENTRE) / spread)).sum(-1)
+        return (
+            self.WEIGHT * torch.special.ndtr((x[..., None] - alpha * self.CENTRE) / spread)
+        ).sum(-1)
 
     def off(self, x, noise):
         """How far, in quantiles, each pixel is from where the exact walk takes its noise.

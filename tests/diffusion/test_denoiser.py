@@ -54,13 +54,17 @@ def test_without_classes_labels_are_ignored():
 
 @pytest.mark.parametrize("wrong", [4, -1, 1000])
 def test_a_label_out_of_range_is_named(denoiser, wrong):
-    with pytest.raises(ValueError, match=rf"label {wrong} is out of range: with num_classes=3 .* 0 to 2"):
+    with pytest.raises(
+        ValueError, match=rf"label {wrong} is out of range: with num_classes=3 .* 0 to 2"
+    ):
         denoiser(X, T, torch.tensor([0, wrong, 1, 2]))
     assert not denoiser.backbone.asked
 
 
 def test_labels_elsewhere_are_not_read_back(denoiser):
-    """A meta tensor, like one on a GPU, is not to be looked into; it has no values, so a look would raise."""
+    """A meta tensor, like one on a GPU, is not to be looked into; it has no values, so a look would
+    raise.
+    """
     x, t, label = (z.to("meta") for z in (X, T, LABEL))
     assert denoiser.to("meta").predict(x, t, label).shape == X.shape
     with pytest.raises(RuntimeError):
@@ -111,7 +115,9 @@ def test_a_backbone_is_handed_x_and_t_themselves():
 
 @pytest.mark.parametrize("t", [0.0, 2.0**-24, 0.3, 1.0])
 def test_a_preconditioned_backbone_is_handed_unit_variance_and_a_finite_noise_level(t):
-    """With s = 0.5: x of variance s^2 + sigma^2 over its size, and log(sigma) / 4; and D is c_skip x."""
+    """With s = 0.5: x of variance s^2 + sigma^2 over its size, and log(sigma) / 4; and D is c_skip
+    x.
+    """
     schedule, t = VarianceExploding(), torch.full((4,), t)
     sigma = schedule(t)[1][0].item()
     denoiser = Denoiser(Listening(), schedule, Preconditioned(sigma_data=0.5))

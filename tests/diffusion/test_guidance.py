@@ -14,7 +14,9 @@ NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0), d
 
 
 class Tinted(nn.Module):
-    """A backbone whose answer is its label's colour; it notes how many pictures it was asked about."""
+    """A backbone whose answer is its label's colour; it notes how many pictures it was asked
+    about.
+    """
 
     def __init__(self, num_classes):
         super().__init__()
@@ -114,11 +116,15 @@ def test_rescale_equals_diffusers(denoiser):
 
 def test_guidance_without_classes_is_refused_but_by_a_guide():
     denoiser = Denoiser(Tinted(0), Cosine(), V())
-    with pytest.raises(ValueError, match=r"scale=2 needs labels, but num_classes=0; set scale=1 or a guide"):
+    with pytest.raises(
+        ValueError, match=r"scale=2 needs labels, but num_classes=0; set scale=1 or a guide"
+    ):
         Guided(denoiser, 2)
     assert torch.equal(Guided(denoiser, 1)(X, T), denoiser(X, T))
     guide = Denoiser(Tinted(0), Cosine(), X0())
-    assert torch.allclose(Guided(denoiser, 2, guide=guide)(X, T), 2 * denoiser(X, T) - guide(X, T), atol=1e-5)
+    assert torch.allclose(
+        Guided(denoiser, 2, guide=guide)(X, T), 2 * denoiser(X, T) - guide(X, T), atol=1e-5
+    )
 
 
 def test_a_guide_that_means_something_else_is_refused(denoiser):
@@ -155,7 +161,10 @@ class Shifted(nn.Module):
 
 
 def drawn(scale, **options):
-    denoiser, label = Denoiser(Shifted(), SCHEDULES["cosine"], X0(), num_classes=2), torch.arange(16) % 2
+    denoiser, label = (
+        Denoiser(Shifted(), SCHEDULES["cosine"], X0(), num_classes=2),
+        torch.arange(16) % 2,
+    )
     return sample(Heun(20, clip=False), Guided(denoiser, scale, **options), NOISE, label), label
 
 

@@ -1,4 +1,6 @@
-"""The objective: its floor on Gaussian data, its weights, and that a sample depends on its position alone."""
+"""The objective: its floor on Gaussian data, its weights, and that a sample depends on its position
+alone.
+"""
 
 import math
 
@@ -7,6 +9,7 @@ import torch
 from gaussian import PAIRS, SCHEDULES, TARGETS, posterior_mean, posterior_noise
 from torch import nn
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion import (
     X0,
     Constant,
@@ -26,7 +29,6 @@ from sturdy.diffusion import (
     VarianceExploding,
     Velocity,
 )
-from sturdy.randomness import Draws
 
 PICTURES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 LABEL = torch.arange(8) % 4
@@ -85,7 +87,9 @@ def test_flow_matching_reaches_its_floor_and_no_wrong_answer_does(t, floor):
         return Objective(time=At(t))(denoiser, x0, None, draws).mean().item()
 
     assert loss(1.0) == pytest.approx(floor, rel=0.02)
-    if t != 0.1:  # where noise and data are equally hard to tell, u is 0 on average: no factor changes it
+    if (
+        t != 0.1
+    ):  # where noise and data are equally hard to tell, u is 0 on average: no factor changes it
         assert loss(1.3) > 1.02 * floor
 
 
@@ -117,18 +121,25 @@ def test_min_snr_closed_forms():
 
 
 def test_sigmoid_closed_forms():
-    """On a straight line l = 2 log((1 - t) / t), -dl/dt = 2 / (t (1 - t)), and the noise's error is (1 - t) u's."""
+    """On a straight line l = 2 log((1 - t) / t), -dl/dt = 2 / (t (1 - t)), and the noise's error is
+    (1 - t) u's.
+    """
     t = torch.linspace(0.001, 1, 1000, dtype=torch.float64)
     for bias in (-3.0, 0.0, 2.0):
         gate = torch.sigmoid(bias - 2 * (1 / t - 1).log())
         expected = gate * (1 - t) / t
-        assert torch.allclose(Sigmoid(bias=bias)(Velocity(), RectifiedFlow(), t), expected, rtol=1e-6)
-        assert torch.allclose(Sigmoid(bias=bias)(X0(), RectifiedFlow(), t), expected / t**2, rtol=1e-6)
+        assert torch.allclose(
+            Sigmoid(bias=bias)(Velocity(), RectifiedFlow(), t), expected, rtol=1e-6
+        )
+        assert torch.allclose(
+            Sigmoid(bias=bias)(X0(), RectifiedFlow(), t), expected / t**2, rtol=1e-6
+        )
     assert Sigmoid()(Velocity(), RectifiedFlow(), torch.tensor([2.0**-24, 1.0])).isfinite().all()
 
 
 def test_sigmoid_is_the_same_integral_under_every_schedule():
-    """Of an error of the noise that is a bell around l = bias, where the sigmoid averages 1/2: sqrt(8 pi) / 4.
+    """Of an error of the noise that is a bell around l = bias, where the sigmoid averages 1/2:
+    sqrt(8 pi) / 4.
 
     The control is MinSNR, whose integral depends on the schedule."""
 
@@ -136,17 +147,25 @@ def test_sigmoid_is_the_same_integral_under_every_schedule():
         t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
         alpha, sigma = schedule(t)
         level = 2 * (alpha / sigma).log()
-        error = torch.exp(-((level - 1) ** 2) / 8)  # nothing at both ends, which not all schedules reach
+        error = torch.exp(
+            -((level - 1) ** 2) / 8
+        )  # nothing at both ends, which not all schedules reach
         return (weight(X0(), schedule, t) * (sigma / alpha).square() * error).mean().item()
 
     for schedule in SCHEDULES.values():
-        assert integral(Sigmoid(bias=1), schedule) == pytest.approx(math.sqrt(8 * math.pi) / 4, rel=2e-3)
-    assert integral(MinSNR(), SCHEDULES["rectified_flow"]) > 1.1 * integral(MinSNR(), SCHEDULES["linear"])
+        assert integral(Sigmoid(bias=1), schedule) == pytest.approx(
+            math.sqrt(8 * math.pi) / 4, rel=2e-3
+        )
+    assert integral(MinSNR(), SCHEDULES["rectified_flow"]) > 1.1 * integral(
+        MinSNR(), SCHEDULES["linear"]
+    )
 
 
 @pytest.mark.parametrize("weight", [MinSNR(), Constant()])
 def test_min_snr_weighs_the_error_of_x0_whatever_the_target(weight):
-    """min(s, 5) |D - x_0|^2 in every space; the control, a constant weight, must differ between targets."""
+    """min(s, 5) |D - x_0|^2 in every space; the control, a constant weight, must differ between
+    targets.
+    """
 
     def losses(target):
         class Same(nn.Module):
@@ -203,7 +222,9 @@ class Silent(nn.Module):
 @pytest.mark.parametrize("schedule", ["variance_exploding", "linear", "cosine", "shifted_cosine"])
 @pytest.mark.parametrize("t", [2.0**-24, 0.01, 0.2, 0.5, 0.8, 1.0])
 def test_a_silent_edm_network_has_loss_1_at_every_noise_level(schedule, t):
-    """On N(0, sigma_data^2); 98,304 pixels put the standard error below 0.5 %. The control is other data."""
+    """On N(0, sigma_data^2); 98,304 pixels put the standard error below 0.5 %. The control is other
+    data.
+    """
     data = torch.randn(32, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     denoiser = Denoiser(Silent(), SCHEDULES[schedule], Preconditioned(sigma_data=0.4))
 
@@ -253,7 +274,11 @@ def test_time_is_never_zero_and_the_loss_is_finite_at_both_ends(schedule, target
     assert (t > 0).all()
     assert (t <= 1).all()
     denoiser = small(SCHEDULES[schedule], TARGETS[target])
-    assert Objective(time=time, weight=weight)(denoiser, PICTURES[:2], LABEL[:2], draws).isfinite().all()
+    assert (
+        Objective(time=time, weight=weight)(denoiser, PICTURES[:2], LABEL[:2], draws)
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
@@ -271,7 +296,9 @@ def test_which_label_drops_depends_on_the_position_alone():
     def dropped(positions, label):
         denoiser = small()
         images = torch.zeros(len(positions), 3, 4, 4)
-        Objective(label_drop=0.5)(denoiser, images, torch.full((len(positions),), label), Draws(3, positions))
+        Objective(label_drop=0.5)(
+            denoiser, images, torch.full((len(positions),), label), Draws(3, positions)
+        )
         return dict(zip(positions, (denoiser.backbone.labels[0] == 4).tolist(), strict=True))
 
     whole = dropped(range(40), 0)
@@ -290,7 +317,9 @@ def test_a_sample_does_not_see_its_batch():
     halves = torch.cat([losses([0, 1, 2, 3]), losses([4, 5, 6, 7])])
     assert torch.allclose(whole, halves, rtol=1e-5)
     assert torch.allclose(whole.flip(0), losses([*reversed(range(8))]), rtol=1e-5)
-    assert not torch.allclose(whole, objective(denoiser, PICTURES, LABEL, Draws(0, range(8, 16))), rtol=1e-2)
+    assert not torch.allclose(
+        whole, objective(denoiser, PICTURES, LABEL, Draws(0, range(8, 16))), rtol=1e-2
+    )
 
 
 def test_global_random_state_is_neither_read_nor_moved():

@@ -1,4 +1,6 @@
-"""Samplers against closed forms (a Gaussian, a mixture) and against a second library, step by step."""
+"""Samplers against closed forms (a Gaussian, a mixture) and against a second library, step by
+step.
+"""
 
 import math
 from itertools import pairwise, product
@@ -8,6 +10,7 @@ import torch
 from gaussian import PAIRS, SCHEDULES, TARGETS, Exact, Ideal, TwoPeaks, exact_walk
 from torch import nn
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion import (
     DDIM,
     DDPM,
@@ -24,11 +27,18 @@ from sturdy.diffusion import (
     VarianceExploding,
     sample,
 )
-from sturdy.randomness import Draws
 
 NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 DRAWS = Draws("test", range(16))
-SAMPLERS = {"DDPM": DDPM, "DDIM": DDIM, "Euler": Euler, "Heun": Heun, "2M": DPMSolver, "UniPC": UniPC, "Churn": Churn}
+SAMPLERS = {
+    "DDPM": DDPM,
+    "DDIM": DDIM,
+    "Euler": Euler,
+    "Heun": Heun,
+    "2M": DPMSolver,
+    "UniPC": UniPC,
+    "Churn": Churn,
+}
 
 
 def ideal(schedule, target="x0"):
@@ -62,7 +72,9 @@ def test_heun_in_sigma_on_variance_exploding():
     sigmas = [(high + i / 9 * (low - high)) ** 7 for i in range(10)] + [0.0]
 
     def d(x, sigma):
-        return (x - denoiser(x, VarianceExploding().time(torch.full((16,), sigma, dtype=torch.float64)))) / sigma
+        return (
+            x - denoiser(x, VarianceExploding().time(torch.full((16,), sigma, dtype=torch.float64)))
+        ) / sigma
 
     x = 80 * NOISE
     for sigma, after in pairwise(sigmas):
@@ -100,7 +112,9 @@ def test_a_walk_that_starts_later_is_the_exact_one_from_there(schedule, sampler)
 
 @pytest.mark.parametrize("s", [0.1, 1.0, 4.0, 16.0])
 def test_twenty_calls_that_keep_every_variance(s):
-    """Even times do not, as many calls: what varies most comes out too even, and what varies least too."""
+    """Even times do not, as many calls: what varies most comes out too even, and what varies least
+    too.
+    """
 
     def kept(sampler):
         return (last(sampler, Exact(SCHEDULES["rectified_flow"], 0.0, s)) / NOISE).mean().item() / s
@@ -118,7 +132,9 @@ def test_start_is_a_time():
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
     """Ho et al. 2020, eqs. 6 and 7, from the betas; from the same states, step by step."""
-    alpha_bar = torch.cat([torch.ones(1), schedule(torch.arange(1, 1001).double() / 1000)[0].square()])
+    alpha_bar = torch.cat(
+        [torch.ones(1), schedule(torch.arange(1, 1001).double() / 1000)[0].square()]
+    )
     noise, draws = NOISE[:2, :, :4, :4], Draws(0, range(2))
 
     class Half(nn.Module):
@@ -126,10 +142,15 @@ def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
             return x / 2
 
     x = schedule(torch.ones(1, dtype=torch.float64))[1] * noise
-    for i, step in enumerate(DDPM(clip=False)(Denoiser(Half(), schedule, X0()), noise, None, draws)):
+    for i, step in enumerate(
+        DDPM(clip=False)(Denoiser(Half(), schedule, X0()), noise, None, draws)
+    ):
         bar, bar_before = alpha_bar[1000 - i].item(), alpha_bar[999 - i].item()
         beta = 1 - bar / bar_before
-        mean = math.sqrt(bar_before) * beta / (1 - bar) * x / 2 + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
+        mean = (
+            math.sqrt(bar_before) * beta / (1 - bar) * x / 2
+            + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
+        )
         variance = (1 - bar_before) / (1 - bar) * beta
         x = mean + math.sqrt(variance) * draws.normal(f"step {i}", (1, 4, 4)).double()
         assert torch.allclose(step.x, x, rtol=1e-9, atol=1e-12)
@@ -172,7 +193,12 @@ def test_ddim_steps_equal_diffusers(schedule, target, eta, clip):
         t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
         fresh = draws.normal(f"step {i}", (1, 16, 16)).double() if eta else None
         out = theirs.step(
-            denoiser.predict(x, t), index, x, eta=eta, use_clipped_model_output=clip, variance_noise=fresh
+            denoiser.predict(x, t),
+            index,
+            x,
+            eta=eta,
+            use_clipped_model_output=clip,
+            variance_noise=fresh,
         )
         assert torch.allclose(step.x0, out.pred_original_sample, rtol=1e-6, atol=1e-6)
         assert torch.allclose(step.x, out.prev_sample, rtol=1e-6, atol=1e-6)
@@ -204,25 +230,40 @@ def test_ddpm_steps_equal_diffusers(schedule, target):
     steps = DDPM(20)(denoiser, noise, None, Theirs(0, range(3)))
     for i, (index, step) in enumerate(zip(theirs.timesteps, steps, strict=True)):
         t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
-        out = theirs.step(denoiser.predict(x, t), index, x, generator=torch.Generator().manual_seed(i))
+        out = theirs.step(
+            denoiser.predict(x, t), index, x, generator=torch.Generator().manual_seed(i)
+        )
         assert torch.allclose(step.x, out.prev_sample, rtol=1e-6, atol=1e-6)
         x = step.x
 
 
-@pytest.mark.parametrize("sampler", [DDPM(250, clip=False), DPMSolver(40, eta=1, clip=False), Churn(40, clip=False)])
+@pytest.mark.parametrize(
+    "sampler", [DDPM(250, clip=False), DPMSolver(40, eta=1, clip=False), Churn(40, clip=False)]
+)
 @pytest.mark.parametrize("schedule", ["rectified_flow", "linear", "variance_exploding"])
 def test_random_walks_end_in_the_mixture(schedule, sampler):
     peaks = TwoPeaks(SCHEDULES[schedule])
     x = last(sampler, peaks, draws=DRAWS)
     quantiles = peaks.cdf(x).flatten().sort().values
     uniform = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-    assert (quantiles - uniform).abs().max().item() < 0.035  # Kolmogorov-Smirnov; 0.1 % of true samples exceed 0.030
+    assert (
+        quantiles - uniform
+    ).abs().max().item() < 0.035  # Kolmogorov-Smirnov; 0.1 % of true samples exceed 0.030
     assert (x < 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
     assert x.mean().item() == pytest.approx(TwoPeaks.MEAN, abs=0.03)
     assert x.std().item() == pytest.approx(TwoPeaks.STD, abs=0.02)
 
 
-EVERY = [DDPM(10), DDIM(10), DDIM(10, eta=0.5), Euler(10), Heun(10), DPMSolver(10), DPMSolver(10, eta=1), UniPC(10)]
+EVERY = [
+    DDPM(10),
+    DDIM(10),
+    DDIM(10, eta=0.5),
+    Euler(10),
+    Heun(10),
+    DPMSolver(10),
+    DPMSolver(10, eta=1),
+    UniPC(10),
+]
 EVERY += [Churn(10), UniPC(10, order=3)]
 
 
@@ -232,7 +273,10 @@ def test_image_k_is_image_k_at_any_batch_size(schedule, target, sampler):
     denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
     noise = Draws(5, range(8)).normal("start", (1, 4, 4))
     whole = sample(sampler, denoiser, noise, draws=Draws(5, range(8)))
-    halves = [sample(sampler, denoiser, noise[k], draws=Draws(5, range(8)[k])) for k in (slice(4), slice(4, 8))]
+    halves = [
+        sample(sampler, denoiser, noise[k], draws=Draws(5, range(8)[k]))
+        for k in (slice(4), slice(4, 8))
+    ]
     assert torch.allclose(whole, torch.cat(halves), atol=1e-4)
     assert whole.dtype == torch.float32
     assert whole.isfinite().all()
@@ -245,7 +289,9 @@ def test_steps_lead_to_the_picture(sampler):
     assert len(steps) == 7
     assert [step.t for step in steps] == sorted((step.t for step in steps), reverse=True)
     assert steps[-1].t == 0
-    assert torch.allclose(steps[-1].x, steps[-1].x0, atol=1e-12)  # at t = 0 the state is the estimate
+    assert torch.allclose(
+        steps[-1].x, steps[-1].x0, atol=1e-12
+    )  # at t = 0 the state is the estimate
     assert all(step.x0.abs().max() <= 1 for step in steps)
 
 
@@ -281,7 +327,9 @@ def test_no_gradients_are_kept_and_callers_keep_theirs():
 @pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5, eta=0.5)])
 def test_random_samplers_ask_for_draws_before_they_walk(sampler):
     name = type(sampler).__name__
-    with pytest.raises(ValueError, match=f"{name} adds noise and needs draws for 16 samples, got none"):
+    with pytest.raises(
+        ValueError, match=f"{name} adds noise and needs draws for 16 samples, got none"
+    ):
         sampler(ideal("cosine"), NOISE)
     with pytest.raises(ValueError, match=r"got some for 1; hand in draws=Draws\(seed, positions\)"):
         sampler(ideal("cosine"), NOISE, None, Draws(0, [0]))

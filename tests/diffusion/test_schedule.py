@@ -1,4 +1,6 @@
-"""Schedules against published closed forms, a second library, and the traps of devices and dtypes."""
+"""Schedules against published closed forms, a second library, and the traps of devices and
+dtypes.
+"""
 
 import copy
 import math
@@ -8,7 +10,16 @@ import pytest
 import torch
 from gaussian import SCHEDULES, derivatives
 
-from sturdy.diffusion import Cosine, Discrete, Linear, RectifiedFlow, ScaledLinear, Schedule, Shifted, VarianceExploding
+from sturdy.diffusion import (
+    Cosine,
+    Discrete,
+    Linear,
+    RectifiedFlow,
+    ScaledLinear,
+    Schedule,
+    Shifted,
+    VarianceExploding,
+)
 
 KNOTS = torch.arange(1, 1001, dtype=torch.float64) / 1000
 
@@ -32,14 +43,19 @@ def test_knots_are_the_products_of_the_betas():
     for i in range(1000):
         product *= 1 - (1e-4 + i / 999 * (0.02 - 1e-4))
         expected.append(product)
-    assert torch.allclose(alpha_bar(Linear()), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0)
+    assert torch.allclose(
+        alpha_bar(Linear()), torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=0
+    )
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         (Linear(), {"beta_schedule": "linear"}),
-        (ScaledLinear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+        (
+            ScaledLinear(),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
         (Cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
     ],
 )
@@ -49,7 +65,9 @@ def test_knots_equal_diffusers(ours, theirs):
     assert torch.allclose(alpha_bar(ours), table, rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize(("schedule", "last"), [(Linear(), 129), (ScaledLinear(), 146), (Cosine(), 260)])
+@pytest.mark.parametrize(
+    ("schedule", "last"), [(Linear(), 129), (ScaledLinear(), 146), (Cosine(), 260)]
+)
 def test_last_index_with_snr_above_5(schedule, last):
     alpha, sigma = schedule(KNOTS)
     assert ((alpha / sigma).square() > 5).nonzero().max().item() == last
@@ -57,14 +75,18 @@ def test_last_index_with_snr_above_5(schedule, last):
 
 def test_log_alpha_bar_is_linear_between_knots():
     schedule = Linear()
-    left, middle, right = (alpha_bar(schedule, KNOTS[:-1] + shift).log() for shift in (0, 0.0005, 0.001))
+    left, middle, right = (
+        alpha_bar(schedule, KNOTS[:-1] + shift).log() for shift in (0, 0.0005, 0.001)
+    )
     assert torch.allclose(middle, (left + right) / 2, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "shifted_cosine"])
 def test_variance_is_preserved(name):
     alpha, sigma = SCHEDULES[name](torch.linspace(0, 1, 777, dtype=torch.float64))
-    assert torch.allclose(alpha.square() + sigma.square(), torch.ones(777, dtype=torch.float64), atol=1e-14)
+    assert torch.allclose(
+        alpha.square() + sigma.square(), torch.ones(777, dtype=torch.float64), atol=1e-14
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -126,7 +148,9 @@ def test_variance_exploding_is_nearly_even_in_the_papers_steps():
 
 @pytest.mark.parametrize("factor", [0.5, 2, 4])
 def test_shift_of_the_papers(factor):
-    """Esser et al. 2024, eq. 23: t' = f t / (1 + (f - 1) t); Hoogeboom et al. 2023: log SNR - 2 log f."""
+    """Esser et al. 2024, eq. 23: t' = f t / (1 + (f - 1) t); Hoogeboom et al. 2023: log SNR - 2 log
+    f.
+    """
     t = torch.linspace(0.01, 1, 34, dtype=torch.float64)
     alpha, sigma = Shifted(RectifiedFlow(), image_size=32 * factor, base_size=32)(t)
     assert torch.allclose(sigma, factor * t / (1 + (factor - 1) * t))
@@ -154,10 +178,13 @@ def test_no_shift_at_the_base_size():
 
 def test_what_cannot_be_shifted_is_refused():
     with pytest.raises(
-        ValueError, match=r"for schedule=variance_exploding add log\(image_size / 32\) to objective.time"
+        ValueError,
+        match=r"for schedule=variance_exploding add log\(image_size / 32\) to objective.time",
     ):
         Shifted(VarianceExploding(), image_size=64)
-    with pytest.raises(ValueError, match=r"schedule.image_size=0 and schedule.base_size=32 must be above 0"):
+    with pytest.raises(
+        ValueError, match=r"schedule.image_size=0 and schedule.base_size=32 must be above 0"
+    ):
         Shifted(RectifiedFlow(), image_size=0)
 
 

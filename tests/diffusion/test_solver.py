@@ -1,4 +1,6 @@
-"""Solvers for few steps against a second library, step by step, and against the papers' algorithms."""
+"""Solvers for few steps against a second library, step by step, and against the papers'
+algorithms.
+"""
 
 import math
 from itertools import product
@@ -8,6 +10,7 @@ import torch
 from gaussian import SCHEDULES, TARGETS, Exact, TwoPeaks, exact_walk
 from torch import nn
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion import (
     Churn,
     Denoiser,
@@ -19,11 +22,12 @@ from sturdy.diffusion import (
     UniPC,
     VarianceExploding,
 )
-from sturdy.randomness import Draws
 
 NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 DRAWS = Draws("test", range(16))
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # in diffusers
 
 
 class Waves(nn.Module):
@@ -47,9 +51,21 @@ SOLVERS = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++"},
     ),
-    "UniPC-1": (lambda n: UniPC(n, order=1, power=1, clip=False), "UniPCMultistepScheduler", {"solver_order": 1}),
-    "UniPC-2": (lambda n: UniPC(n, order=2, power=1, clip=False), "UniPCMultistepScheduler", {"solver_order": 2}),
-    "UniPC-3": (lambda n: UniPC(n, order=3, power=1, clip=False), "UniPCMultistepScheduler", {"solver_order": 3}),
+    "UniPC-1": (
+        lambda n: UniPC(n, order=1, power=1, clip=False),
+        "UniPCMultistepScheduler",
+        {"solver_order": 1},
+    ),
+    "UniPC-2": (
+        lambda n: UniPC(n, order=2, power=1, clip=False),
+        "UniPCMultistepScheduler",
+        {"solver_order": 2},
+    ),
+    "UniPC-3": (
+        lambda n: UniPC(n, order=3, power=1, clip=False),
+        "UniPCMultistepScheduler",
+        {"solver_order": 3},
+    ),
 }
 
 
@@ -73,9 +89,15 @@ def test_steps_equal_diffusers(schedule, target, name, n):
     denoiser = Denoiser(Waves(), SCHEDULES[schedule], TARGETS[target])
     noise, draws = NOISE[:3], Draws(0, range(3))
     x = SCHEDULES[schedule](torch.ones(1, dtype=torch.float64))[1] * noise
-    for i, (index, step) in enumerate(zip(theirs.timesteps, ours(n)(denoiser, noise, None, draws), strict=True)):
+    for i, (index, step) in enumerate(
+        zip(theirs.timesteps, ours(n)(denoiser, noise, None, draws), strict=True)
+    ):
         t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
-        fresh = {"variance_noise": draws.normal(f"step {i}", (1, 16, 16)).double()} if name == "2M SDE" else {}
+        fresh = (
+            {"variance_noise": draws.normal(f"step {i}", (1, 16, 16)).double()}
+            if name == "2M SDE"
+            else {}
+        )
         x = theirs.step(denoiser.predict(x, t), index, x, **fresh).prev_sample.double()
         scale = step.x.abs().max().item()  # up to 1e4 where a wild eps meets alpha = 5e-5
         assert torch.allclose(step.x, x, rtol=1e-3, atol=3e-4 * max(scale, 1)), i
@@ -116,7 +138,9 @@ def test_edm_equals_diffusers(name):
 
 
 def test_churn_is_the_papers_algorithm_2():
-    """Karras et al. 2022, alg. 2, written down in sigma; S_churn 12 in 20 steps, so gamma = 0.41 is the limit's."""
+    """Karras et al. 2022, alg. 2, written down in sigma; S_churn 12 in 20 steps, so gamma = 0.41 is
+    the limit's.
+    """
     denoiser = Denoiser(Waves(), VarianceExploding(), Preconditioned())
 
     def d(x, sigma):
@@ -144,7 +168,9 @@ def test_churn_is_the_papers_algorithm_2():
 def test_without_noise_random_samplers_are_their_deterministic_selves(schedule):
     churn, heun = Churn(15, churn=0), Heun(15, spacing="karras")
     assert torch.equal(last(churn, Exact(schedule)), last(heun, Exact(schedule)))
-    assert not torch.allclose(last(Churn(15), Exact(schedule), draws=DRAWS), last(heun, Exact(schedule)), atol=0.05)
+    assert not torch.allclose(
+        last(Churn(15), Exact(schedule), draws=DRAWS), last(heun, Exact(schedule)), atol=0.05
+    )
 
 
 def test_the_first_step_and_the_last_are_of_order_one():
@@ -159,7 +185,9 @@ def test_the_first_step_and_the_last_are_of_order_one():
 
 @pytest.mark.parametrize("n", [10, 15])
 def test_few_steps_are_enough(n):
-    """On the mixture, the mean quantile is off by less than 0.75 of Heun's at as many calls, and 0.4 of Euler's."""
+    """On the mixture, the mean quantile is off by less than 0.75 of Heun's at as many calls, and
+    0.4 of Euler's.
+    """
     peaks = TwoPeaks(RectifiedFlow())
 
     def off(sampler):
@@ -173,7 +201,9 @@ def test_few_steps_are_enough(n):
 
 def test_draws_are_asked_for_only_where_noise_is_added():
     for sampler in (DPMSolver(5, eta=1), DPMSolver(5, eta=0.3), Churn(5)):
-        with pytest.raises(ValueError, match=f"{type(sampler).__name__} adds noise and needs draws for 16 samples"):
+        with pytest.raises(
+            ValueError, match=f"{type(sampler).__name__} adds noise and needs draws for 16 samples"
+        ):
             sampler(Exact(RectifiedFlow()), NOISE)
     for sampler in (DPMSolver(5), UniPC(5), Churn(5, churn=0)):
         expected = exact_walk(RectifiedFlow(), NOISE)

@@ -7,7 +7,7 @@ import torch
 from gaussian import SCHEDULES
 
 from sturdy.diffusion import Cosine, Euler, Heun, VarianceExploding
-from sturdy.diffusion.editing import Early
+from sturdy.diffusion.editing import TruncatedSchedule
 from sturdy.diffusion.spacing import SPACINGS, karras, log_snr, time
 
 
@@ -30,7 +30,9 @@ def test_edm_steps_equal_diffusers(spacing, theirs, steps):
     expected = scheduler.sigmas.tolist()
     if theirs == "exponential" and steps == 1:
         expected = [80, 0]  # theirs starts a walk of one step at sigma_min
-    assert ratios(spacing, VarianceExploding(), steps) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert ratios(spacing, VarianceExploding(), steps) == pytest.approx(
+        expected, rel=1e-5, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
@@ -38,7 +40,7 @@ def test_edm_steps_equal_diffusers(spacing, theirs, steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 100])
 def test_times_fall_from_1_to_0(spacing, schedule, steps):
     for end in (1, 0.3, 0.001):
-        times = spacing(Early(schedule, end), steps, 1.0)
+        times = spacing(TruncatedSchedule(schedule, end), steps, 1.0)
         assert len(times) == steps + 1
         assert times[0] == 1
         assert times[-1] == 0

@@ -1,6 +1,8 @@
-"""Every combination that makes sense against closed forms, in tables: `pytest -s tests/diffusion/test_table.py`.
+"""Every combination that makes sense against closed forms, in tables: `pytest -s
+tests/diffusion/test_table.py`.
 
-On the Gaussian all is known: where a deterministic walk ends, the moments of a random one's end, and the loss that no
+On the Gaussian all is known: where a deterministic walk ends, the moments of a random one's end,
+    and the loss that no
 network can get below.
 """
 
@@ -25,6 +27,7 @@ from gaussian import (
 )
 from torch import nn
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion import (
     DDIM,
     DDPM,
@@ -43,11 +46,11 @@ from sturdy.diffusion import (
     UniPC,
     V,
 )
-from sturdy.randomness import Draws
 
 NOISE = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 N = 20
-SAMPLERS = {  # with the largest error in N steps, in units of the picture, whose standard deviation is 0.25
+# with the largest error in N steps, in units of the picture, whose standard deviation is 0.25
+SAMPLERS = {
     "DDPM": (lambda n, **o: DDPM(n, **o), 0.07),
     "DDIM": (lambda n, **o: DDIM(n, **o), 0.14),
     "eta=1/2": (lambda n, **o: DDIM(n, eta=0.5, **o), 0.05),
@@ -73,8 +76,10 @@ class Impulses(Draws):
 def moments(sampler, denoiser):
     """Mean and standard deviation of a random walk's end, exactly.
 
-    With Gaussian data the walk is affine in its start and in all its noise: one sample walks without any, one is
-    given a unit of the start's and one a unit of each step's, and what these change adds up in squares.
+    With Gaussian data the walk is affine in its start and in all its noise: one sample walks
+        without any, one is
+    given a unit of the start's and one a unit of each step's, and what these change adds up in
+    squares.
     """
     n = sampler.steps + 2
     start = torch.zeros(n, 1, 1, 1, dtype=torch.float64)
@@ -85,7 +90,9 @@ def moments(sampler, denoiser):
 
 
 def error(sampler, denoiser):
-    """The greatest of a deterministic walk's pixels; of a random walk's mean and standard deviation."""
+    """The greatest of a deterministic walk's pixels; of a random walk's mean and standard
+    deviation.
+    """
     if sampler.random:
         mean, std = moments(sampler, denoiser)
         return max(abs(mean - MU), abs(std - S))
@@ -95,7 +102,9 @@ def error(sampler, denoiser):
 
 def table(title, columns, rows):
     lines = [f"{title:34}" + "".join(f"{column:>12}" for column in columns)]
-    lines += [f"{name:34}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items()]
+    lines += [
+        f"{name:34}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows.items()
+    ]
     print("\n" + "\n".join(lines))
 
 
@@ -130,29 +139,53 @@ def test_samplers_by_spacing():
     rows, wrong = {}, []
     for schedule, spacing in product(SCHEDULES, ("time", "karras", "log_snr")):
         denoiser = Exact(SCHEDULES[schedule])
-        errors = [error(sampler(N, clip=False, spacing=spacing), denoiser) for sampler, _ in SAMPLERS.values()]
+        errors = [
+            error(sampler(N, clip=False, spacing=spacing), denoiser)
+            for sampler, _ in SAMPLERS.values()
+        ]
         rows[f"{schedule} {spacing}"] = [f"{e:.5f}" for e in errors]
-        bounds = [0.26 if ORDERS.get(name) == 1 else 0.06 for name in SAMPLERS]  # some schedules' steps are long
-        wrong += [(schedule, spacing, e) for e, bound in zip(errors, bounds, strict=True) if not e < bound]
+        bounds = [
+            0.26 if ORDERS.get(name) == 1 else 0.06 for name in SAMPLERS
+        ]  # some schedules' steps are long
+        wrong += [
+            (schedule, spacing, e) for e, bound in zip(errors, bounds, strict=True) if not e < bound
+        ]
     table(f"error, {N} steps", SAMPLERS, rows)
     assert not wrong
 
 
-ORDERS = {"DDPM": 1, "DDIM": 1, "eta=1/2": 1, "Euler": 1, "Heun": 2, "2M": 2, "2M-SDE": 2, "UniPC-2": 3}
+ORDERS = {
+    "DDPM": 1,
+    "DDIM": 1,
+    "eta=1/2": 1,
+    "Euler": 1,
+    "Heun": 2,
+    "2M": 2,
+    "2M-SDE": 2,
+    "UniPC-2": 3,
+}
 
 
 def test_orders_of_convergence():
-    """log2 of what twice the steps gain, from 20 to 40 and from 40 to 80; random walks by their moments."""
+    """log2 of what twice the steps gain, from 20 to 40 and from 40 to 80; random walks by their
+    moments.
+    """
     rows, wrong = {}, []
     for schedule in SCHEDULES:
         cells = []
         for name, order in ORDERS.items():
             sampler, _ = SAMPLERS[name]
             denoiser = Exact(SCHEDULES[schedule])
-            errors = [error(sampler(n, clip=False, spacing="log_snr"), denoiser) for n in (20, 40, 80)]
+            errors = [
+                error(sampler(n, clip=False, spacing="log_snr"), denoiser) for n in (20, 40, 80)
+            ]
             measured = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
             cells.append("{:.2f} {:.2f}".format(*measured))
-            wrong += [(schedule, name, measured)] if not all(order - 0.3 < m < order + 0.5 for m in measured) else []
+            wrong += (
+                [(schedule, name, measured)]
+                if not all(order - 0.3 < m < order + 0.5 for m in measured)
+                else []
+            )
         rows[schedule] = cells
     table("order, Gaussian, log_snr", ORDERS, rows)
     assert not wrong
@@ -162,7 +195,9 @@ MIXTURE_ORDERS = {"DDIM": 1, "Euler": 1, "Heun": 2, "2M": 2, "UniPC-2": 3}
 
 
 def test_orders_of_convergence_on_the_mixture():
-    """By the mean distance from the quantile on which a pixel began, from 40 to 80 and 160 steps."""
+    """By the mean distance from the quantile on which a pixel began, from 40 to 80 and 160
+    steps.
+    """
     rows, wrong, noise = {}, [], NOISE[:1]
     for schedule in ("linear", "cosine", "rectified_flow", "variance_exploding"):
         peaks, cells = TwoPeaks(SCHEDULES[schedule]), []
@@ -173,7 +208,11 @@ def test_orders_of_convergence_on_the_mixture():
                 errors.append(peaks.off(step.x, noise).mean().item())
             measured = [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
             cells.append("{:.2f} {:.2f}".format(*measured))
-            wrong += [(schedule, name, measured)] if not all(order - 0.3 < m < order + 0.6 for m in measured) else []
+            wrong += (
+                [(schedule, name, measured)]
+                if not all(order - 0.3 < m < order + 0.6 for m in measured)
+                else []
+            )
         rows[schedule] = cells
     table("order, mixture, log_snr", MIXTURE_ORDERS, rows)
     assert not wrong
@@ -192,7 +231,8 @@ WEIGHTS = {"constant": Constant(), "min_snr": MinSNR(), "sigmoid": Sigmoid(bias=
 def least(target, alpha, sigma):
     """The variance of the target given x_t, which all networks have at least as loss.
 
-    x_0 given x_t has variance s^2 sigma^2 / (alpha^2 s^2 + sigma^2), and eps = (x_t - alpha x_0) / sigma.
+    x_0 given x_t has variance s^2 sigma^2 / (alpha^2 s^2 + sigma^2), and eps = (x_t - alpha x_0) /
+    sigma.
     """
     x0 = S**2 * sigma**2 / (alpha**2 * S**2 + sigma**2)
     c_out = sigma * SIGMA_DATA / (sigma**2 + alpha**2 * SIGMA_DATA**2) ** 0.5
@@ -216,7 +256,9 @@ def weight_in_x0(weight, schedule, t):
 
 
 def test_objectives_by_schedule_and_target():
-    """The ideal network's loss over the least there is, sample by sample; 24,576 pixels: standard error 0.9 %."""
+    """The ideal network's loss over the least there is, sample by sample; 24,576 pixels: standard
+    error 0.9 %.
+    """
     draws, rows, wrong = Draws(0, range(32)), {}, []
     pictures = MU + S * torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     columns = [*product(TIMES, WEIGHTS)]
@@ -224,7 +266,9 @@ def test_objectives_by_schedule_and_target():
         denoiser = Denoiser(Ideal(schedule, target).double(), SCHEDULES[schedule], TARGETS[target])
         cells = []
         for time, weight in columns:
-            loss = Objective(time=TIMES[time], weight=WEIGHTS[weight])(denoiser, pictures, None, draws).double()
+            loss = Objective(time=TIMES[time], weight=WEIGHTS[weight])(
+                denoiser, pictures, None, draws
+            ).double()
             t = TIMES[time](draws, SCHEDULES[schedule]).double()
             expected, squared_slope = least(target, *SCHEDULES[schedule](t))
             if weight != "constant":
@@ -245,8 +289,13 @@ def test_control_another_network_has_more_loss():
 
     pictures = MU + S * torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for schedule, target in PAIRS:
-        networks = [Denoiser(kind(schedule, target), SCHEDULES[schedule], TARGETS[target]) for kind in (Ideal, Off)]
-        ideal, off = (Objective()(network, pictures, None, Draws(0, range(32))) for network in networks)
+        networks = [
+            Denoiser(kind(schedule, target), SCHEDULES[schedule], TARGETS[target])
+            for kind in (Ideal, Off)
+        ]
+        ideal, off = (
+            Objective()(network, pictures, None, Draws(0, range(32))) for network in networks
+        )
         assert (off - ideal).mean().item() == pytest.approx(0.09, rel=0.25)
 
 

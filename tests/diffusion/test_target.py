@@ -5,8 +5,17 @@ import torch
 from gaussian import IDEAL, PAIRS, REFUSED, SCHEDULES, TARGETS, posterior_mean
 from torch import nn
 
-from sturdy.diffusion import Cosine, Denoiser, Noise, Preconditioned, RectifiedFlow, Schedule, V, VarianceExploding
-from sturdy.diffusion.target import option
+from sturdy.diffusion import (
+    Cosine,
+    Denoiser,
+    Noise,
+    Preconditioned,
+    RectifiedFlow,
+    Schedule,
+    V,
+    VarianceExploding,
+)
+from sturdy.diffusion.target import config_name
 
 RNG = torch.Generator().manual_seed(0)
 X_0, EPS = torch.randn(2, 50, 3, 4, 4, generator=RNG, dtype=torch.float64)
@@ -48,31 +57,44 @@ def test_x0_factor_relates_the_two_errors(schedule, target):
     x_t, alpha, sigma = corrupted(SCHEDULES[schedule])
     target = TARGETS[target]
     prediction = target(X_0, EPS, alpha, sigma)
-    moved = target.x0(prediction + EPS, x_t, alpha, sigma) - target.x0(prediction, x_t, alpha, sigma)
+    moved = target.x0(prediction + EPS, x_t, alpha, sigma) - target.x0(
+        prediction, x_t, alpha, sigma
+    )
     factor = target.x0_factor(*SCHEDULES[schedule](T))
     assert factor.shape == (50,)
-    assert torch.allclose(moved.square(), factor[:, None, None, None] * EPS.square(), rtol=1e-6, atol=1e-12)
+    assert torch.allclose(
+        moved.square(), factor[:, None, None, None] * EPS.square(), rtol=1e-6, atol=1e-12
+    )
 
 
 def test_v_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
     index = torch.tensor([0, 129, 500, 998])
     theirs = diffusers.DDPMScheduler(beta_schedule="linear").get_velocity(X_0[:4], EPS[:4], index)
-    alpha, sigma = (c[:, None, None, None] for c in SCHEDULES["linear"]((index.double() + 1) / 1000))
+    alpha, sigma = (
+        c[:, None, None, None] for c in SCHEDULES["linear"]((index.double() + 1) / 1000)
+    )
     assert torch.allclose(TARGETS["v"](X_0[:4], EPS[:4], alpha, sigma), theirs.double(), atol=1e-5)
 
 
 def test_edm_of_the_paper():
-    """Karras et al. 2022, tab. 1, at sigma = sigma_data = 0.5, from what the target and its inputs do."""
+    """Karras et al. 2022, tab. 1, at sigma = sigma_data = 0.5, from what the target and its inputs
+    do.
+    """
     target, schedule = Preconditioned(sigma_data=0.5), VarianceExploding()
     alpha, sigma = (torch.tensor([c], dtype=torch.float64) for c in (1.0, 0.5))
-    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    one, zero = (
+        torch.ones(1, 1, 1, 1, dtype=torch.float64),
+        torch.zeros(1, 1, 1, 1, dtype=torch.float64),
+    )
     assert target.x0(zero, one, alpha, sigma).item() == pytest.approx(0.5)  # c_skip
     assert target.x0(one, zero, alpha, sigma).item() == pytest.approx(0.353553, rel=1e-5)  # c_out
     x, c_noise = target.inputs(one, schedule.time(sigma), schedule)
     assert x.item() == pytest.approx(1.414214, rel=1e-6)  # c_in
     assert c_noise.item() == pytest.approx(-0.173287, rel=1e-5)
-    assert 1 / target.x0_factor(alpha, sigma).item() == pytest.approx(8)  # its weight on the error of x_0
+    assert 1 / target.x0_factor(alpha, sigma).item() == pytest.approx(
+        8
+    )  # its weight on the error of x_0
 
 
 def test_preconditioning_pictures_of_variance_1_on_a_circle_is_v():
@@ -98,14 +120,24 @@ def test_velocity_is_the_derivative_of_x_t():
 @pytest.mark.parametrize(("schedule", "target"), sorted(REFUSED))
 def test_refused_pairs_say_why_and_what_instead(schedule, target):
     with pytest.raises(
-        ValueError, match=f"target={target} does not suit schedule={option(SCHEDULES[schedule])}: "
+        ValueError,
+        match=f"target={target} does not suit schedule={config_name(SCHEDULES[schedule])}: ",
     ) as error:
         Denoiser(nn.Identity(), SCHEDULES[schedule], TARGETS[target])
     reason = {"noise": "its alpha(1) is 0", "velocity": "only where alpha + sigma = 1"}
-    advice = {"noise": "choose target=velocity, target=v", "velocity": "choose schedule=rectified_flow"}
-    reason, advice = reason.get(target, "its alpha(1) is 0"), advice.get(target, "choose target=velocity, target=v")
+    advice = {
+        "noise": "choose target=velocity, target=v",
+        "velocity": "choose schedule=rectified_flow",
+    }
+    reason, advice = (
+        reason.get(target, "its alpha(1) is 0"),
+        advice.get(target, "choose target=velocity, target=v"),
+    )
     if schedule == "variance_exploding" and target != "velocity":
-        reason, advice = "x_t grows to 80 times the size of a picture", "choose target=preconditioned"
+        reason, advice = (
+            "x_t grows to 80 times the size of a picture",
+            "choose target=preconditioned",
+        )
     assert reason in str(error.value)
     assert advice in str(error.value)
 

@@ -1,4 +1,6 @@
-"""What is shown of attention is what the networks compute, and what is said of it is known where the answer is."""
+"""What is shown of attention is what the networks compute, and what is said of it is known where
+the answer is.
+"""
 
 import pytest
 import torch
@@ -6,19 +8,34 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from exact_resume.randomness import generator
 from sturdy.backbone import dit, unet
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.schedule import RectifiedFlow
 from sturdy.diffusion.target import Velocity
-from sturdy.evaluation.attention import LEVELS, Attends, look, token, watching, weights, where_it_looks
+from sturdy.encoders.pictures import ImageSet, scaled
+from sturdy.evaluation.attention import (
+    LEVELS,
+    Attends,
+    attention_section,
+    look,
+    token,
+    watching,
+    weights,
+)
 from sturdy.evaluation.levels import Denoising
-from sturdy.evaluation.pictures import Pictures, scaled
 from sturdy.evaluation.report import Report
-from sturdy.randomness import generator
 
 SIZE = 16
 DIT = {"width": 16, "depth": 4, "heads": 2, "num_classes": 3}
-UNET = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (False, True), "head_dim": 8, "num_classes": 3}
+UNET = {
+    "width": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (False, True),
+    "head_dim": 8,
+    "num_classes": 3,
+}
 NETWORKS = {"dit": lambda: dit.DiT(**DIT), "unet": lambda: unet.UNet(**UNET)}
 
 
@@ -56,7 +73,9 @@ def test_weights_are_those_of_forward(layer, args):
     found = weights(q, k)
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 15))
     torch.testing.assert_close(layer(*args), after(layer, found @ v, args), rtol=0, atol=1e-5)
-    assert not torch.allclose(layer(*args), after(layer, weights(k, q) @ v, args), atol=1e-3)  # the control
+    assert not torch.allclose(
+        layer(*args), after(layer, weights(k, q) @ v, args), atol=1e-3
+    )  # the control
     assert isinstance(layer, Attends)
 
 
@@ -71,7 +90,9 @@ def test_distances_that_are_known():
     assert [m.argmax().item() for m in itself.maps[0]] == [1 * 5 + 2, 1]
     assert token((0.5, 0.5), 3, 5) == (1, 2)
     places = [(side * row, side * column) for row in range(3) for column in range(5)]
-    mean = sum(((a - c) ** 2 + (b - d) ** 2) ** 0.5 for a, b in places for c, d in places) / tokens**2
+    mean = (
+        sum(((a - c) ** 2 + (b - d) ** 2) ** 0.5 for a, b in places for c, d in places) / tokens**2
+    )
     torch.testing.assert_close(everywhere.distance, torch.full((2,), mean))
     assert everywhere.uniform == pytest.approx(mean) == itself.uniform
     torch.testing.assert_close(everywhere.maps, torch.full((2, 2, 3, 5), 1 / tokens))
@@ -84,15 +105,19 @@ def test_more_tokens_than_are_measured_at_once_change_nothing():
     torch.testing.assert_close(look(q, k, 16, 16).distance, whole)
 
 
-@pytest.mark.parametrize(("tokens", "height", "width"), [(65, 16, 16), (32, 16, 16), (300, 16, 16), (18, 12, 6)])
+@pytest.mark.parametrize(
+    ("tokens", "height", "width"), [(65, 16, 16), (32, 16, 16), (300, 16, 16), (18, 12, 6)]
+)
 def test_tokens_that_are_no_squares_are_left_alone(tokens, height, width):
     q = random(1, 1, tokens, 4)
     assert (look(q, q, height, width) is None) == (tokens != 18)
 
 
 def held_out(n=3):
-    pixels = torch.randint(256, (n, 3, SIZE, SIZE), generator=generator("pixels"), dtype=torch.uint8)
-    return Pictures(pixels, torch.arange(n) % 3, torch.empty(n, 0), {})
+    pixels = torch.randint(
+        256, (n, 3, SIZE, SIZE), generator=generator("pixels"), dtype=torch.uint8
+    )
+    return ImageSet(pixels, torch.arange(n) % 3, torch.empty(n, 0), {})
 
 
 def denoising(network):
@@ -103,7 +128,7 @@ def denoising(network):
 def test_a_section_for_networks_with_attention(kind, tmp_path):
     network = awake(NETWORKS[kind]())
     report = Report(tmp_path, "attention")
-    where_it_looks(report, denoising(network), held_out())
+    attention_section(report, denoising(network), held_out())
     names = {f"layer {i} of 4" for i in (1, 2, 4)}
     numbers = report.numbers["attention"]
     assert numbers.keys() == {"noise", "uniform", *names}
@@ -111,7 +136,9 @@ def test_a_section_for_networks_with_attention(kind, tmp_path):
     uniform = numbers["uniform"]
     assert set(uniform) == names
     assert all(0 < d < 1.5 * uniform[name] for name in names for d in numbers[name])
-    assert len({d for name in names for d in numbers[name]}) == 15  # each of a level and a layer of its own
+    assert (
+        len({d for name in names for d in numbers[name]}) == 15
+    )  # each of a level and a layer of its own
     assert "## Where it looks" in report.blocks
     with Image.open(tmp_path / "attention.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
@@ -154,7 +181,7 @@ class Registers(nn.Module):
 @pytest.mark.parametrize("network", [Stranger(), Registers()], ids=["stranger", "registers"])
 def test_no_section_for_other_networks(network, tmp_path):
     report = Report(tmp_path, "attention")
-    where_it_looks(report, denoising(network), held_out())
+    attention_section(report, denoising(network), held_out())
     assert report.blocks == ["# attention"]
     assert report.numbers == {}
     assert list(tmp_path.iterdir()) == []

@@ -6,20 +6,22 @@ from itertools import combinations
 import pytest
 import torch
 
+from exact_resume.randomness import generator
+from sturdy.encoders.pictures import ImageSet
 from sturdy.evaluation.audit import accuracy, audit, by_class, classifiers, frequencies
-from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import Report
-from sturdy.randomness import generator
 
 OPTIONS = {"shape": ("square", "bar"), "colour": ("red", "green", "blue")}
 
 
 def drawn(shape, colour, seed):
-    pixels = torch.randint(0, 90, (len(shape), 3, 16, 16), generator=generator(seed), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 90, (len(shape), 3, 16, 16), generator=generator(seed), dtype=torch.uint8
+    )
     for picture, s, c in zip(pixels, shape.tolist(), colour.tolist(), strict=True):
         picture[c, 4:12, 4:12] = 240 if s == 0 else picture[c, 4:12, 4:12]
         picture[c, :, 6:9] = 240 if s == 1 else picture[c, :, 6:9]
-    return Pictures(pixels, shape, torch.empty(len(shape), 0), {"shape": shape, "colour": colour})
+    return ImageSet(pixels, shape, torch.empty(len(shape), 0), {"shape": shape, "colour": colour})
 
 
 def balanced(n, seed):
@@ -43,14 +45,18 @@ def test_good_samples_pass(judge, tmp_path):
     assert report.numbers["class_accuracy"]["all"] > 0.95
     assert all(abs(f["samples"] - f["truth"]) < 0.05 for f in report.numbers["frequencies"])
     assert "class accuracy" in verdict
-    assert any("a quarter would be off by 4.0 points with 120 pictures" in block for block in report.blocks)
+    assert any(
+        "a quarter would be off by 4.0 points with 120 pictures" in block for block in report.blocks
+    )
 
 
 def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):
     train, held_out, readers = judge
     shape = torch.arange(120) % 2
     samples = drawn(shape, torch.arange(120) // 2 % 2, "samples")  # never blue
-    wrong = Pictures(samples.pixels, torch.where(torch.arange(120) < 30, 1 - shape, shape), samples.features, {})
+    wrong = ImageSet(
+        samples.pixels, torch.where(torch.arange(120) < 30, 1 - shape, shape), samples.features, {}
+    )
     report = Report(tmp_path, "bad")
     verdict = audit(report, readers, wrong, train, held_out, OPTIONS, "shape")
     assert report.numbers["class_accuracy"]["all"] == pytest.approx(0.75, abs=0.04)
@@ -65,13 +71,21 @@ def test_shares_by_hand():
     answers = {"shape": torch.tensor([[0, 0, 0, 1], [0, 0, 1, 1]])}  # of two readers
     none = {"shape": torch.tensor([0])}
     square, bar = frequencies({"shape": OPTIONS["shape"]}, none, answers, answers, none)
-    assert (square.truth, square.samples, square.difference, square.ratio) == (1, 0.625, -37.5, 0.625)
+    assert (square.truth, square.samples, square.difference, square.ratio) == (
+        1,
+        0.625,
+        -37.5,
+        0.625,
+    )
     assert (bar.samples, bar.known) == (0.375, 0)
     assert (square.apart, bar.apart) == (0.25, 0.25)
     assert math.isnan(bar.ratio)
     assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
     shares = by_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 3)
-    assert by_class(torch.tensor([[True, False, True]] * 2), torch.tensor([0, 0, 2]), 3)[::2] == [0.5, 1]
+    assert by_class(torch.tensor([[True, False, True]] * 2), torch.tensor([0, 0, 2]), 3)[::2] == [
+        0.5,
+        1,
+    ]
     assert shares[0] == 0.5
     assert math.isnan(shares[1])
     assert shares[2] == 1
@@ -84,7 +98,15 @@ def test_between_two_options_readers_part_and_on_real_pictures_they_do_not(judge
 
     def apart(pixels):
         report = Report(tmp_path, "apart")
-        audit(report, readers, Pictures(pixels, shape, torch.empty(100, 0), {}), train, held_out, OPTIONS, "shape")
+        audit(
+            report,
+            readers,
+            ImageSet(pixels, shape, torch.empty(100, 0), {}),
+            train,
+            held_out,
+            OPTIONS,
+            "shape",
+        )
         return max(f["apart"] for f in report.numbers["frequencies"] if f["attribute"] == "colour")
 
     assert max(map(apart, pure)) < 0.02

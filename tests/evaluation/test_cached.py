@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sturdy.evaluation.cached import cached
+from sturdy.encoders.cached import cached
 
 
 def test_it_is_computed_once_for_each_thing_it_depends_on(tmp_path):
@@ -40,4 +40,6 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
             middle = whole.index(torch.arange(500.0, 504.0).numpy().tobytes())
             path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     assert torch.equal(cached(tmp_path, "thing", (1,), make)["x"], make()["x"])
-    assert torch.equal(cached(tmp_path, "thing", (1,), lambda: pytest.fail("made again"))["x"], make()["x"])
+    assert torch.equal(
+        cached(tmp_path, "thing", (1,), lambda: pytest.fail("made again"))["x"], make()["x"]
+    )

@@ -1,11 +1,13 @@
-"""Distances between sets of features: closed forms, a naive implementation, and sets that are bad in known ways."""
+"""Distances between sets of features: closed forms, a naive implementation, and sets that are bad
+in known ways.
+"""
 
 import numpy as np
 import pytest
 import torch
 
+from exact_resume.randomness import generator
 from sturdy.evaluation.distances import frechet, kid, manifold, radii
-from sturdy.randomness import generator
 
 RNG = np.random.default_rng
 
@@ -40,7 +42,9 @@ def test_frechet_of_gaussians_that_do_not_commute():
     values, vectors = np.linalg.eigh(A)
     root = vectors * np.sqrt(values) @ vectors.T
     expected = np.trace(A + b) - 2 * np.sqrt(np.linalg.eigvalsh(root @ b @ root)).sum()
-    assert frechet(exactly([0, 0, 0], A), exactly([0, 0, 0], b, seed=1)) == pytest.approx(expected, abs=1e-6)
+    assert frechet(exactly([0, 0, 0], A), exactly([0, 0, 0], b, seed=1)) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def naive_mmd(x, y):
@@ -56,7 +60,9 @@ def test_kid_is_the_mean_over_halves_of_the_naive_estimate():
     x, y = RNG(0).standard_normal((40, 3)), RNG(1).standard_normal((40, 3)) + 0.5
     mean, _ = kid(torch.from_numpy(x), torch.from_numpy(y), subsets=400)
     assert mean == pytest.approx(naive_mmd(x, y), rel=0.1)  # halves of a U-statistic average to it
-    assert kid(torch.from_numpy(x), torch.from_numpy(y)) == kid(torch.from_numpy(x), torch.from_numpy(y))
+    assert kid(torch.from_numpy(x), torch.from_numpy(y)) == kid(
+        torch.from_numpy(x), torch.from_numpy(y)
+    )
 
 
 def test_kid_of_equal_distributions_is_zero_and_its_error_bar_is_honest():
@@ -109,7 +115,10 @@ def test_the_mean_image_has_precision_and_nothing_else():
 
 def test_a_dropped_mode_is_missed_by_recall_and_coverage():
     centres = 30 * torch.eye(4)
-    real, fake = (centres.repeat(100, 1) + torch.randn(400, 4, generator=generator(name)) for name in ("real", "fake"))
+    real, fake = (
+        centres.repeat(100, 1) + torch.randn(400, 4, generator=generator(name))
+        for name in ("real", "fake")
+    )
     whole, part = manifold(real, fake), manifold(real, fake[torch.arange(400) % 4 != 0])
     assert min(whole.recall, whole.coverage, part.precision) > 0.9
     assert 0.6 < part.recall <= 0.75

@@ -1,4 +1,6 @@
-"""The door, on a small run: a whole report, the figures known in advance, and refusals that say what to do."""
+"""The door, on a small run: a whole report, the figures known in advance, and refusals that say
+what to do.
+"""
 
 import json
 import re
@@ -14,14 +16,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from exact_resume.metrics import MetricsCSV
+from exact_resume.randomness import generator
+from exact_resume.resume import ResumePoint, ResumeRefusedError
 from mirrors import tensorboard_metrics
 from runs import ROOT, train
 from runs import SMALL as SMALL_RUN
-from sturdy.door import check_composed
-from sturdy.randomness import generator
-from sturdy.resume.entry import Entry, Refused
-from sturdy.training.evaluate import asked, evaluate, open_data, real_images
-from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.cli.main import check_composed
+from sturdy.evaluation.evaluate import evaluate, labels_for, load_reference_images, open_data
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
 SMALL += ["evaluate.audit_seen=600"]
@@ -48,7 +50,9 @@ def again(run, capsys, monkeypatch):
     def start(*words):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             embedded = not any(word.startswith("features=") for word in words)
-            cfg = compose("evaluate", [*SMALL, *["features.seen=600"][: int(embedded)], *run[1], *words])
+            cfg = compose(
+                "evaluate", [*SMALL, *["features.seen=600"][: int(embedded)], *run[1], *words]
+            )
         check_composed(cfg)
         code = evaluate(cfg, list(words))
         said = capsys.readouterr()
@@ -92,8 +96,16 @@ def test_the_report_is_whole(run):
         "coverage",
     }
     assert numbers["memorisation_pixels"]["control"] == 1
-    assert {f["attribute"] for f in numbers["frequencies"]} >= {"body", "paint", "direction", "light"}
-    assert {f["option"] for f in numbers["frequencies"] if f["attribute"] == "body"} >= {"limousine", "sedan"}
+    assert {f["attribute"] for f in numbers["frequencies"]} >= {
+        "body",
+        "paint",
+        "direction",
+        "light",
+    }
+    assert {f["option"] for f in numbers["frequencies"] if f["attribute"] == "body"} >= {
+        "limousine",
+        "sedan",
+    }
     assert "| kid" in done.stdout
     assert "class accuracy" in done.stdout
     assert str(home / "report.md") in done.stdout
@@ -105,7 +117,7 @@ def test_its_figures_are_recorded_with_the_run(run):
     tmp, _, done = run
     home = tmp / "runs" / "run"
     numbers = json.loads((home / "evaluation" / "report.json").read_text())
-    [row] = MetricsFile(home / "evaluations.csv").rows()
+    [row] = MetricsCSV(home / "evaluations.csv").rows()
     assert row.pop("step") == "3"
     found = {name.removeprefix("evaluation/"): float(value) for name, value in row.items()}
     against = numbers["quality"]["held_out_samples"]
@@ -117,13 +129,19 @@ def test_its_figures_are_recorded_with_the_run(run):
     pytest.importorskip("tensorboard")
     assert "and in tensorboard" in done.stdout
     assert (3, "evaluation/kid", np.float32(row["evaluation/kid"])) in tensorboard_metrics(home)[0]
-    assert {step for step, name, _ in tensorboard_metrics(home)[0] if name == "train/loss"} == {1, 2, 3}
+    assert {step for step, name, _ in tensorboard_metrics(home)[0] if name == "train/loss"} == {
+        1,
+        2,
+        3,
+    }
 
 
 def test_more_pictures_are_added_to_those_there_are(run, again):
     drawn = run[0] / "runs" / "run" / "evaluation" / "drawn"
     before = {path: path.stat().st_mtime_ns for path in drawn.iterdir()}
-    networks = {path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()}
+    networks = {
+        path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()
+    }
     report = drawn.with_name("report.json")
     written = report.read_bytes()
     code, said = again("evaluate.n=40", f"evaluate.out={drawn.parent}")
@@ -133,15 +151,24 @@ def test_more_pictures_are_added_to_those_there_are(run, again):
     assert code == 0, said
     assert report.read_bytes() == written
     assert json.loads((drawn.parents[1] / "evaluation-2" / "report.json").read_text())["n"] == 40
-    assert {float(row["evaluation/n"]) for row in MetricsFile(drawn.parents[1] / "evaluations.csv").rows()} == {24, 40}
+    assert {
+        float(row["evaluation/n"])
+        for row in MetricsCSV(drawn.parents[1] / "evaluations.csv").rows()
+    } == {24, 40}
     kept = [path for path, time in before.items() if path.stat().st_mtime_ns == time]
     assert len(kept) == len(before) == 3
-    assert len(list(drawn.iterdir())) == 5  # 0, 10 and 20 to 23 are there; 20 to 29 and 30 to 39 are new
-    assert networks == {path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()}
+    assert (
+        len(list(drawn.iterdir())) == 5
+    )  # 0, 10 and 20 to 23 are there; 20 to 29 and 30 to 39 are new
+    assert networks == {
+        path: path.stat().st_mtime_ns for path in (run[0] / "cache" / "evaluation").iterdir()
+    }
 
 
 def test_without_a_label_nothing_is_asked_for(again, tmp_path):
-    code, said = again("evaluate.n=8", "evaluate.labels=none", f"evaluate.out={tmp_path}", "sampler=euler")
+    code, said = again(
+        "evaluate.n=8", "evaluate.labels=none", f"evaluate.out={tmp_path}", "sampler=euler"
+    )
     assert code == 0, said
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert "class_accuracy" not in numbers
@@ -174,7 +201,9 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
     pictures.mkdir()
     for k in range(40):
         coarse = torch.randint(256, (4, 4, 3), generator=generator("picture", k), dtype=torch.uint8)
-        Image.fromarray(coarse.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(pictures / f"{k:02d}.png")
+        Image.fromarray(coarse.numpy()).resize((16, 16), Image.Resampling.BICUBIC).save(
+            pictures / f"{k:02d}.png"
+        )
     words = [word for word in SMALL_RUN if not word.startswith("data.source")]
     train(tmp, "mine", "data=folder", f"data.root={pictures}", "trainer.max_steps=2", base=words)
     moved = pictures.rename(tmp / "moved")
@@ -189,7 +218,10 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
     assert "data.root" in said
     code, said = again("run=mine", f"evaluate.out={tmp_path}", f"data_root={moved}")
     assert code == 0, said
-    text, numbers = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
+    text, numbers = (
+        (tmp_path / "report.md").read_text(),
+        json.loads((tmp_path / "report.json").read_text()),
+    )
     assert "## Audit" not in text
     assert "no labels" in text
     assert numbers["quality"]["n"] == 16  # as many others are left to compare with
@@ -197,25 +229,29 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
 
 
 def test_other_images_are_refused(tmp_path):
-    source = {"_target_": "sturdy.data.cars.Cars", "n": 10, "size": 16}
-    data = {"_target_": "sturdy.data.module.ImageData", "source": source, "image_size": 16}
+    source = {"_target_": "examples.cars.source.Cars", "n": 10, "size": 16}
+    data = {"_target_": "sturdy.data.datamodule.ImageData", "source": source, "image_size": 16}
     cfg = OmegaConf.create({"run": "mine", "data_root": None, "paths": {"cache": str(tmp_path)}})
-    then = Entry(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
-    with pytest.raises(Refused, match=r"not those that mine was trained on .* data_root=\.\.\."):
+    then = ResumePoint(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
+    with pytest.raises(
+        ResumeRefusedError, match=r"not those that mine was trained on .* data_root=\.\.\."
+    ):
         open_data(cfg, {"data": data}, then)
-    opened = open_data(cfg, {"data": data}, Entry(tmp_path, 3, {}, on_purpose=True))
-    with pytest.raises(ValueError, match="1 of 10 images are held out; a report compares with at least 2"):
-        real_images(opened, 8)
+    opened = open_data(cfg, {"data": data}, ResumePoint(tmp_path, 3, {}, on_purpose=True))
+    with pytest.raises(
+        ValueError, match="1 of 10 images are held out; a report compares with at least 2"
+    ):
+        load_reference_images(opened, 8)
 
 
 def test_labels_come_in_proportion_and_do_not_depend_on_how_many():
     labels = torch.tensor([0] * 49 + [1] * 49 + [3] * 2)
-    many = asked("prior", labels, 4, 1000)
-    assert torch.equal(many[:100], asked("prior", labels, 4, 100))
+    many = labels_for("prior", labels, 4, 1000)
+    assert torch.equal(many[:100], labels_for("prior", labels, 4, 100))
     for n in (50, 100, 1000):
         counts = torch.bincount(many[:n], minlength=4) / n
         assert (counts - torch.tensor([0.49, 0.49, 0, 0.02])).abs().max() <= 2 / n
-    assert torch.bincount(asked("even", labels, 4, 100)).tolist() == [25, 25, 25, 25]
-    assert asked("none", labels, 4, 100) is None
-    assert asked("prior", None, 0, 100) is None
+    assert torch.bincount(labels_for("even", labels, 4, 100)).tolist() == [25, 25, 25, 25]
+    assert labels_for("none", labels, 4, 100) is None
+    assert labels_for("prior", None, 0, 100) is None
     assert OmegaConf.load(ROOT / "conf" / "evaluate.yaml").evaluate.labels == "prior"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from exact_resume.randomness import generator
 from sturdy.evaluation.features import DINOv2, Embedded, Inception
-from sturdy.randomness import generator
 
 
 class Pool(torch.nn.Module):
@@ -24,7 +24,8 @@ def some(n=20):
 
 
 @pytest.mark.parametrize(
-    ("kind", "way"), [(Inception, "download it once, 91 MB, from https://"), (DINOv2, "torch.jit.trace(net")]
+    ("kind", "way"),
+    [(Inception, "download it once, 91 MB, from https://"), (DINOv2, "torch.jit.trace(net")],
 )
 @pytest.mark.parametrize("path", [None, "nowhere.pt"])
 def test_without_weights_one_is_told_the_ways_out(kind, way, path):
@@ -58,7 +59,9 @@ def test_dinov2_gets_normalised_pictures_of_its_size(tmp_path):
     features.prepare()
     grey = features(torch.full((1, 3, 16, 16), 255, dtype=torch.uint8))
     assert grey.shape == (1, 3, 28, 28)
-    assert grey[0, :, 14, 14].tolist() == pytest.approx([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rel=1e-4)
+    assert grey[0, :, 14, 14].tolist() == pytest.approx(
+        [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rel=1e-4
+    )
 
 
 def test_embedded_is_made_once_for_the_data_and_for_its_options(tmp_path):
@@ -67,7 +70,14 @@ def test_embedded_is_made_once_for_the_data_and_for_its_options(tmp_path):
     def prepared(seen, *data):
         features = Embedded(seen=seen)
         told.clear()
-        features.prepare(some(), labels, 2, data=data, folder=tmp_path, tell=lambda done, total: told.append(done))
+        features.prepare(
+            some(),
+            labels,
+            2,
+            data=data,
+            folder=tmp_path,
+            tell=lambda done, total: told.append(done),
+        )
         return features, bool(told)
 
     (first, made), (second, again) = prepared(100, "digest"), prepared(100, "digest")
@@ -77,6 +87,8 @@ def test_embedded_is_made_once_for_the_data_and_for_its_options(tmp_path):
     assert prepared(100, "other digest")[1]
     kept = first.kept(some(), data=("digest", "training"), folder=tmp_path)
     assert torch.equal(kept, first.of(some()))
-    assert torch.equal(first.kept(some()[:3], data=("digest", "training"), folder=tmp_path), kept)  # not computed
+    assert torch.equal(
+        first.kept(some()[:3], data=("digest", "training"), folder=tmp_path), kept
+    )  # not computed
     with pytest.raises(ValueError, match=r"features\.seen=0"):
         Embedded(seen=0)

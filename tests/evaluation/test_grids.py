@@ -5,11 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sturdy.evaluation.grids import class_columns, grid, save_png, to_uint8
+from sturdy.sampling.grids import class_columns, grid, save_png, to_uint8
 
 
 def test_levels_are_rounded_and_clipped():
-    x = torch.tensor([-2.0, -1.0, 0.0, 1 / 127.5 * 0.49, 1.0, 3.0]).reshape(1, 1, 1, 6).expand(1, 3, 1, 6)
+    x = (
+        torch.tensor([-2.0, -1.0, 0.0, 1 / 127.5 * 0.49, 1.0, 3.0])
+        .reshape(1, 1, 1, 6)
+        .expand(1, 3, 1, 6)
+    )
     assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255]
 
 
@@ -27,7 +31,8 @@ def test_pictures_lie_row_by_row():
 
 
 @pytest.mark.parametrize(
-    ("n", "classes", "columns"), [(64, 8, 8), (64, 2, 8), (40, 8, 8), (9, 4, 4), (64, 100, None), (9, 0, None)]
+    ("n", "classes", "columns"),
+    [(64, 8, 8), (64, 2, 8), (40, 8, 8), (9, 4, 4), (64, 100, None), (9, 0, None)],
 )
 def test_a_column_is_a_class(n, classes, columns):
     assert class_columns(n, classes) == columns

@@ -1,17 +1,21 @@
-"""Errors by noise level of a denoiser whose errors are known: of N(mu, s^2) it is s^2 r^2 / (s^2 + r^2)."""
+"""Errors by noise level of a denoiser whose errors are known: of N(mu, s^2) it is s^2 r^2 / (s^2 +
+r^2).
+"""
 
 import pytest
 import torch
 
+from exact_resume.randomness import Draws, generator
 from sturdy.diffusion.schedule import Cosine, RectifiedFlow
-from sturdy.evaluation.levels import KINDS, Denoising, by_level, noise, psnr
-from sturdy.evaluation.pictures import Pictures, scaled
+from sturdy.encoders.pictures import ImageSet, scaled
+from sturdy.evaluation.levels import KINDS, Denoising, denoising_error_section, noise, psnr
 from sturdy.evaluation.report import Report
-from sturdy.randomness import Draws, generator
 
 
 class Wiener:
-    """The best linear denoiser of pictures with one mean and variance; ``labels`` collects what it was told."""
+    """The best linear denoiser of pictures with one mean and variance; ``labels`` collects what it
+    was told.
+    """
 
     def __init__(self, schedule, pixels):
         self.schedule, self.labels = schedule, []
@@ -26,7 +30,9 @@ class Wiener:
 
 def pictures(n=60):
     levels = 140 + 20 * torch.randn(n, 3, 8, 8, generator=generator("levels"))
-    return Pictures(levels.round().clamp(0, 255).to(torch.uint8), torch.arange(n) % 5, torch.empty(n, 0), {})
+    return ImageSet(
+        levels.round().clamp(0, 255).to(torch.uint8), torch.arange(n) % 5, torch.empty(n, 0), {}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,7 +46,9 @@ def test_noise_has_mean_zero_and_variance_one(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 2.5])
-@pytest.mark.parametrize("schedule", [RectifiedFlow(), Cosine()], ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize(
+    "schedule", [RectifiedFlow(), Cosine()], ids=lambda schedule: type(schedule).__name__
+)
 def test_errors_are_the_closed_form(schedule, ratio, kind):
     real = pictures()
     denoiser = Wiener(schedule, real.pixels)
@@ -49,7 +57,9 @@ def test_errors_are_the_closed_form(schedule, ratio, kind):
     assert found == pytest.approx(s * r / (s + r), abs=4 * error)
     assert 0 < error < 0.03 * found
     assert torch.equal(torch.cat(denoiser.labels), real.labels)
-    assert found == pytest.approx(Denoising(denoiser, batch=60).error(real, ratio, kind)[0], rel=1e-5)
+    assert found == pytest.approx(
+        Denoising(denoiser, batch=60).error(real, ratio, kind)[0], rel=1e-5
+    )
 
 
 def test_decibels():
@@ -68,7 +78,9 @@ def test_what_was_learned_by_heart_shows(tmp_path):
             return known[gaps.argmin(1)]
 
     report = Report(tmp_path, "levels")
-    by_level(report, Denoising(Knows(RectifiedFlow(), train.pixels)), train, held_out)
+    denoising_error_section(
+        report, Denoising(Knows(RectifiedFlow(), train.pixels)), train, held_out
+    )
     found = report.numbers["levels"]
     assert found["training"][0] == 0 < found["held-out"][0]
     assert set(report.numbers["robustness"]) == {"noise", *KINDS}
@@ -82,7 +94,9 @@ def test_what_was_learned_by_heart_shows(tmp_path):
 def test_the_best_denoiser_is_never_worse_than_the_mean_image(tmp_path):
     train, held_out = pictures()[:30], pictures()[30:]
     report = Report(tmp_path, "levels")
-    by_level(report, Denoising(Wiener(RectifiedFlow(), train.pixels)), train, held_out)
+    denoising_error_section(
+        report, Denoising(Wiener(RectifiedFlow(), train.pixels)), train, held_out
+    )
     found = report.numbers["levels"]
     assert found["held-out"] == sorted(found["held-out"])
     assert found["held-out"][-1] == pytest.approx(found["mean_image"], rel=0.05)

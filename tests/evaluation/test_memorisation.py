@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from exact_resume.randomness import generator
+from sturdy.encoders.pictures import ImageSet
 from sturdy.evaluation.memorisation import copying, levels, memorisation, nearest
-from sturdy.evaluation.pictures import Pictures
 from sturdy.evaluation.report import Report
-from sturdy.randomness import generator
 
 
 def pixels(n, *seed):
@@ -17,7 +17,7 @@ def pixels(n, *seed):
 
 
 def pictures(pixels):
-    return Pictures(pixels, None, pixels.flatten(1).float() / 255, {})
+    return ImageSet(pixels, None, pixels.flatten(1).float() / 255, {})
 
 
 def test_nearest_is_the_nearest_and_equal_pictures_are_at_zero():
@@ -30,7 +30,9 @@ def test_nearest_is_the_nearest_and_equal_pictures_are_at_zero():
 
 
 def test_levels_are_grey_levels():
-    dark, light = levels(torch.tensor([[[[10]], [[20]], [[30]]], [[[13]], [[23]], [[33]]]], dtype=torch.uint8))
+    dark, light = levels(
+        torch.tensor([[[[10]], [[20]], [[30]]], [[[13]], [[23]], [[33]]]], dtype=torch.uint8)
+    )
     assert (light - dark).norm().item() == pytest.approx(3)
 
 
@@ -38,7 +40,9 @@ def test_new_pictures_are_not_flagged_and_the_statistic_is_standard():
     train = levels(pixels(300, "train"))
     found = []
     for seed in range(40):
-        samples, held_out = (nearest(levels(pixels(60, name, seed)), train)[0] for name in ("samples", "held out"))
+        samples, held_out = (
+            nearest(levels(pixels(60, name, seed)), train)[0] for name in ("samples", "held out")
+        )
         found.append(copying(samples, held_out))
     z = np.array([f.z for f in found])
     assert abs(z.mean()) < 0.6
@@ -59,7 +63,9 @@ def test_copies_are_flagged_also_mirrored_ones(tmp_path, mirrored):
     copies = (train[:60].float() + noise).clamp(0, 255).to(torch.uint8)
     report = Report(tmp_path, "copies")
     samples = torch.cat([new[:30], copies[:15], copies[15:30].flip(-1)])
-    verdict = memorisation(report, pictures(samples), pictures(train), pictures(new), mirrored=mirrored)
+    verdict = memorisation(
+        report, pictures(samples), pictures(train), pictures(new), mirrored=mirrored
+    )
     found = report.numbers["memorisation_pixels"]
     assert found["copies"] == pytest.approx(0.5 if mirrored else 0.25)
     assert found["control"] == 1

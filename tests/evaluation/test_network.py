@@ -1,11 +1,13 @@
-"""The small network is a function of images and questions, answers them, and gives features on one scale."""
+"""The small network is a function of images and questions, answers them, and gives features on one
+scale.
+"""
 
 import pytest
 import torch
 
-from sturdy.evaluation.network import answer, embed, fit, nt_xent, view
-from sturdy.evaluation.pictures import scaled
-from sturdy.randomness import generator
+from exact_resume.randomness import generator
+from sturdy.encoders.network import answer, embed, fit, nt_xent, view
+from sturdy.encoders.pictures import scaled
 
 
 def patches(n, seed):
@@ -25,7 +27,8 @@ def test_it_answers_what_it_was_trained_on_and_nothing_of_the_process_matters():
     torch.randn(5)
     again = fit(pixels, questions, contrast=False, seen=300)
     assert all(
-        torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
     )
     other = fit(pixels, questions, contrast=False, seen=300, seed=1)
     assert not torch.equal(network.mean, other.mean)
@@ -50,7 +53,9 @@ def test_contrast_tells_pictures_apart():
     assert nt_xent(z.repeat(2, 1)) < 0.1
     assert nt_xent(torch.cat([z, z.roll(1, 0)])) > 2
     coarse = torch.rand(200, 3, 4, 4, generator=generator("pictures"))
-    pixels = (255 * torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")).to(torch.uint8)
+    pixels = (255 * torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")).to(
+        torch.uint8
+    )
     views = [view(scaled(pixels), generator(name)) for name in ("one", "two")]
     losses = []
     for seen in (1, 2000):

@@ -9,9 +9,9 @@ from PIL import Image
 
 from sturdy.diffusion.sampler import Step
 from sturdy.evaluation.charts import chart
-from sturdy.evaluation.grids import to_uint8
 from sturdy.evaluation.report import Report, percent
 from sturdy.evaluation.walk import film, walk
+from sturdy.sampling.grids import to_uint8
 
 
 def test_it_is_markdown_with_pictures_beside_it(tmp_path):
@@ -31,7 +31,11 @@ def test_it_is_markdown_with_pictures_beside_it(tmp_path):
     ]
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (path.parent / name).is_file()
-    assert json.loads((path.parent / "report.json").read_text()) == {"recall": 0.5, "none": None, "list": [1, None]}
+    assert json.loads((path.parent / "report.json").read_text()) == {
+        "recall": 0.5,
+        "none": None,
+        "list": [1, None],
+    }
     assert sorted(p.name for p in path.parent.iterdir()) == ["red.png", "report.json", "report.md"]
 
 
@@ -40,7 +44,9 @@ def test_percent():
 
 
 def test_a_chart_shows_its_lines_where_they_belong():
-    image = np.asarray(chart([0.1, 1, 10], {"low": [0.01, 0.01, 0.01], "high": [1, 0.1, 0]})).astype(int)
+    image = np.asarray(
+        chart([0.1, 1, 10], {"low": [0.01, 0.01, 0.01], "high": [1, 0.1, 0]})
+    ).astype(int)
     blue = np.argwhere(abs(image - [0x2F, 0x6F, 0xD0]).sum(2) == 0)
     orange = np.argwhere(abs(image - [0xE0, 0x7B, 0x1F]).sum(2) == 0)
     blue, orange = (points[points[:, 1] > 150] for points in (blue, orange))  # beside the legend
@@ -51,12 +57,17 @@ def test_a_chart_shows_its_lines_where_they_belong():
 
 def test_a_film_runs_from_left_to_right(tmp_path):
     shades = torch.linspace(-0.4, 0.4, 21)
-    steps = [Step(1 - i / 20, torch.full((2, 3, 4, 4), s), torch.full((2, 3, 4, 4), -s)) for i, s in enumerate(shades)]
+    steps = [
+        Step(1 - i / 20, torch.full((2, 3, 4, 4), s), torch.full((2, 3, 4, 4), -s))
+        for i, s in enumerate(shades)
+    ]
     strip = np.asarray(film(steps, columns=5))
     assert strip.shape == (4 * 66 + 2, 5 * 66 + 2, 3)
     middles = strip[34::66, 34::66, 0]
     chosen = shades[[0, 5, 10, 15, 20]]
-    states, estimates = (to_uint8(s.reshape(1, 1, 1, 5))[0, 0, :, 0].tolist() for s in (chosen, -chosen))
+    states, estimates = (
+        to_uint8(s.reshape(1, 1, 1, 5))[0, 0, :, 0].tolist() for s in (chosen, -chosen)
+    )
     assert middles.tolist() == [states, estimates, states, estimates]
     report = Report(tmp_path, "walk")
     walk(report, steps[:3])

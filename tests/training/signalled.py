@@ -1,4 +1,6 @@
-"""``python signalled.py PLACE SIGNAL train.py-arguments``: the real script, and a real signal that arrives at PLACE."""
+"""``python signalled.py PLACE SIGNAL train.py-arguments``: the real script, and a real signal that
+arrives at PLACE.
+"""
 
 import os
 import runpy
@@ -42,15 +44,15 @@ def arm():
     if PLACE.startswith("import "):
         sys.meta_path.insert(0, OnImport(PLACE.removeprefix("import ")))
     elif PLACE == "decoding":
-        from sturdy.data.cars import Cars
+        from examples.cars.source import Cars
 
         before(Cars, "decode", strike, lambda cars, index: index == 40)
     elif PLACE == "sampling":
-        import sturdy.training.callbacks.samples as samples
+        import sturdy.sampling.grid_callback as samples
 
         before(samples, "sample", strike)
     elif PLACE == "last grid":
-        import sturdy.training.callbacks.samples as samples
+        import sturdy.sampling.grid_callback as samples
 
         # The first grid is drawn by `sample`, too, so the second one is meant.
         count = iter(range(9))
@@ -61,14 +63,31 @@ def arm():
         if PLACE == "validation":
             before(DiffusionModule, "validation_step", strike)
         elif PLACE == "last validation":
-            before(DiffusionModule, "validation_step", strike, lambda module, *_: module.global_step == 12)
+            before(
+                DiffusionModule,
+                "validation_step",
+                strike,
+                lambda module, *_: module.global_step == 12,
+            )
         elif PLACE == "step":
-            before(DiffusionModule, "training_step", strike, lambda module, *_: module.global_step == 1)
+            before(
+                DiffusionModule, "training_step", strike, lambda module, *_: module.global_step == 1
+            )
         elif PLACE == "step, twice":
-            before(DiffusionModule, "training_step", lambda: (strike(), strike()), lambda m, *_: m.global_step == 1)
+            before(
+                DiffusionModule,
+                "training_step",
+                lambda: (strike(), strike()),
+                lambda m, *_: m.global_step == 1,
+            )
         elif PLACE == "step, group":
             all_of_us = lambda: os.killpg(os.getpgrp(), NUMBER)  # noqa: E731
-            before(DiffusionModule, "training_step", all_of_us, lambda module, *_: module.global_step == 1)
+            before(
+                DiffusionModule,
+                "training_step",
+                all_of_us,
+                lambda module, *_: module.global_step == 1,
+            )
 
 
 if __name__ == "__main__":

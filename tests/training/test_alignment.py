@@ -1,4 +1,6 @@
-"""Alignment with a frozen encoder: its closed forms, whom its gradient reaches, and real runs with it through kills."""
+"""Alignment with a frozen encoder: its closed forms, whom its gradient reaches, and real runs with
+it through kills.
+"""
 
 import csv
 import shutil
@@ -11,22 +13,24 @@ from tiny_module import batch, fit, save
 from tiny_module import make as unaligned
 from torch import nn
 
+from exact_resume.checkpoint.store import Store, load_state
+from exact_resume.randomness import Draws, generator, reseed
 from runs import SMALL, differences
 from sturdy.backbone import DiT, UNet
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
-from sturdy.evaluation.encoders import Encoder
-from sturdy.randomness import Draws, generator, reseed
-from sturdy.resume.store import Store, load_state
+from sturdy.encoders.encoder import Encoder
 from sturdy.training.alignment import Alignment
-from sturdy.training.build import rebuild
-from sturdy.training.initial import find_source, init_from
+from sturdy.training.build import load_module
+from sturdy.training.init_from import find_source, init_from
 from sturdy.training.module import DiffusionModule
 from worlds import World, finish
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 BACKBONES = {
     "dit": partial(DiT, width=16, depth=2, heads=2),
-    "unet": partial(UNet, width=8, multipliers=(1, 2), blocks=1, attention=(False, True), head_dim=8),
+    "unet": partial(
+        UNet, width=8, multipliers=(1, 2), blocks=1, attention=(False, True), head_dim=8
+    ),
 }
 dit, unet = BACKBONES.values()
 ALIGNED = ["alignment=embedded", "alignment.encoder.seen=400", "alignment.hidden=32"]
@@ -84,7 +88,11 @@ def module(kind="dit", encoder=None, weight=0.5, dropout=0.2, **options):
     backbone = awake(BACKBONES[kind](num_classes=3, dropout=dropout, **options))
     how = partial(aligned, encoder=encoder or Means(), weight=weight)
     return DiffusionModule(
-        Denoiser(backbone, RectifiedFlow(), Velocity(), 3), Objective(), optimizer=SGD, alignment=how, shards=2
+        Denoiser(backbone, RectifiedFlow(), Velocity(), 3),
+        Objective(),
+        optimizer=SGD,
+        alignment=how,
+        shards=2,
     )
 
 
@@ -94,17 +102,23 @@ def test_closed_forms_of_the_cosine():
     x0, tokens = torch.zeros(2, 3, 8, 8), features.flatten(2).transpose(1, 2).expand(2, -1, -1)
     for factor, cosine in ((1.0, 1.0), (-1.0, -1.0), (7.0, 1.0)):
         assert torch.allclose(alignment(factor * tokens, x0), torch.full((2,), cosine))
-    half = torch.where(torch.arange(16)[:, None] < 8, tokens, -tokens)  # over the positions it is a mean
+    half = torch.where(
+        torch.arange(16)[:, None] < 8, tokens, -tokens
+    )  # over the positions it is a mean
     assert torch.allclose(alignment(half, x0), torch.zeros(2), atol=1e-6)
     orthogonal = torch.cat([-tokens[..., 8:], tokens[..., :8]], dim=2)
     assert torch.allclose(alignment(orthogonal, x0), torch.zeros(2), atol=1e-6)
-    assert torch.equal(alignment(tokens, x0), alignment(tokens.transpose(1, 2).unflatten(2, (4, 4)), x0)), "a map"
+    assert torch.equal(
+        alignment(tokens, x0), alignment(tokens.transpose(1, 2).unflatten(2, (4, 4)), x0)
+    ), "a map"
 
 
 @pytest.mark.parametrize("side", [2, 8])
 def test_positions_are_matched(side):
     """Left and right of the picture are seen left and right, whatever the grid of the encoder."""
-    sides = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[None, :, None, :]  # (1, 2, 1, 2): left is one axis, right the other
+    sides = torch.tensor([[1.0, 0.0], [0.0, 1.0]])[
+        None, :, None, :
+    ]  # (1, 2, 1, 2): left is one axis, right the other
     seen = sides.repeat_interleave(side, 2).repeat_interleave(side // 2, 3)
     alignment = aligned(unet(), Fixed(seen), project=nn.Identity())
     inner, x0 = sides.repeat_interleave(4, 2).repeat_interleave(2, 3), torch.zeros(1, 3, 16, 16)
@@ -124,10 +138,15 @@ def test_its_gradient_reaches_the_blocks_up_to_the_aligned_one_and_no_others(kin
             backbone(x0, torch.full((8,), 0.5))
         assert len(inner) == 1
         alignment(*inner, x0).sum().backward()
-        reached = [any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks]
+        reached = [
+            any(p.grad is not None and p.grad.any() for p in block.parameters()) for block in blocks
+        ]
         assert reached == [n < depth for n in range(len(blocks))]
         assert backbone.stem.weight.grad.any()
-        rest = [*backbone.out.parameters(), *(backbone.decoder.parameters() if kind == "unet" else ())]
+        rest = [
+            *backbone.out.parameters(),
+            *(backbone.decoder.parameters() if kind == "unet" else ()),
+        ]
         assert all(p.grad is None for p in rest)
         assert all(p.grad.any() for p in alignment.project.parameters())
         assert all(p.grad is None for p in alignment.encoder.parameters())
@@ -138,9 +157,14 @@ def test_its_gradient_reaches_the_blocks_up_to_the_aligned_one_and_no_others(kin
 @pytest.mark.parametrize("kind", ["dit", "unet"])
 def test_recomputation_gives_the_same_bits(kind, tmp_path):
     (a, x), (b, y) = (
-        (m := module(kind, checkpoint=recompute), fit(m, tmp_path / f"{recompute}")[1]) for recompute in (False, True)
+        (m := module(kind, checkpoint=recompute), fit(m, tmp_path / f"{recompute}")[1])
+        for recompute in (False, True)
     )
-    assert all(torch.equal(p[k], q[k]) for p, q in zip(x, y, strict=True) for k in ("loss", "alignment", "grad_norm"))
+    assert all(
+        torch.equal(p[k], q[k])
+        for p, q in zip(x, y, strict=True)
+        for k in ("loss", "alignment", "grad_norm")
+    )
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -159,16 +183,24 @@ def test_one_step_is_the_gradient_of_both_terms(tmp_path):
     for p, q in zip(trained.trained(), reference.trained(), strict=True):
         assert torch.allclose(p, q if q.grad is None else q - 0.05 * q.grad, atol=1e-6)
     norm = torch.cat([p.grad.flatten() for p in reference.trained() if p.grad is not None]).norm()
-    assert torch.allclose(output["grad_norm"], norm), "the projection is clipped together with the rest"
+    assert torch.allclose(output["grad_norm"], norm), (
+        "the projection is clipped together with the rest"
+    )
 
 
 def test_weight_0_trains_the_same_denoiser_as_none(tmp_path):
     none, zero, half = module(), module(weight=0.0), module()
     none.alignment, none.clip, zero.clip = None, float("inf"), float("inf")
     outputs = [fit(m, tmp_path / str(i))[1] for i, m in enumerate((none, zero, half))]
-    assert all(torch.equal(p, q) for p, q in zip(none.denoiser.parameters(), zero.denoiser.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(none.denoiser.parameters(), zero.denoiser.parameters(), strict=True)
+    )
     assert not torch.equal(none.denoiser.backbone.stem.weight, half.denoiser.backbone.stem.weight)
-    assert [list(o[0]) for o in outputs] == [["loss", "grad_norm"], *[["loss", "alignment", "grad_norm"]] * 2]
+    assert [list(o[0]) for o in outputs] == [
+        ["loss", "grad_norm"],
+        *[["loss", "alignment", "grad_norm"]] * 2,
+    ]
 
 
 def test_what_training_needs_is_in_the_checkpoint_and_what_sampling_needs_is_not_more(tmp_path):
@@ -178,7 +210,9 @@ def test_what_training_needs_is_in_the_checkpoint_and_what_sampling_needs_is_not
     t, _ = fit(module(), tmp_path / "half", steps=2)
     path = save(t)
     state = load_state(path)
-    projection = {f"alignment.project.{name}" for name, _ in whole.alignment.project.named_parameters()}
+    projection = {
+        f"alignment.project.{name}" for name, _ in whole.alignment.project.named_parameters()
+    }
     encoders = {f"alignment.encoder.{name}" for name in encoder}
     assert {k for k in state["state_dict"] if k.startswith("alignment.")} == projection | encoders
     assert projection < set(state["optimizer_states"][0]["state"])
@@ -187,20 +221,28 @@ def test_what_training_needs_is_in_the_checkpoint_and_what_sampling_needs_is_not
     _, rest = fit(again, tmp_path / "half", steps=4, entry=path)
     assert torch.equal(rest[-1]["alignment"], outputs[-1]["alignment"])
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
-    assert all(torch.equal(v, encoder[k]) for k, v in whole.alignment.encoder.state_dict().items()), "it was trained"
+    assert all(
+        torch.equal(v, encoder[k]) for k, v in whole.alignment.encoder.state_dict().items()
+    ), "it was trained"
     other = module(encoder=Means(gain=5.0))
     fit(other, tmp_path / "other", steps=4)
-    assert not torch.equal(other.denoiser.backbone.stem.weight, whole.denoiser.backbone.stem.weight), "a control"
+    assert not torch.equal(
+        other.denoiser.backbone.stem.weight, whole.denoiser.backbone.stem.weight
+    ), "a control"
     plain = module()
     plain.alignment = None
     init_from(plain, find_source(str(path), tmp_path))
-    assert torch.equal(plain.denoiser.backbone.stem.weight, state["state_dict"]["ema.model.backbone.stem.weight"])
+    assert torch.equal(
+        plain.denoiser.backbone.stem.weight, state["state_dict"]["ema.model.backbone.stem.weight"]
+    )
 
 
 def test_mistakes_are_told():
     for backbone, n in ((dit(), 2), (unet(), 5)):
         for depth in (0, n + 1):
-            with pytest.raises(ValueError, match=rf"alignment\.depth={depth} is none .* numbered from 1 to {n}"):
+            with pytest.raises(
+                ValueError, match=rf"alignment\.depth={depth} is none .* numbered from 1 to {n}"
+            ):
                 aligned(backbone, depth=depth)
     with pytest.raises(ValueError, match="Backbone does not name its blocks"):
         aligned(unaligned().denoiser.backbone)
@@ -212,7 +254,14 @@ def test_mistakes_are_told():
         aligned(dit(), wrong)(torch.zeros(1, 4, 16), torch.zeros(1, 3, 8, 8))
 
 
-RUN = [*SMALL, "data.shards=2", "reduction=tree", "learning_rate.warmup=1", "optimizer.lr=4e-3", *ALIGNED]
+RUN = [
+    *SMALL,
+    "data.shards=2",
+    "reduction=tree",
+    "learning_rate.warmup=1",
+    "optimizer.lr=4e-3",
+    *ALIGNED,
+]
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +278,17 @@ def state(tmp: Path, name: str, step: int = 12) -> dict[str, torch.Tensor]:
 
 def test_the_alignment_is_recorded_and_grows(tmp: Path) -> None:
     with (tmp / "runs" / "one" / "metrics.csv").open(newline="") as file:
-        found = [float(row["train/alignment"]) for row in csv.DictReader(file) if row["train/alignment"]]
+        found = [
+            float(row["train/alignment"]) for row in csv.DictReader(file) if row["train/alignment"]
+        ]
     assert len(found) == 12
     assert abs(found[0]) < 0.2
     assert sum(found[-4:]) / 4 > sum(found[:4]) / 4 + 0.05
 
 
-def test_begun_on_two_killed_and_continued_without_the_cache_it_ends_in_the_same_bits(tmp: Path) -> None:
+def test_begun_on_two_killed_and_continued_without_the_cache_it_ends_in_the_same_bits(
+    tmp: Path,
+) -> None:
     World(tmp, "killed", 2, base=RUN).until(4).kill().wait()
     shutil.rmtree(tmp / "cache" / "evaluation")
     world = World(tmp, "killed", 1, base=RUN).until(8).kill()
@@ -256,7 +309,7 @@ def test_control_another_encoder_gives_other_bits(tmp: Path) -> None:
 
 def test_a_checkpoint_alone_rebuilds_it(tmp: Path) -> None:
     path = Store(tmp / "runs" / "one" / "checkpoints").state(12)
-    rebuilt, saved = rebuild(path).state_dict(), state(tmp, "one")
+    rebuilt, saved = load_module(path).state_dict(), state(tmp, "one")
     assert rebuilt.keys() == saved.keys()
     assert all(torch.equal(v, saved[k]) for k, v in rebuilt.items())
 
@@ -273,7 +326,7 @@ def test_it_cannot_be_added_to_a_run_that_began_without(tmp: Path) -> None:
     assert config["config"]["alignment"] is None
     assert config["config"].pop("alignment", "kept") is None
     torch.save(config, tmp / "old.ckpt")
-    assert rebuild(tmp / "old.ckpt").alignment is None, "as of a time that knew no alignment"
+    assert load_module(tmp / "old.ckpt").alignment is None, "as of a time that knew no alignment"
 
 
 @pytest.mark.slow
@@ -301,7 +354,9 @@ def test_a_network_from_a_file_and_its_absence(tmp: Path) -> None:
     assert world.wait() == [2]
     assert "net.pt is not there" in world.output()
     assert "Traceback" not in world.output()
-    assert rebuild(Store(tmp / "runs" / "file" / "checkpoints").state(3)).alignment is not None, "sampling needs it"
+    assert (
+        load_module(Store(tmp / "runs" / "file" / "checkpoints").state(3)).alignment is not None
+    ), "sampling needs it"
     moved = (f"alignment.encoder.path={tmp / 'moved.pt'}", "trainer.max_steps=6")
     assert "(bitwise" in finish(tmp, "file", 1, *moved, base=base).output()
 

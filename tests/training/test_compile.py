@@ -1,4 +1,6 @@
-"""A compiled network trains like the one as written, resumes to its own bits, and is not believed blindly."""
+"""A compiled network trains like the one as written, resumes to its own bits, and is not believed
+blindly.
+"""
 
 import shutil
 
@@ -7,8 +9,8 @@ import torch
 from tiny_module import Backbone, fit, make
 
 from runs import differences, kill_at, losses, train
+from sturdy.errors import ConfigError
 from sturdy.training.callbacks.compile import Compile
-from sturdy.training.launch import Unfit
 
 
 class Traced(Backbone):
@@ -42,7 +44,10 @@ def test_it_trains_the_same(tmp_path):
 
 
 def test_wrong_gradients_are_refused(tmp_path):
-    with pytest.raises(Unfit, match=r"5 of 6 parameters get other gradients, such as backbone\.label\.weight, "):
+    with pytest.raises(
+        ConfigError,
+        match=r"5 of 6 parameters get other gradients, such as backbone\.label\.weight, ",
+    ):
         compiled(Wrong, tmp_path)
 
 
@@ -59,7 +64,8 @@ def test_killed_it_ends_in_the_same_bits(tmp_path):
     train(tmp_path, "written")
     train(tmp_path, "compiled", "trainer.compile=true")
     written, found = (
-        torch.tensor([float(row[1]) for row in losses(tmp_path, n) if row[1]]) for n in ("written", "compiled")
+        torch.tensor([float(row[1]) for row in losses(tmp_path, n) if row[1]])
+        for n in ("written", "compiled")
     )
     torch.testing.assert_close(found, written, rtol=1e-3, atol=1e-3)
     kill_at(tmp_path, "killed", 6, "trainer.compile=true")

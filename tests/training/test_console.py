@@ -8,10 +8,12 @@ import sys
 def test_a_terminal_of_ascii_loses_no_line(tmp_path):
     program = f"""if True:
         from pathlib import Path
-        from sturdy.training.attempt import CONSOLE, log_to
+        from exact_resume.attempt import CONSOLE, log_to
         log_to(Path({str(tmp_path)!r}), 0)
         CONSOLE.info("cr\\xe8me 10, caf\\xe9 8")
     """
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "cr\\xe8me 10, caf\\xe9 8\n"

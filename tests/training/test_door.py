@@ -12,13 +12,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
+from exact_resume.metrics import MetricsCSV
+from exact_resume.signals import SIGNALS
 from runs import ROOT, command, train
-from sturdy.command import check, check_composed
-from sturdy.resume.preemption import SIGNALS
-from sturdy.training.build import rebuild
-from sturdy.training.draw import draw
+from sturdy.cli.overrides import check_composed, compose_checked
+from sturdy.sampling.sample import main
+from sturdy.training.build import load_module
 from sturdy.training.launch import train as train_in_process
-from sturdy.training.loggers.metrics_file import MetricsFile
 
 MISTAKES = {
     "data.batchsize=8": "there is no key 'data.batchsize'. Did you mean data.batch_size",
@@ -40,22 +40,31 @@ MISTAKES = {
 
 @pytest.mark.parametrize("word", MISTAKES)
 def test_mistakes_are_answered(word):
-    done = subprocess.run([sys.executable, ROOT / "train.py", word], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", word], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert MISTAKES[word] in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_config_may_ask_what_was_chosen():
-    words = ["experiment=cars", "name=${hydra:runtime.choices.experiment}-${hydra:runtime.choices.backbone}"]
-    assert check(ROOT / "conf" / "train.yaml", words).name == "cars-dit"
+    words = [
+        "experiment=cars",
+        "name=${hydra:runtime.choices.experiment}-${hydra:runtime.choices.backbone}",
+    ]
+    assert compose_checked(ROOT / "conf" / "train.yaml", words).name == "cars-dit"
 
 
 def test_mistakes_and_help_import_neither_torch_nor_lightning():
     for words in ("data.batchsize=8", "--help", "+trainer.foo=1", "seed=0,1 -m data.batchsize=8"):
         command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words.split()]
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr.splitlines()
-        imported = {line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")}
+        lines = subprocess.run(
+            command, capture_output=True, text=True, timeout=60
+        ).stderr.splitlines()
+        imported = {
+            line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")
+        }
         assert "hydra" in imported
         assert not imported & {"torch", "lightning", "sturdy.training.run"}
 
@@ -63,13 +72,19 @@ def test_mistakes_and_help_import_neither_torch_nor_lightning():
 GROUPS = ("data", "debug", "experiment", "logger", "trainer")
 
 
-OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in GROUPS
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+]
 
 
 @pytest.mark.parametrize("choice", OPTIONS)
 def test_every_option_composes_to_what_its_classes_take(choice):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        check_composed(compose("train", [choice, *(["data.root=."] if choice == "data=folder" else [])]))
+        check_composed(
+            compose("train", [choice, *(["data.root=."] if choice == "data=folder" else [])])
+        )
 
 
 def test_an_experiment_goes_with_ones_own_images():
@@ -106,12 +121,16 @@ def test_a_fresh_run_says_so_and_nothing_else_unasked(run):
     assert "run: 60 images, 8 classes; fresh, to step 12" in done.stdout
     assert "finished at step 12; everything is in" in done.stdout
     assert done.stderr == ""  # no warnings, ours or a library's
-    environment = json.loads((tmp / "runs" / "run" / "attempts" / "001" / "environment.json").read_text())
+    environment = json.loads(
+        (tmp / "runs" / "run" / "attempts" / "001" / "environment.json").read_text()
+    )
     assert environment["stack"]["threads"] == "1"
 
 
 def test_the_same_command_on_a_finished_run_says_finished(run):
-    assert "finished at step 12 (trainer.max_steps=12), nothing to do" in train(run[0], "run").stdout
+    assert (
+        "finished at step 12 (trainer.max_steps=12), nothing to do" in train(run[0], "run").stdout
+    )
 
 
 def test_a_finished_run_is_finished_before_it_is_judged_and_what_differs_is_said(run):
@@ -136,8 +155,13 @@ REFUSALS = {
     "name=other ckpt_path=last": ["ckpt_path=last, but", "has no checkpoint", "name=..."],
     "name=other ckpt_path=best": ["ckpt_path=best, but", "has no checkpoint"],
     "name=other init_from=nowhere": ["init_from=nowhere is not there", "runs in", "run"],
-    "name=other init_from=run backbone.width=16": ["init_from=run holds another network: backbone.width 32 -> 16"],
-    f"name=other optimizer._target_=torch.optim.Muon {PLAIN}": ["optimizer torch.optim", "Muon only supports 2D"],
+    "name=other init_from=run backbone.width=16": [
+        "init_from=run holds another network: backbone.width 32 -> 16"
+    ],
+    f"name=other optimizer._target_=torch.optim.Muon {PLAIN}": [
+        "optimizer torch.optim",
+        "Muon only supports 2D",
+    ],
     f"name=other optimizer._target_=torch.optim.LBFGS {PLAIN}": ["optimizer torch.optim", "LBFGS"],
     "name=other trainer.devices=0": ["trainer.devices=0 must be a number, or auto"],
     "name=other trainer.num_nodes=2": ["trainer.num_nodes=2", "torchrun"],
@@ -149,17 +173,31 @@ REFUSALS = {
         "use bf16-mixed",
         "or 32-true",
     ],
-    "name=other trainer.val_check_interval=0.5": ["trainer.val_check_interval=0.5 must be a whole number"],
-    "name=other trainer.limit_val_batches=0": ["trainer.limit_val_batches=0", "trainer.val_check_interval"],
-    "name=other trainer.limit_val_batches=-1": ["trainer.limit_val_batches=-1 must be a number of batches"],
-    "name=other trainer.limit_val_batches=2.5": ["trainer.limit_val_batches=2.5 must be", "a share up to 1.0"],
+    "name=other trainer.val_check_interval=0.5": [
+        "trainer.val_check_interval=0.5 must be a whole number"
+    ],
+    "name=other trainer.limit_val_batches=0": [
+        "trainer.limit_val_batches=0",
+        "trainer.val_check_interval",
+    ],
+    "name=other trainer.limit_val_batches=-1": [
+        "trainer.limit_val_batches=-1 must be a number of batches"
+    ],
+    "name=other trainer.limit_val_batches=2.5": [
+        "trainer.limit_val_batches=2.5 must be",
+        "a share up to 1.0",
+    ],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],
-    "name=other data.image_size=17": ["backbone.image_size=17 to be a multiple of backbone.patch=2"],
+    "name=other data.image_size=17": [
+        "backbone.image_size=17 to be a multiple of backbone.patch=2"
+    ],
     "name=other backbone.heads=7": ["backbone.width=32 is not a multiple of 4 * heads = 28"],
     "name=other target=velocity schedule=linear": ["velocity"],
     "name=other objective.label_drop=3": ["objective.label_drop=3"],
-    "name=other callbacks.checkpoint.keep_last=0": ["callbacks.checkpoint.keep_last=0 must be at least 1"],
+    "name=other callbacks.checkpoint.keep_last=0": [
+        "callbacks.checkpoint.keep_last=0 must be at least 1"
+    ],
 }
 
 
@@ -174,10 +212,16 @@ def own_handlers():
 
 @pytest.mark.usefixtures("own_handlers")
 def test_refusals_name_what_to_do_and_touch_nothing(run, capsys, monkeypatch):
-    """In this process, through the very functions that the door calls: imports would take most of the time."""
+    """In this process, through the very functions that the door calls: imports would take most of
+    the time.
+    """
     tmp, _ = run
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    before = {path: path.read_bytes() for path in (tmp / "runs" / "run" / "checkpoints").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes()
+        for path in (tmp / "runs" / "run" / "checkpoints").rglob("*")
+        if path.is_file()
+    }
     for words, texts in REFUSALS.items():
         overrides = [*command(tmp, "run")[2:], *words.split()]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -198,7 +242,9 @@ def test_on_purpose_from_last_from_best_and_from_a_path(run):
     assert "no guarantee: the trajectory changed, and you asked to continue" in last
     assert "optimizer.lr: 0.001 -> 0.0005" in last
 
-    path = train(tmp, "run", "trainer.max_steps=13", f"ckpt_path={home / 'checkpoints' / 'step-00000012'}").stdout
+    path = train(
+        tmp, "run", "trainer.max_steps=13", f"ckpt_path={home / 'checkpoints' / 'step-00000012'}"
+    ).stdout
     assert "resumed from step 12, to step 13 (bitwise" in path
     assert "checkpoints newer than step 12 were moved to" in path
     assert (home / "abandoned" / "001" / "step-00000014" / "state.ckpt").is_file()
@@ -206,13 +252,18 @@ def test_on_purpose_from_last_from_best_and_from_a_path(run):
     assert "finished at step 13" in train(tmp, "run", "trainer.max_steps=13").stdout
 
     best = train(tmp, "run", "ckpt_path=best", "trainer.max_steps=13").stdout
-    scores = MetricsFile(home / "metrics.csv").column("val/loss")
+    scores = MetricsCSV(home / "metrics.csv").column("val/loss")
     assert f"resumed from step {min(scores, key=scores.get)}," in best
 
 
 def test_another_network_cannot_go_on_from_these_weights(run):
-    done = train(run[0], "run", "backbone.depth=1", "trainer.max_steps=99", "ckpt_path=last", code=2)
-    assert "is of another network than backbone, ema or code are now of: denoiser.backbone.blocks.1." in done.stderr
+    done = train(
+        run[0], "run", "backbone.depth=1", "trainer.max_steps=99", "ckpt_path=last", code=2
+    )
+    assert (
+        "is of another network than backbone, ema or code are now of: denoiser.backbone.blocks.1."
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -223,7 +274,7 @@ def test_fine_tuning_starts_from_the_weights_of_another_run(run):
     done = train(tmp, "tuned", f"init_from={source}", *words)
     assert "fresh, to step 1" in done.stdout
     assert f"init_from={source} (step 12, EMA weights): all" in done.stdout
-    old, new = (rebuild(tmp / "runs" / r / "checkpoints" / s / "state.ckpt") for r, s in STATES)
+    old, new = (load_module(tmp / "runs" / r / "checkpoints" / s / "state.ckpt") for r, s in STATES)
     for expected, found in zip(old.ema.model.parameters(), new.denoiser.parameters(), strict=True):
         assert torch.equal(expected, found)
 
@@ -233,15 +284,27 @@ STATES = (("run", "step-00000012"), ("tuned", "step-00000001"))
 
 def test_sampling_is_the_same_at_every_batch_size(run):
     tmp, _ = run
-    words = [f"paths.runs={tmp / 'runs'}", "run=run", "sample.n=4", "sample.label=pickup", "sampler.steps=3"]
-    ones, threes = ([*words, f"sample.batch_size={size}", f"sample.out={tmp / str(size)}"] for size in (1, 3))
-    subprocess.run([sys.executable, ROOT / "sample.py", *ones], check=True, capture_output=True, timeout=120)
+    words = [
+        f"paths.runs={tmp / 'runs'}",
+        "run=run",
+        "sample.n=4",
+        "sample.label=pickup",
+        "sampler.steps=3",
+    ]
+    ones, threes = (
+        [*words, f"sample.batch_size={size}", f"sample.out={tmp / str(size)}"] for size in (1, 3)
+    )
+    subprocess.run(
+        [sys.executable, ROOT / "sample.py", *ones], check=True, capture_output=True, timeout=120
+    )
     threads = torch.get_num_threads()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        assert draw(compose("sample", threes), threes) == 0
+        assert main(compose("sample", threes), threes) == 0
     torch.set_num_threads(threads)
     for k in range(4):
-        one, three = (np.asarray(Image.open(tmp / d / f"{k:06d}.png")).astype(int) for d in ("1", "3"))
+        one, three = (
+            np.asarray(Image.open(tmp / d / f"{k:06d}.png")).astype(int) for d in ("1", "3")
+        )
         assert one.std() > 5
         assert abs(one - three).max() <= 1  # the kernels round differently
 
@@ -254,6 +317,11 @@ def test_sampling_refuses_what_is_not_there(run):
         "run=nobody": "run=nobody is not there; paths.runs=",
     }.items():
         words = [f"paths.runs={tmp / 'runs'}", "run=run", word]
-        done = subprocess.run([sys.executable, ROOT / "sample.py", *words], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, ROOT / "sample.py", *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 2
         assert text in done.stderr

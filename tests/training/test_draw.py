@@ -1,4 +1,6 @@
-"""Images by their number: the same bits however they are cut into jobs, and drawn once, through SIGKILL."""
+"""Images by their number: the same bits however they are cut into jobs, and drawn once, through
+SIGKILL.
+"""
 
 import os
 
@@ -9,14 +11,18 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from runs import ROOT, fork, train
-from sturdy.training.draw import draw, is_whole
+from sturdy.sampling.sample import is_whole, main
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """The directory of a finished run of two validated steps."""
     tmp = tmp_path_factory.mktemp("draw")
-    words = ["trainer.max_steps=2", "trainer.val_check_interval=1", "callbacks.checkpoint.every_n_train_steps=1"]
+    words = [
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=1",
+        "callbacks.checkpoint.every_n_train_steps=1",
+    ]
     train(tmp, "run", *words, "callbacks.samples.every_n_steps=null")
     return tmp / "runs" / "run"
 
@@ -30,7 +36,7 @@ def drawn(home, capsys, monkeypatch):
         words = [f"paths.runs={home.parent}", "run=run", "sampler.steps=2", "device=cpu", *words]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("sample", words)
-        code = draw(cfg, words)
+        code = main(cfg, words)
         said = capsys.readouterr()
         return code, said.out + said.err
 
@@ -47,7 +53,9 @@ def times(folder):
 
 
 def test_an_image_is_a_function_of_its_number(drawn, tmp_path):
-    """However many are drawn, together or by several jobs; kernels may round differently, by a grey level at most."""
+    """However many are drawn, together or by several jobs; kernels may round differently, by a grey
+    level at most.
+    """
     assert drawn("sample.n=11", "sample.batch_size=11", f"sample.out={tmp_path / 'whole'}")[0] == 0
     for first, n, batch_size in ((0, 5, 2), (5, 6, 4)):
         words = [f"sample.first={first}", f"sample.n={n}", f"sample.batch_size={batch_size}"]
@@ -74,15 +82,27 @@ def test_what_is_whole_is_not_drawn_again(drawn, tmp_path):
     after, now = images(tmp_path), times(tmp_path)
     assert len(after) == 8
     assert all(np.array_equal(after[name], image) for name, image in before.items())
-    assert {name for name in then if now[name] == then[name]} == then.keys() - {"000001.png", "000004.png"}
+    assert {name for name in then if now[name] == then[name]} == then.keys() - {
+        "000001.png",
+        "000004.png",
+    }
 
 
 def test_killed_it_goes_on_where_it_was(home, drawn, tmp_path):
     words = ["sample.n=40", "sample.batch_size=4"]
     assert drawn(*words, f"sample.out={tmp_path / 'whole'}")[0] == 0
-    options = [f"paths.runs={home.parent}", "run=run", "sampler.steps=2", "device=cpu", "threads=1", *words]
+    options = [
+        f"paths.runs={home.parent}",
+        "run=run",
+        "sampler.steps=2",
+        "device=cpu",
+        "threads=1",
+        *words,
+    ]
     out = tmp_path / "killed"
-    process, *said = fork(tmp_path, "killed", [str(ROOT / "sample.py"), *options, f"sample.out={out}"])
+    process, *said = fork(
+        tmp_path, "killed", [str(ROOT / "sample.py"), *options, f"sample.out={out}"]
+    )
     while process.exitcode is None and len(times(out)) < 9:
         pass
     process.kill()
@@ -97,7 +117,9 @@ def test_killed_it_goes_on_where_it_was(home, drawn, tmp_path):
 
 
 def test_a_grid_shows_the_first_and_the_others_are_not_held(drawn, tmp_path):
-    code, said = drawn("sample.n=70", "sample.batch_size=35", "sampler.steps=1", f"sample.out={tmp_path}")
+    code, said = drawn(
+        "sample.n=70", "sample.batch_size=35", "sampler.steps=1", f"sample.out={tmp_path}"
+    )
     assert code == 0
     assert "grid.png shows the first 64" in said
     width, height = Image.open(tmp_path / "grid.png").size

@@ -34,7 +34,9 @@ def test_the_time_since_the_best(scores, mode, stale):
 
 
 def test_a_run_that_gets_worse_stops_and_stays_so(tmp_path: Path) -> None:
-    """Killed on the way, it stops at the step of the undisturbed one, on two processes, too; and then stays there."""
+    """Killed on the way, it stops at the step of the undisturbed one, on two processes, too; and
+    then stays there.
+    """
     output = finish(tmp_path, "whole", 1, *WORSE).output()
     last = losses(tmp_path, "whole")[-1]
     scores = {int(row[0]): float(row[3]) for row in losses(tmp_path, "whole") if row[3]}

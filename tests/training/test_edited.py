@@ -1,4 +1,6 @@
-"""Somebody edits the checkout, the configuration and the images of a run while nobody looks after it."""
+"""Somebody edits the checkout, the configuration and the images of a run while nobody looks after
+it.
+"""
 
 import os
 import random
@@ -27,7 +29,9 @@ class Checkout:
     def __init__(self, tmp: Path) -> None:
         self.tmp, self.images = tmp, tmp / "images"
         for part in ("src", "conf"):
-            shutil.copytree(ROOT / part, tmp / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                ROOT / part, tmp / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+            )
         shutil.copy(ROOT / "train.py", tmp)
         self.images.mkdir()
         for number in range(24):
@@ -44,7 +48,11 @@ class Checkout:
         path.write_text(text.replace(old, new, 1))
 
     def words(self, name: str, *more: str) -> list[str]:
-        paths = [f"paths.runs={self.tmp / 'runs'}", f"paths.cache={self.tmp / 'cache'}", f"data.root={self.images}"]
+        paths = [
+            f"paths.runs={self.tmp / 'runs'}",
+            f"paths.cache={self.tmp / 'cache'}",
+            f"data.root={self.images}",
+        ]
         return [str(self.tmp / "train.py"), *TINY, *paths, f"name={name}", *more]
 
     def start(self, name: str, *more: str, **environment: str) -> "subprocess.Popen[str]":
@@ -58,7 +66,9 @@ class Checkout:
         )
 
     def train(self, name: str, *more: str, code: int = 0, **environment: str) -> str:
-        """Run to the end with the source that is imported already; the configuration is that of this checkout."""
+        """Run to the end with the source that is imported already; the configuration is that of
+        this checkout.
+        """
         before = dict(os.environ)
         os.environ.update(environment)
         try:
@@ -74,7 +84,9 @@ class Checkout:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A checkout with the undisturbed run ``whole``, and with ``half`` of it done in other copies."""
+    """A checkout with the undisturbed run ``whole``, and with ``half`` of it done in other
+    copies.
+    """
     checkout = Checkout(tmp_path_factory.mktemp("edited"))
     checkout.train("whole")
     for name in ("queue", "person", "asked"):
@@ -113,15 +125,28 @@ def test_control_a_person_is_asked(checkout):
 
 @pytest.mark.slow
 def test_a_supervised_run_of_thirty_restarts_while_somebody_edits(tmp_path):
-    """Comments and unrelated modules of ``src``, images that come and go, the configuration; killed thirty times."""
+    """Comments and unrelated modules of ``src``, images that come and go, the configuration; killed
+    thirty times.
+    """
     checkout = Checkout(tmp_path)
-    long = ("trainer.max_steps=1500", "trainer.val_check_interval=100", "callbacks.checkpoint.every_n_train_steps=25")
-    calm = ("callbacks.samples.every_n_steps=700", "restarts=1000", "callbacks.checkpoint.keep_last=2")
+    long = (
+        "trainer.max_steps=1500",
+        "trainer.val_check_interval=100",
+        "callbacks.checkpoint.every_n_train_steps=25",
+    )
+    calm = (
+        "callbacks.samples.every_n_steps=700",
+        "restarts=1000",
+        "callbacks.checkpoint.keep_last=2",
+    )
     whole = checkout.start("whole", *long, *calm)
     output, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, output
 
-    rng, process = random.Random(int(os.environ.get("STURDY_SEED", "0"))), checkout.start("edited", *long, *calm)
+    rng, process = (
+        random.Random(int(os.environ.get("STURDY_SEED", "0"))),
+        checkout.start("edited", *long, *calm),
+    )
     metrics, kills = tmp_path / "runs" / "edited" / "metrics.csv", 0
     while kills < 30 and process.poll() is None:
         size = metrics.stat().st_size if metrics.exists() else 0
@@ -141,7 +166,9 @@ def test_a_supervised_run_of_thirty_restarts_while_somebody_edits(tmp_path):
     assert differences(tmp_path, "whole", "edited") == []
 
     checkout.edit("src/sturdy/backbone/dit.py", "* (1 + scale)", "* (2 + scale)")
-    control = checkout.start("edited", *long, *calm, "trainer.max_steps=1600", SLURM_RESTART_COUNT="1")
+    control = checkout.start(
+        "edited", *long, *calm, "trainer.max_steps=1600", SLURM_RESTART_COUNT="1"
+    )
     output, _ = control.communicate(timeout=600)
     assert control.returncode == 2, output
     assert "the code changed, 1 of" in output
@@ -152,13 +179,22 @@ def edit(checkout: Checkout, number: int, rng: random.Random) -> None:
     """Do one of the things that people do to a checkout beside a run."""
     match number % 5:
         case 0:
-            file = rng.choice(["training/module.py", "backbone/dit.py", "diffusion/objective.py", "data/order.py"])
+            file = rng.choice(
+                ["training/module.py", "backbone/dit.py", "diffusion/objective.py", "data/order.py"]
+            )
             path = checkout.tmp / "src" / "sturdy" / file
             path.write_text(path.read_text() + f"\n# comment {number}\n")
         case 1:
-            path = checkout.tmp / "src" / "sturdy" / rng.choice(["evaluation/charts.py", "sweep.py", "prove.py"])
+            path = (
+                checkout.tmp
+                / "src"
+                / "sturdy"
+                / rng.choice(["evaluation/charts.py", "sweep.py", "prove.py"])
+            )
             path.write_text(path.read_text() + f"\n\nX{number} = {number}\n")
-            (checkout.tmp / "src" / "sturdy" / "backbone" / f"mine{number}.py").write_text("raise SystemExit\n")
+            (checkout.tmp / "src" / "sturdy" / "backbone" / f"mine{number}.py").write_text(
+                "raise SystemExit\n"
+            )
         case 2:
             checkout.draw(f"new{number}.png", 1000 + number)
         case 3:

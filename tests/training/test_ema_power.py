@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from sturdy.resume.store import Unloadable, assert_primitive
+from exact_resume.checkpoint.store import CheckpointLoadError, assert_primitive
 from sturdy.training.ema import EMA, PowerEMA
-from sturdy.training.profiles import FLATTEST, Profile, fit, gamma, inner, length
-from sturdy.training.snapshots import load, of_length, reconstruct, snapshot, write
+from sturdy.training.ema_profiles import FLATTEST, Profile, fit, gamma, length, profile_dot
+from sturdy.training.ema_snapshots import load, posthoc_ema, reconstruct, snapshot, write
 
 
 class Network(nn.Module):
@@ -21,7 +21,9 @@ class Network(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def go(self, step):
-        """To where the trajectory is after ``step`` updates: a line, a curve, a swing and a constant."""
+        """To where the trajectory is after ``step`` updates: a line, a curve, a swing and a
+        constant.
+        """
         x = step / 1000
         self.weight.data.copy_(torch.tensor([x, math.exp(-3 * x), math.sin(7 * x), 1.0]))
         self.count.fill_(step)
@@ -36,11 +38,16 @@ def averaged(end, every=0, start=None, **options):
         ema.update(network.go(step), step - 1)
         if every and step % every == 0:
             held = snapshot(ema, step)
-            taken.append(held | {"averages": [{k: v.clone() for k, v in a.items()} for a in held["averages"]]})
+            taken.append(
+                held
+                | {"averages": [{k: v.clone() for k, v in a.items()} for a in held["averages"]]}
+            )
     return ema, taken
 
 
-@pytest.mark.parametrize(("std", "exponent"), [(0.05, 16.972199), (0.10, 6.937204), (FLATTEST, 0.0)])
+@pytest.mark.parametrize(
+    ("std", "exponent"), [(0.05, 16.972199), (0.10, 6.937204), (FLATTEST, 0.0)]
+)
 def test_the_exponent_of_a_length(std, exponent):
     assert gamma(std) == pytest.approx(exponent, abs=1e-6)
     assert length(gamma(std)) == pytest.approx(std, rel=1e-12)
@@ -66,7 +73,9 @@ def test_of_a_line_it_is_a_constant_share(std, share):
 
 
 def test_each_average_is_the_weighted_sum_of_its_bins():
-    """After T updates, weights of update t count (t^(gamma + 1) - (t - 1)^(gamma + 1)) / T^(gamma + 1)."""
+    """After T updates, weights of update t count (t^(gamma + 1) - (t - 1)^(gamma + 1)) / T^(gamma +
+    1).
+    """
     ema, _ = averaged(50, stds=[0.05, 0.1, 0.2], std=0.1)
     assert ema.stds == [0.1, 0.05, 0.2]
     trajectory = torch.stack([Network().go(step).weight.detach() for step in range(1, 51)]).double()
@@ -85,7 +94,10 @@ def test_entered_anywhere_it_is_the_same():
     other.load_state_dict(half.state_dict())
     for step in range(14, 31):
         other.update(Network().go(step), step - 1)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_lengths_that_make_no_sense():
@@ -97,23 +109,39 @@ def test_lengths_that_make_no_sense():
 
 def test_the_product_of_two_profiles_is_its_integral():
     a, b = Profile(gamma(0.1), 300), Profile(gamma(0.05), 200)
-    tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 1000  # up to 200, where the second ends
-    p, q = ((profile.gamma + 1) * (tau / profile.step) ** profile.gamma / profile.step for profile in (a, b))
-    assert inner(a, b) == inner(b, a) == pytest.approx(float((p * q).sum() / 1000), rel=1e-6)
+    tau = (
+        torch.arange(200_000, dtype=torch.float64) + 0.5
+    ) / 1000  # up to 200, where the second ends
+    p, q = (
+        (profile.gamma + 1) * (tau / profile.step) ** profile.gamma / profile.step
+        for profile in (a, b)
+    )
+    assert (
+        profile_dot(a, b)
+        == profile_dot(b, a)
+        == pytest.approx(float((p * q).sum() / 1000), rel=1e-6)
+    )
 
 
 @pytest.mark.parametrize("std", [0.04, 0.07, 0.15, 0.2])
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-3), (torch.float16, 2e-3), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 2e-3), (torch.float16, 2e-3), (torch.bfloat16, 6e-3)]
+)
 def test_any_length_from_snapshots_of_two(std, dtype, error):
     direct, _ = averaged(1000, stds=[std], std=std)
     _, taken = averaged(1000, every=50)
-    taken = [t | {"averages": [{k: v.to(dtype) for k, v in a.items()} for a in t["averages"]]} for t in taken]
+    taken = [
+        t | {"averages": [{k: v.to(dtype) for k, v in a.items()} for a in t["averages"]]}
+        for t in taken
+    ]
     found = reconstruct(taken, std)
     assert (found["weight"] - direct.model.weight).abs().max() < error
     assert found["weight"].dtype == torch.float32
     assert found["count"] == 1000
     nearest, _ = averaged(1000, stds=[0.05, 0.1], std=min((0.05, 0.1), key=lambda s: abs(s - std)))
-    assert (nearest.model.weight - direct.model.weight).abs().max() > 2e-3  # the control: it is another average
+    assert (
+        nearest.model.weight - direct.model.weight
+    ).abs().max() > 2e-3  # the control: it is another average
 
 
 def test_a_length_that_is_tracked_comes_back_exactly():
@@ -124,7 +152,9 @@ def test_a_length_that_is_tracked_comes_back_exactly():
 
 def test_a_length_out_of_reach_is_refused():
     _, taken = averaged(100, every=100)
-    with pytest.raises(ValueError, match=r"length 0\.25 at step 100 .* from 1 snapshots .* 104% off"):
+    with pytest.raises(
+        ValueError, match=r"length 0\.25 at step 100 .* from 1 snapshots .* 104% off"
+    ):
         reconstruct(taken, 0.25)
 
 
@@ -154,7 +184,7 @@ def test_a_file_holds_the_averages_and_nothing_that_runs(tmp_path):
     for average, network in zip(found["averages"], ema.networks(), strict=True):
         assert torch.equal(average["weight"], network.weight)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(Unloadable, match=r"step-00000070\.ckpt is broken"):
+    with pytest.raises(CheckpointLoadError, match=r"step-00000070\.ckpt is broken"):
         load(path)
 
 
@@ -163,7 +193,9 @@ def test_a_checkpoint_counts_as_the_last_snapshot_and_later_ones_do_not(tmp_path
     for t in (*taken, taken[0] | {"step": 300}):
         write(t, tmp_path)
     expected = reconstruct([*taken, snapshot(ema, 230)], 0.15)
-    assert torch.equal(of_length(0.15, ema, 230, tmp_path)["weight"], expected["weight"])
-    assert torch.equal(of_length(0.05, ema, 230, tmp_path / "none")["weight"], ema.others[0].weight)
+    assert torch.equal(posthoc_ema(0.15, ema, 230, tmp_path)["weight"], expected["weight"])
+    assert torch.equal(
+        posthoc_ema(0.05, ema, 230, tmp_path / "none")["weight"], ema.others[0].weight
+    )
     with pytest.raises(ValueError, match="trained with ema=power"):
-        of_length(0.15, EMA(Network()), 230, tmp_path)
+        posthoc_ema(0.15, EMA(Network()), 230, tmp_path)

@@ -15,24 +15,24 @@ from omegaconf import OmegaConf
 from tiny_module import Stream, batch, make, trainer
 from torch.utils.data import DataLoader
 
+from exact_resume.attempt import IGNORED_WARNINGS
+from exact_resume.callbacks.checkpoint import Checkpoint
+from exact_resume.callbacks.nan_guard import NanGuard
+from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
+from exact_resume.callbacks.record import Record
+from exact_resume.checkpoint.compare import diff_checkpoints, first_divergence
+from exact_resume.checkpoint.store import Store, load_state
+from exact_resume.checkpoint.writer import SaveError
+from exact_resume.failures import is_out_of_memory, out_of_memory, tolerate_errors
+from exact_resume.metrics import MetricsCSV
+from exact_resume.signals import SIGNALS, PreemptedError, Preemption
+from exact_resume.streams import Lossy
 from runs import command, differences, train
 from sturdy.diffusion.sampler import Euler
-from sturdy.resume.compare import differing, first_divergence
-from sturdy.resume.preemption import SIGNALS, Preempted, Preemption
-from sturdy.resume.store import Store, load_state
-from sturdy.resume.streams import Lossy
-from sturdy.resume.writer import SaveFailed
-from sturdy.training.attempt import EXPECTED
-from sturdy.training.callbacks.checkpoint import Checkpoint
-from sturdy.training.callbacks.guard import Guard
-from sturdy.training.callbacks.preempt import Agree, Preempt
+from sturdy.errors import ConfigError
+from sturdy.sampling.grid_callback import SampleGrids
 from sturdy.training.callbacks.progress import Progress
-from sturdy.training.callbacks.record import Record
-from sturdy.training.callbacks.samples import Samples
-from sturdy.training.failures import is_out_of_memory, out_of_memory, spare
-from sturdy.training.launch import Unfit
-from sturdy.training.loggers.metrics_file import MetricsFile
-from sturdy.training.run import stopped_here_before, take
+from sturdy.training.run import lock_home, stopped_here_before
 
 
 class Raising(Callback):
@@ -48,18 +48,20 @@ class Raising(Callback):
 
 @pytest.fixture
 def fit(tmp_path):
-    """Train for nine steps in ``tmp_path/name``, from its newest checkpoint on; returns the error that ended it."""
+    """Train for nine steps in ``tmp_path/name``, from its newest checkpoint on; returns the error
+    that ended it.
+    """
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def fit(name, *callbacks, entry=None, loggers=(), module=None):
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
-        metrics, preemption = MetricsFile(directory / "metrics.csv"), Preemption()
+        metrics, preemption = MetricsCSV(directory / "metrics.csv"), Preemption()
         store = Store(directory / "checkpoints")
         t = trainer(
             directory / "checkpoints",
             9,
-            *(Agree(preemption), Guard(), Record(metrics), Preempt(preemption)),
+            *(AgreeOnSignal(preemption), NanGuard(), Record(metrics), SaveOnSignal(preemption)),
             Checkpoint(every_n_train_steps=None, every_n_minutes=None, keep_last=9),
             *callbacks,
             logger=[metrics, *loggers],
@@ -71,10 +73,18 @@ def fit(tmp_path):
         )
         module = module or make()
         start = store.steps()[-1] if store.steps() else 0
-        loaders = DataLoader(Stream(start), batch_size=None), DataLoader([batch(0)], batch_size=None)
+        loaders = (
+            DataLoader(Stream(start), batch_size=None),
+            DataLoader([batch(0)], batch_size=None),
+        )
         try:
             with t.strategy.checkpoint_io:
-                t.fit(module, *loaders, ckpt_path=store.state(start) if start else None, weights_only=True)
+                t.fit(
+                    module,
+                    *loaders,
+                    ckpt_path=store.state(start) if start else None,
+                    weights_only=True,
+                )
         except BaseException as error:
             return error
 
@@ -90,8 +100,8 @@ def steps(tmp, name):
 def same(tmp, a, b):
     """Whether the last steps of two runs are equal to the bit, and their records."""
     states = [load_state(Store(tmp / name / "checkpoints").state(9)) for name in (a, b)]
-    records = [MetricsFile(tmp / name / "metrics.csv").rows() for name in (a, b)]
-    return differing(*states) == [] and first_divergence(*records) is None
+    records = [MetricsCSV(tmp / name / "metrics.csv").rows() for name in (a, b)]
+    return diff_checkpoints(*states) == [] and first_divergence(*records) is None
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,9 @@ def same(tmp, a, b):
 def test_an_error_between_two_steps_leaves_a_save_and_the_run_goes_on_bit_for_bit(
     fit, tmp_path, hook, step, error, saved
 ):
-    """A callback of one's own, as the last of all. Lightning makes SystemExit of KeyboardInterrupt."""
+    """A callback of one's own, as the last of all. Lightning makes SystemExit of
+    KeyboardInterrupt.
+    """
     assert fit("whole") is None
     raised = fit("ended", Raising(hook, step, error))
     assert error in (raised, raised.__context__)
@@ -119,7 +131,9 @@ def test_an_error_between_two_steps_leaves_a_save_and_the_run_goes_on_bit_for_bi
 
 
 def test_in_the_middle_of_a_step_nothing_is_saved(fit, tmp_path):
-    """In the forward pass, in the backward pass, in the optimizer's step, and between that and the average."""
+    """In the forward pass, in the backward pass, in the optimizer's step, and between that and the
+    average.
+    """
 
     class InStep(Raising):
         def __init__(self, hook):
@@ -154,16 +168,20 @@ def test_a_record_that_cannot_be_written_ends_the_run_without_a_later_checkpoint
         def on_train_batch_start(self, trainer, *args):
             if trainer.global_step == 5:
                 (tmp_path / "full" / "metrics.csv").unlink()
-                (tmp_path / "full" / "metrics.csv").mkdir()  # as little can be written to as a full disk
+                (
+                    tmp_path / "full" / "metrics.csv"
+                ).mkdir()  # as little can be written to as a full disk
 
     error = fit("full", Full())
-    assert isinstance(error, SaveFailed)
+    assert isinstance(error, SaveError)
     assert "metrics.csv could not be written" in str(error)
     assert steps(tmp_path, "full") == [4]
 
 
 def samples(directory):
-    return Samples(directory=directory, sampler=Euler(steps=2), image_size=8, every_n_steps=3, n=6)
+    return SampleGrids(
+        directory=directory, sampler=Euler(steps=2), image_size=8, every_n_steps=3, n=6
+    )
 
 
 def test_a_grid_that_fails_and_a_logger_that_fails_change_nothing(fit, tmp_path, caplog):
@@ -182,15 +200,24 @@ def test_a_grid_that_fails_and_a_logger_that_fails_change_nothing(fit, tmp_path,
     caplog.set_level("WARNING", "sturdy")
     broken = samples(tmp_path / "never")
     broken.draw = lambda module: 1 / 0
-    loggers = [spare(Server(tmp_path / "csv"))]
+    loggers = [tolerate_errors(Server(tmp_path / "csv"))]
     assert fit("poor", samples(tmp_path / "file" / "grids"), broken, loggers=loggers) is None
     assert same(tmp_path, "whole", "poor")
     assert Server.calls == 1
-    said = sorted(record.message.split(" failed, ")[0] for record in caplog.records if record.name == "sturdy")
-    assert said == ["Server, which is not called again,", "the grid of samples", "the grid of samples"]
+    said = sorted(
+        record.message.split(" failed, ")[0] for record in caplog.records if record.name == "sturdy"
+    )
+    assert said == [
+        "Server, which is not called again,",
+        "the grid of samples",
+        "the grid of samples",
+    ]
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), Preempted("SIGTERM")])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), PreemptedError("SIGTERM")],
+)
 def test_a_grid_spares_neither_memory_nor_a_signal(fit, tmp_path, error):
     broken = samples(tmp_path / "never")
 
@@ -199,11 +226,11 @@ def test_a_grid_spares_neither_memory_nor_a_signal(fit, tmp_path, error):
 
     broken.draw = draw
     assert fit("run", broken) is error
-    assert steps(tmp_path, "run") == ([] if isinstance(error, Preempted) else [3])
+    assert steps(tmp_path, "run") == ([] if isinstance(error, PreemptedError) else [3])
 
 
 def test_progress_that_fails_is_not_called_again(fit, tmp_path, caplog):
-    progress = spare(Progress(line_every=0))
+    progress = tolerate_errors(Progress(line_every=0))
     progress.window = None  # until the training starts
     caplog.set_level("WARNING", "sturdy")
     module = make()
@@ -231,8 +258,12 @@ def test_a_stream_without_a_reader_takes_everything():
 
 
 def test_a_run_outlives_its_reader_and_a_question(tmp_path):
-    """As in ``train.py ... | head -1``, and two times ``kill -USR2``: once in the imports, once while it trains."""
-    words = command(tmp_path, "read", "trainer.max_steps=400", "callbacks.samples.every_n_steps=null")
+    """As in ``train.py ... | head -1``, and two times ``kill -USR2``: once in the imports, once
+    while it trains.
+    """
+    words = command(
+        tmp_path, "read", "trainer.max_steps=400", "callbacks.samples.every_n_steps=null"
+    )
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         run.stdout.readline()
         run.send_signal(signal.SIGUSR2)
@@ -251,7 +282,9 @@ def test_a_run_outlives_its_reader_and_a_question(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR])
 def test_no_right_to_write_is_a_mistake_that_names_the_key(number, tmp_path):
-    """Who starts runs again must not try that again. Root has every right, so it is another user who asks."""
+    """Who starts runs again must not try that again. Root has every right, so it is another user
+    who asks.
+    """
     place = tmp_path / "place"
     if number == errno.ENOTDIR:
         place.write_text("a file")
@@ -262,8 +295,8 @@ def test_no_right_to_write_is_a_mistake_that_names_the_key(number, tmp_path):
         tmp_path.chmod(0o755)
         os.seteuid(65534)
     try:
-        with pytest.raises(Unfit, match=r"paths\.runs") as refused:
-            take(place / "run")
+        with pytest.raises(ConfigError, match=r"paths\.runs") as refused:
+            lock_home(place / "run")
     finally:
         if root:
             os.seteuid(0)
@@ -282,7 +315,10 @@ def test_who_is_stopped_twice_without_a_step_in_between_is_told(tmp_path):
 def test_a_profiler_reports_and_changes_nothing(tmp_path):
     """The second half is without it, and is the same trajectory."""
     train(tmp_path, "whole")
-    assert "FIT Profiler Report" in train(tmp_path, "watched", "trainer.max_steps=6", "trainer.profiler=simple").stdout
+    assert (
+        "FIT Profiler Report"
+        in train(tmp_path, "watched", "trainer.max_steps=6", "trainer.profiler=simple").stdout
+    )
     done = train(tmp_path, "watched").stdout
     assert "resumed from step 6, to step 12 (bitwise" in done
     assert "Profiler" not in done
@@ -331,6 +367,6 @@ def test_the_hint_about_srun_is_expected(monkeypatch, tmp_path):
         SLURMEnvironment.detect()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for message in EXPECTED:
+        for message in IGNORED_WARNINGS:
             warnings.filterwarnings("ignore", message)
         SLURMEnvironment.detect()

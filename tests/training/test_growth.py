@@ -31,10 +31,16 @@ def watch(path: Path, hoard: bool = False) -> Callable[[int], None]:
 
         def watched(self, batch, batch_idx):
             if self.global_step in (FROM, TO):
-                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-                files = sum("/checkpoints" not in name for name in opened())  # the writer's come and go
+                resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+                    "SC_PAGE_SIZE"
+                )
+                files = sum(
+                    "/checkpoints" not in name for name in opened()
+                )  # the writer's come and go
                 with path.open("a") as file:
-                    file.write(json.dumps([resident / 2**20, files, threading.active_count()]) + "\n")
+                    file.write(
+                        json.dumps([resident / 2**20, files, threading.active_count()]) + "\n"
+                    )
             if hoard:
                 kept.append(b"x" * 100_000)
             return training_step(self, batch, batch_idx)

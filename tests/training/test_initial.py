@@ -1,4 +1,6 @@
-"""A run that begins from the weights of another: which are taken, what is said, and what it counts as."""
+"""A run that begins from the weights of another: which are taken, what is said, and what it counts
+as.
+"""
 
 import copy
 import json
@@ -11,13 +13,13 @@ from omegaconf import OmegaConf
 from tiny_module import fit, save
 from torch import nn
 
+from exact_resume.checkpoint.store import MANIFEST, STATE, Store, load_state
 from runs import ROOT, SMALL, differences, kill_at, train
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
-from sturdy.resume.store import MANIFEST, STATE, Store, load_state
-from sturdy.training.build import build
+from sturdy.training.build import build_module
 from sturdy.training.ema import PowerEMA
-from sturdy.training.initial import find_source, init_from, other_weights
-from sturdy.training.match import class_change, match
+from sturdy.training.init_from import find_source, init_from, other_weights
+from sturdy.training.match_weights import class_change, match
 from sturdy.training.module import DiffusionModule
 
 DIT = ["backbone=dit", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
@@ -27,9 +29,21 @@ LABEL = "backbone.condition.label.weight"
 def config(*overrides, classes=("a", "b"), conditions=0):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(
-            "train", ["backbone=dit", "backbone.width=16", "backbone.depth=1", "backbone.heads=2", *overrides]
+            "train",
+            [
+                "backbone=dit",
+                "backbone.width=16",
+                "backbone.depth=1",
+                "backbone.heads=2",
+                *overrides,
+            ],
         )
-    cfg.classes, cfg.num_classes, cfg.num_conditions, cfg.data.shards = list(classes), len(classes), conditions, 1
+    cfg.classes, cfg.num_classes, cfg.num_conditions, cfg.data.shards = (
+        list(classes),
+        len(classes),
+        conditions,
+        1,
+    )
     return OmegaConf.to_container(cfg, resolve=True)
 
 
@@ -42,35 +56,47 @@ def awake(module):
 
 
 def saved(module, runs, name="base", step=500):
-    """Commit a checkpoint of ``module`` as that of a run; returns the weights that another run takes."""
+    """Commit a checkpoint of ``module`` as that of a run; returns the weights that another run
+    takes.
+    """
     state = {"global_step": step, "state_dict": module.state_dict(), "config": module.config}
     Store(runs / name / "checkpoints").commit(step, state)
     return module.ema.model.state_dict()
 
 
 def begin(runs, settings, word="base"):
-    """A module of ``settings`` that began from a run, an equal one that did not, and what was said."""
-    module, fresh = build(settings), build(settings)
+    """A module of ``settings`` that began from a run, an equal one that did not, and what was
+    said.
+    """
+    module, fresh = build_module(settings), build_module(settings)
     return module, fresh.denoiser.state_dict(), init_from(module, find_source(word, runs))
 
 
 def test_rows_of_labels_go_by_the_names_of_the_classes(tmp_path):
-    old = saved(awake(build(config())), tmp_path)
+    old = saved(awake(build_module(config())), tmp_path)
     module, fresh, told = begin(tmp_path, config(classes=("c", "b", "d", "a")))
     assert told.splitlines() == [
         "init_from=base (step 500, EMA weights): all 25 tensors taken",
         "    2 -> 4 classes: c, d are new; rows by name",
     ]
-    expected = [fresh[LABEL][0], old[LABEL][1], fresh[LABEL][2], old[LABEL][0], old[LABEL][2]]  # the null label is last
+    expected = [
+        fresh[LABEL][0],
+        old[LABEL][1],
+        fresh[LABEL][2],
+        old[LABEL][0],
+        old[LABEL][2],
+    ]  # the null label is last
     for network in (module.denoiser, module.ema.model):
         weights = network.state_dict()
         assert torch.equal(weights[LABEL], torch.stack(expected))
         assert all(torch.equal(weights[name], old[name]) for name in weights.keys() - {LABEL})
 
 
-@pytest.mark.parametrize(("then", "now"), [("default", "power"), ("power", "default"), ("power", "power")])
+@pytest.mark.parametrize(
+    ("then", "now"), [("default", "power"), ("power", "default"), ("power", "power")]
+)
 def test_every_kind_of_average_begins_with_the_same_weights(then, now, tmp_path):
-    old = saved(awake(build(config(f"ema={then}"))), tmp_path)
+    old = saved(awake(build_module(config(f"ema={then}"))), tmp_path)
     module, _, _ = begin(tmp_path, config(f"ema={now}"))
     assert len(module.ema.networks()) == (2 if now == "power" else 1)
     for network in (module.denoiser, *module.ema.networks()):
@@ -89,32 +115,39 @@ def test_every_kind_of_average_begins_with_the_same_weights(then, now, tmp_path)
     ],
 )
 def test_tables_that_the_data_decide_are_left_or_begin_anew(then, now, told, tmp_path):
-    old = saved(awake(build(config(**then))), tmp_path)
+    old = saved(awake(build_module(config(**then))), tmp_path)
     module, fresh, said = begin(tmp_path, config(**now))
     assert [line.strip() for line in said.splitlines()[1:]] == told
     for name, weight in module.denoiser.state_dict().items():
         taken = name in old and old[name].shape == weight.shape
         assert torch.equal(weight, old[name] if taken else fresh[name]), name
-    assert not (module.denoiser.state_dict().get("backbone.condition.more.weight", torch.zeros(1))).any()
+    assert not (
+        module.denoiser.state_dict().get("backbone.condition.more.weight", torch.zeros(1))
+    ).any()
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (["backbone.width=32"], "holds another network: backbone.width 16 -> 32"),
-        (["backbone.depth=3", "backbone.dropout=0.5"], "backbone.depth 1 -> 3, backbone.dropout 0.0 -> 0.5"),
+        (
+            ["backbone.depth=3", "backbone.dropout=0.5"],
+            "backbone.depth 1 -> 3, backbone.dropout 0.0 -> 0.5",
+        ),
         (["backbone=unet"], "is of another backbone, DiT; this run's is UNet"),
     ],
 )
 def test_another_network_is_refused_by_the_keys_that_differ(overrides, told, tmp_path):
-    saved(build(config()), tmp_path)
+    saved(build_module(config()), tmp_path)
     words = [word for word in overrides if "=" in word]
     if "backbone=unet" in words:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            other = OmegaConf.to_container(compose("train", [*words, "data.shards=1"]), resolve=True)
+            other = OmegaConf.to_container(
+                compose("train", [*words, "data.shards=1"]), resolve=True
+            )
     else:
         other = config(*words, classes=("a", "b", "c"))
-    module = build(other)
+    module = build_module(other)
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=r"^init_from=base ") as error:
         init_from(module, find_source("base", tmp_path))
@@ -123,7 +156,7 @@ def test_another_network_is_refused_by_the_keys_that_differ(overrides, told, tmp
 
 
 def test_settings_that_give_the_weights_another_meaning_are_told(tmp_path):
-    saved(build(config("data.image_size=16")), tmp_path)
+    saved(build_module(config("data.image_size=16")), tmp_path)
     other = ["data.image_size=32", "target=noise", "schedule=linear", "objective=min_snr"]
     _, _, told = begin(tmp_path, config(*other))
     assert [line.strip() for line in told.splitlines()[1:]] == [
@@ -134,7 +167,9 @@ def test_settings_that_give_the_weights_another_meaning_are_told(tmp_path):
 
 
 class Own(nn.Module):
-    """A backbone as a user writes it, whose label tables are no embeddings; it names them itself."""
+    """A backbone as a user writes it, whose label tables are no embeddings; it names them
+    itself.
+    """
 
     label_tables = ("gain", "shift")
 
@@ -145,7 +180,9 @@ class Own(nn.Module):
         self.place = nn.Embedding(classes + 1, 3)  # has as many rows by chance
 
     def forward(self, x, t, label):
-        return self.out(x * self.gain[label][:, :, None, None] + self.shift[label][:, :, None, None])
+        return self.out(
+            x * self.gain[label][:, :, None, None] + self.shift[label][:, :, None, None]
+        )
 
 
 def test_a_backbone_of_ones_own_may_name_its_label_tables():
@@ -180,7 +217,10 @@ def labelled(classes):
 def test_on_purpose_a_run_goes_on_with_other_classes_and_its_optimizer_state_follows(tmp_path):
     t, _ = fit(labelled("abc"), tmp_path, steps=2)
     state = load_state(save(t))
-    rows, moments = state["state_dict"]["denoiser.backbone.gain"], state["optimizer_states"][0]["state"]
+    rows, moments = (
+        state["state_dict"]["denoiser.backbone.gain"],
+        state["optimizer_states"][0]["state"],
+    )
     module = labelled("cxba")
     fresh = module.denoiser.backbone.gain.detach().clone()
     module.on_load_checkpoint(state)
@@ -191,12 +231,14 @@ def test_on_purpose_a_run_goes_on_with_other_classes_and_its_optimizer_state_fol
     gain = optimizer.state[module.denoiser.backbone.gain]
     old = moments["denoiser.backbone.gain"]["exp_avg"]
     assert old[:4].any(dim=1).all(), "a control: every row has a state to be moved"
-    assert torch.equal(gain["exp_avg"], torch.stack([old[2], torch.zeros(3), old[1], old[0], old[3]]))
+    assert torch.equal(
+        gain["exp_avg"], torch.stack([old[2], torch.zeros(3), old[1], old[0], old[3]])
+    )
     assert gain["step"] == 2
 
 
 def test_a_source_is_a_run_by_name_or_path_a_checkpoint_or_its_file(tmp_path):
-    module = build(config())
+    module = build_module(config())
     for step in (100, 500):
         saved(module, tmp_path / "runs", step=step)
     saved(module, tmp_path / "runs", "other", step=5)
@@ -210,7 +252,9 @@ def test_a_source_is_a_run_by_name_or_path_a_checkpoint_or_its_file(tmp_path):
     assert {find_source(str(lone), tmp_path).sha256} == ids
 
     for word in ("nobody", str(tmp_path / "nobody")):
-        with pytest.raises(ValueError, match=rf"init_from={word} is not there\..*runs in .*: base, other$"):
+        with pytest.raises(
+            ValueError, match=rf"init_from={word} is not there\..*runs in .*: base, other$"
+        ):
             find_source(word, tmp_path / "runs")
 
     broken = store.state(500)
@@ -223,8 +267,12 @@ def test_a_source_is_a_run_by_name_or_path_a_checkpoint_or_its_file(tmp_path):
 
 def test_what_a_run_began_from_counts_by_its_content(tmp_path):
     for name in ("base", "other"):
-        saved(awake(build(config())) if name == "base" else build(config()), tmp_path, name)
-    saved(build(config()), tmp_path, "base", step=900)  # it went on
+        saved(
+            awake(build_module(config())) if name == "base" else build_module(config()),
+            tmp_path,
+            name,
+        )
+    saved(build_module(config()), tmp_path, "base", step=900)  # it went on
     path = Store(tmp_path / "base" / "checkpoints").path(500)
     began = {"path": str(path / STATE), "sha256": find_source(str(path), tmp_path).sha256}
 
@@ -235,7 +283,9 @@ def test_what_a_run_began_from_counts_by_its_content(tmp_path):
     for word in (None, "base", str(path), str(tmp_path / "moved"), "gone"):
         assert refused(word) is None, word
     assert "init_from=other holds other weights than this run began from" in refused("other")
-    assert "holds other weights" in refused(str(tmp_path / "base" / "checkpoints" / "step-00000900"))
+    assert "holds other weights" in refused(
+        str(tmp_path / "base" / "checkpoints" / "step-00000900")
+    )
     assert "did not begin from it" in refused("base", before=None, began=None)
     assert refused("base", before="base", began=None) is None, "written before it was written down"
     shutil.rmtree(path)  # pruned
@@ -257,4 +307,8 @@ def test_a_run_that_began_from_another_is_killed_and_goes_on_without_it(tmp_path
     for name in ("whole", "killed"):
         store = Store(tmp_path / "runs" / name / "checkpoints")
         manifest = json.loads((store.path(8) / MANIFEST).read_bytes())
-        assert manifest["init_from"]["sha256"] == load_state(store.state(8))["init_from"]["sha256"] == sha256
+        assert (
+            manifest["init_from"]["sha256"]
+            == load_state(store.state(8))["init_from"]["sha256"]
+            == sha256
+        )

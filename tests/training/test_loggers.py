@@ -1,4 +1,6 @@
-"""The mirrors hold what ``metrics.csv`` holds, each row once, after a SIGKILL and a resume; read from their files."""
+"""The mirrors hold what ``metrics.csv`` holds, each row once, after a SIGKILL and a resume; read
+from their files.
+"""
 
 import json
 import shutil
@@ -18,14 +20,18 @@ BOTH = "logger=[wandb,tensorboard]"
 
 @pytest.fixture(scope="module")
 def runs(nobody, tmp_path_factory):
-    """``killed`` before its first checkpoint and after step 8 (``at the kill``), resumed, and started once more."""
+    """``killed`` before its first checkpoint and after step 8 (``at the kill``), resumed, and
+    started once more.
+    """
     pytest.importorskip("tensorboard")
     tmp = tmp_path_factory.mktemp("loggers")
     kill_at(tmp, "killed", 2, BOTH)
     kill_at(tmp, "killed", 8, BOTH)
     shutil.copytree(tmp / "runs" / "killed", tmp / "runs" / "at the kill", symlinks=True)
     keep(tmp / "runs" / "killed", 3, {"evaluation/kid": 0.25})
-    keep(tmp / "runs" / "killed", 12, {"evaluation/kid": 0.125})  # of the future, for a start at an earlier step
+    keep(
+        tmp / "runs" / "killed", 12, {"evaluation/kid": 0.125}
+    )  # of the future, for a start at an earlier step
     resumed = train(tmp, "killed", BOTH)
     assert "resumed from step" in resumed.stdout
     assert resumed.stdout.count("wandb:") == 1  # ours; wandb itself is silent
@@ -38,15 +44,22 @@ def test_a_killed_and_resumed_run_has_every_row_once(runs):
     record = metrics(runs / "killed")
     assert {step for step, key, _ in record if key == "train/loss"} == set(range(1, 13))
     assert {step for step, key, _ in record if key == "val/loss"} == {4, 8, 12}
-    record[3, "evaluation/kid", np.float32(0.25)] = 1  # what a report said of a step is filled up beside its row
+    record[3, "evaluation/kid", np.float32(0.25)] = (
+        1  # what a report said of a step is filled up beside its row
+    )
     assert set(record.values()) == {1}
     assert wandb_metrics(runs / "killed") == record
     assert tensorboard_metrics(runs / "killed") == (record, {6, 12})
-    assert {row["_step"] for row in segment(runs / "killed")[1] if "samples._type" in row} == {6, 12}
+    assert {row["_step"] for row in segment(runs / "killed")[1] if "samples._type" in row} == {
+        6,
+        12,
+    }
 
 
 def test_a_kill_leaves_tensorboard_behind_by_two_steps_at_most(runs):
-    """A step is written when the next one comes. Control: wandb's rows were in a buffer, and it shows."""
+    """A step is written when the next one comes. Control: wandb's rows were in a buffer, and it
+    shows.
+    """
     record = metrics(runs / "at the kill")
     last = max(step for step, _, _ in record)
     missing = record - tensorboard_metrics(runs / "at the kill")[0]
@@ -56,7 +69,11 @@ def test_a_kill_leaves_tensorboard_behind_by_two_steps_at_most(runs):
 
 def test_wandb_has_the_id_and_the_config(runs):
     run, _ = segment(runs / "killed")
-    assert run.run_id == (runs / "killed" / "wandb" / "id-0").read_text() in segment_file(runs / "at the kill").name
+    assert (
+        run.run_id
+        == (runs / "killed" / "wandb" / "id-0").read_text()
+        in segment_file(runs / "at the kill").name
+    )
     assert run.project == "sturdy"
     assert run.display_name == "killed"
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -65,7 +82,9 @@ def test_wandb_has_the_id_and_the_config(runs):
 
 
 def test_a_branch_is_another_wandb_run(tmp_path):
-    """What was uploaded cannot be rewound, so the id changes when a branch is left, and only then."""
+    """What was uploaded cannot be rewound, so the id changes when a branch is left, and only
+    then.
+    """
     mirror = Wandb(directory=tmp_path)
     first = mirror._run_id()
     assert Wandb(directory=tmp_path)._run_id() == first
@@ -136,4 +155,7 @@ def test_a_mirror_that_fails_does_not_stop_the_run(tmp_path):
     whole = Tensorboard(directory=tmp_path / "tensorboard")
     whole.refill(rows, {})
     whole.finalize("success")
-    assert tensorboard_metrics(tmp_path)[0] == {(1, "train/loss", 0.5): 1, (2, "train/loss", 0.25): 1}
+    assert tensorboard_metrics(tmp_path)[0] == {
+        (1, "train/loss", 0.5): 1,
+        (2, "train/loss", 0.25): 1,
+    }

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from exact_resume.checkpoint.store import Store, load_state
 from runs import ROOT
-from sturdy.resume.store import Store, load_state
-from sturdy.training.build import rebuild
+from sturdy.training.build import load_module
 
 OLD = ROOT / "tests" / "fixtures" / "run-8928c75"
 KINDS = {
@@ -25,8 +25,10 @@ KINDS = {
     ],
 }
 WORDS = (
-    "data=folder data.image_size=16 data.batch_size=4 trainer=cpu trainer.threads=1 trainer.val_check_interval=3 "
-    "callbacks.checkpoint.every_n_train_steps=6 callbacks.checkpoint.keep_last=1 callbacks.samples.n=4 "
+    "data=folder data.image_size=16 data.batch_size=4 trainer=cpu trainer.threads=1 "
+    "trainer.val_check_interval=3 "
+    "callbacks.checkpoint.every_n_train_steps=6 callbacks.checkpoint.keep_last=1 "
+    "callbacks.samples.n=4 "
     "callbacks.samples.every_n_steps=6 sampler.steps=2 learning_rate.warmup=2 trainer.max_steps=9"
 )
 
@@ -43,7 +45,11 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def go_on(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    paths = [f"data.root={OLD / 'images'}", f"paths.runs={run.parent}", f"paths.cache={run.parent / 'cache'}"]
+    paths = [
+        f"data.root={OLD / 'images'}",
+        f"paths.runs={run.parent}",
+        f"paths.cache={run.parent / 'cache'}",
+    ]
     return script("train.py", *WORDS.split(), f"name={run.name}", *KINDS[run.name], *paths, *words)
 
 
@@ -53,7 +59,7 @@ def test_it_is_sampled_from(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(list((run.parent / "out").glob("0*.png"))) == 2
     state = load_state(run / "checkpoints" / "step-00000006" / "state.ckpt")["state_dict"]
-    module = rebuild(run / "checkpoints" / "step-00000006" / "state.ckpt")
+    module = load_module(run / "checkpoints" / "step-00000006" / "state.ckpt")
     assert all(torch.equal(weight, state[name]) for name, weight in module.state_dict().items())
 
 

@@ -48,9 +48,13 @@ def test_cosine_is_half_a_wave_from_the_warm_up_to_its_end():
         [0.2 + 0.4 * (1 + c) for c in (0.5**0.5, 0, -(0.5**0.5))]
     )
     assert rate(12) == rate(50) == pytest.approx(0.2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD(network().parameters(), lr=1.0), 30)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        torch.optim.SGD(network().parameters(), lr=1.0), 30
+    )
     for step in range(30):
-        assert Cosine(max_steps=30, warmup=0)(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-9)
+        assert Cosine(max_steps=30, warmup=0)(step) == pytest.approx(
+            schedule.get_last_lr()[0], abs=1e-9
+        )
         schedule.optimizer.step()
         schedule.step()
 
@@ -75,10 +79,14 @@ def test_warmup_stable_decay_falls_only_at_the_end():
         WarmupStableDecay(max_steps=10, decay=20)
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"])
+@pytest.mark.parametrize(
+    "name", ["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"]
+)
 def test_each_is_a_config_whose_end_is_that_of_the_run(name):
     file = OmegaConf.load(ROOT / "conf" / "learning_rate" / f"{name}.yaml")
-    rate = instantiate(OmegaConf.create({"trainer": {"max_steps": 500}, "learning_rate": file}).learning_rate)
+    rate = instantiate(
+        OmegaConf.create({"trainer": {"max_steps": 500}, "learning_rate": file}).learning_rate
+    )
     assert rate(0) == 0.01
     assert rate(100) == 1
     assert rate(500) == (1 if name in ("constant", "inverse_sqrt") else pytest.approx(0, abs=1e-12))
@@ -123,7 +131,11 @@ def test_state_by_name_and_back_is_exact():
     again = other.state_dict()
     assert again["param_groups"] == state["param_groups"]
     assert again["state"].keys() == state["state"].keys()
-    assert all(torch.equal(again["state"][i][k], v) for i, values in state["state"].items() for k, v in values.items())
+    assert all(
+        torch.equal(again["state"][i][k], v)
+        for i, values in state["state"].items()
+        for k, v in values.items()
+    )
 
 
 def test_an_order_of_its_own_is_no_matter():
@@ -133,7 +145,9 @@ def test_an_order_of_its_own_is_no_matter():
     names = sorted(names_in_order(model, optimizer.param_groups))
     state = state_by_index(named, names)["state"]
     for i, name in enumerate(names):
-        assert torch.equal(state[i]["exp_avg"], optimizer.state[dict(model.named_parameters())[name]]["exp_avg"])
+        assert torch.equal(
+            state[i]["exp_avg"], optimizer.state[dict(model.named_parameters())[name]]["exp_avg"]
+        )
 
 
 def test_the_state_of_another_network_is_refused_by_name():
@@ -146,12 +160,18 @@ def test_the_state_of_another_network_is_refused_by_name():
 
 def test_the_rate_at_a_step_under_two_configs_is_told():
     def config(**rate):
-        return {"optimizer": {"lr": 1e-3}, "learning_rate": {"_target_": "sturdy.training.optim.Linear", **rate}}
+        return {
+            "optimizer": {"lr": 1e-3},
+            "learning_rate": {"_target_": "sturdy.training.optim.Linear", **rate},
+        }
 
     short, long = config(max_steps=20, warmup=0), config(max_steps=40, warmup=0)
     assert rate_change(short, long, 20) == "learning rate at this step: 0 -> 0.0005"
     assert rate_change(short, short, 20) is None
-    foreign = {"optimizer": {"lr": 1e-3}, "learning_rate": {"_target_": "os.system", "command": "true"}}
+    foreign = {
+        "optimizer": {"lr": 1e-3},
+        "learning_rate": {"_target_": "os.system", "command": "true"},
+    }
     assert rate_change(foreign, long, 20) is None, "no code that a checkpoint names is run"
 
 
@@ -175,7 +195,10 @@ def test_another_optimizer_on_purpose_begins_with_an_empty_state(name, adamw, ca
     caplog.set_level(logging.INFO, logger="sturdy")
     module = make(**settings(name))
     t, _ = fit(module, adamw.parents[1] / name, steps=4, entry=adamw)
-    assert f"optimizer torch.optim.AdamW -> torch.optim.{name}: it begins with an empty state" in caplog.text
+    assert (
+        f"optimizer torch.optim.AdamW -> torch.optim.{name}: it begins with an empty state"
+        in caplog.text
+    )
     state = t.optimizers[0].state_dict()["state"].values()
     assert all(values["step"] == 2 for values in state if "step" in values), "it counts from here"
     if name == "SGD":
@@ -198,7 +221,9 @@ def test_options_that_need_more_state_begin_with_an_empty_one(adamw, caplog):
 
 
 class Own(torch.optim.SGD):
-    """An optimizer as a user writes it: nested state of several types, and a count in its groups."""
+    """An optimizer as a user writes it: nested state of several types, and a count in its
+    groups.
+    """
 
     def __init__(self, params, lr=1e-2):
         super().__init__(params, lr=lr)
@@ -212,7 +237,10 @@ class Own(torch.optim.SGD):
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
-                    state |= {"exact": torch.zeros_like(p, dtype=torch.float64), "nested": [{"n": torch.tensor(0)}]}
+                    state |= {
+                        "exact": torch.zeros_like(p, dtype=torch.float64),
+                        "nested": [{"n": torch.tensor(0)}],
+                    }
                     state["word"] = "cold"
                 state["exact"].mul_(0.9).add_(p.grad.double() / 3)
                 state["nested"][0]["n"] += 1
@@ -232,7 +260,11 @@ def test_the_state_of_an_optimizer_of_ones_own_survives_bit_for_bit(tmp_path):
     t, _ = fit(again, tmp_path / "half", steps=5, entry=path)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     state = t.optimizers[0].state[again.denoiser.backbone.out.weight]
-    assert (state["exact"].dtype, state["nested"][0]["n"].item(), state["word"]) == (torch.float64, 5, "warm")
+    assert (state["exact"].dtype, state["nested"][0]["n"].item(), state["word"]) == (
+        torch.float64,
+        5,
+        "warm",
+    )
     assert state["nested"][0]["n"].dtype == torch.int64
     assert t.optimizers[0].param_groups[0]["count"] == 5
 

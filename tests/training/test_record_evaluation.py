@@ -1,4 +1,6 @@
-"""Figures of a report, on a run's record and two real mirrors of it; and what must not cost the report."""
+"""Figures of a report, on a run's record and two real mirrors of it; and what must not cost the
+report.
+"""
 
 import json
 import multiprocessing
@@ -9,29 +11,43 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from exact_resume.archive import archive_newer_checkpoints
+from exact_resume.checkpoint.store import Store
+from exact_resume.lock import AlreadyRunningError, lock_run
+from exact_resume.metrics import MetricsCSV
+from exact_resume.replay import recorded_rows
+from exact_resume.resume import ResumePoint
 from mirrors import frames, metrics, segment, segment_file, tensorboard_metrics, wandb_metrics
-from sturdy.resume.entry import Entry
-from sturdy.resume.lock import AlreadyRunning, lock
-from sturdy.resume.store import Store
-from sturdy.training.branch import leave_branch
-from sturdy.training.loggers.evaluations import keep, recorded
-from sturdy.training.loggers.metrics_file import MetricsFile
+from sturdy.evaluation.record import figures, mirrors_of, record
+from sturdy.training.loggers.evaluations import keep
 from sturdy.training.loggers.tensorboard import Tensorboard
 from sturdy.training.loggers.wandb import Wandb
-from sturdy.training.record_evaluation import figures, mirrors_of, record
 
 FORK = multiprocessing.get_context("fork")
 LOGGERS = "sturdy.training.loggers."
 NUMBERS = {
     "n": 24,
-    "quality": {"n": 12, "held_out_samples": {"kid": 0.125, "fd": 3.5, "recall": 0.5}, "held_out_floor": {"kid": 9.0}},
+    "quality": {
+        "n": 12,
+        "held_out_samples": {"kid": 0.125, "fd": 3.5, "recall": 0.5},
+        "held_out_floor": {"kid": 9.0},
+    },
     "memorisation_pixels": {"copies": 0.25},
     "memorisation_features": {"copies": float("nan")},
     "class_accuracy": {"all": 0.75, "bus": 0.5},
     "frequencies": [{"samples": 0.5, "truth": 0.25}, {"samples": 0.125, "truth": 0.5}],
 }
-FIGURES = {"n": 24, "kid": 0.125, "fd": 3.5, "recall": 0.5, "copies_pixels": 0.25, "class_accuracy": 0.75}
-FIGURES = {f"evaluation/{name}": value for name, value in {**FIGURES, "worst_difference": 37.5}.items()}
+FIGURES = {
+    "n": 24,
+    "kid": 0.125,
+    "fd": 3.5,
+    "recall": 0.5,
+    "copies_pixels": 0.25,
+    "class_accuracy": 0.75,
+}
+FIGURES = {
+    f"evaluation/{name}": value for name, value in {**FIGURES, "worst_difference": 37.5}.items()
+}
 
 
 def run_of(tmp: Path, loggers=("tensorboard",), max_steps=4):
@@ -39,22 +55,33 @@ def run_of(tmp: Path, loggers=("tensorboard",), max_steps=4):
     run = tmp / "runs" / "mine"
     run.mkdir(parents=True)
     for step in range(1, 5):
-        MetricsFile(run / "metrics.csv").log_metrics({"train/loss": 1 / step}, step)
+        MetricsCSV(run / "metrics.csv").log_metrics({"train/loss": 1 / step}, step)
     nodes = {
-        "tensorboard": {"_target_": f"{LOGGERS}tensorboard.Tensorboard", "directory": f"{run}/tensorboard"},
+        "tensorboard": {
+            "_target_": f"{LOGGERS}tensorboard.Tensorboard",
+            "directory": f"{run}/tensorboard",
+        },
         "wandb": {"_target_": f"{LOGGERS}wandb.Wandb", "directory": str(run), "run_name": "mine"},
     }
-    config = {"paths": {"runs": str(run.parent)}, "name": "mine", "trainer": {"max_steps": max_steps}}
+    config = {
+        "paths": {"runs": str(run.parent)},
+        "name": "mine",
+        "trainer": {"max_steps": max_steps},
+    }
     return run, config | {"logger": {name: nodes[name] for name in loggers}}
 
 
-def entry(run: Path, step: int) -> Entry:
-    return Entry(run / "checkpoints" / f"step-{step:08d}" / "state.ckpt", step, {}, on_purpose=True)
+def entry(run: Path, step: int) -> ResumePoint:
+    return ResumePoint(
+        run / "checkpoints" / f"step-{step:08d}" / "state.ckpt", step, {}, on_purpose=True
+    )
 
 
 def table(run: Path) -> dict[int, dict[str, float]]:
-    rows = MetricsFile(run / "evaluations.csv").rows()
-    return {int(row["step"]): {k: float(v) for k, v in row.items() if v and k != "step"} for row in rows}
+    rows = MetricsCSV(run / "evaluations.csv").rows()
+    return {
+        int(row["step"]): {k: float(v) for k, v in row.items() if v and k != "step"} for row in rows
+    }
 
 
 def events(run: Path):
@@ -64,13 +91,18 @@ def events(run: Path):
 
 def expected(run: Path):
     """Every value of the record and of the table of reports."""
-    return metrics(run) | {(step, k, np.float32(v)): 1 for step, row in table(run).items() for k, v in row.items()}
+    return metrics(run) | {
+        (step, k, np.float32(v)): 1 for step, row in table(run).items() for k, v in row.items()
+    }
 
 
 def test_figures_are_those_of_the_report():
     assert figures(NUMBERS) == FIGURES
     no_classes = {k: v for k, v in NUMBERS.items() if k not in ("class_accuracy", "frequencies")}
-    assert figures(no_classes).keys() == FIGURES.keys() - {"evaluation/class_accuracy", "evaluation/worst_difference"}
+    assert figures(no_classes).keys() == FIGURES.keys() - {
+        "evaluation/class_accuracy",
+        "evaluation/worst_difference",
+    }
 
 
 def test_a_step_has_one_row_and_that_is_the_newest(tmp_path):
@@ -78,12 +110,18 @@ def test_a_step_has_one_row_and_that_is_the_newest(tmp_path):
     keep(tmp_path, 3, {"evaluation/kid": 0.25})
     keep(tmp_path, 9, {"evaluation/kid": 0.125, "evaluation/fid": 7.0})
     assert list(table(tmp_path)) == [3, 9]
-    assert table(tmp_path) == {3: {"evaluation/kid": 0.25}, 9: {"evaluation/kid": 0.125, "evaluation/fid": 7.0}}
-    assert [row["step"] for row in recorded(tmp_path, 8)[0]] == ["3"]
+    assert table(tmp_path) == {
+        3: {"evaluation/kid": 0.25},
+        9: {"evaluation/kid": 0.125, "evaluation/fid": 7.0},
+    }
+    assert [row["step"] for row in recorded_rows(tmp_path, 8)[0]] == ["3"]
 
 
 def test_reports_at_the_same_time_lose_no_row(tmp_path):
-    writers = [FORK.Process(target=keep, args=(tmp_path, step, {"evaluation/kid": 1.0})) for step in range(12)]
+    writers = [
+        FORK.Process(target=keep, args=(tmp_path, step, {"evaluation/kid": 1.0}))
+        for step in range(12)
+    ]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -101,14 +139,18 @@ def test_both_mirrors_show_a_report_without_another_training(nobody, tmp_path):
     assert wandb_metrics(run) == expected(run) == events(run)
     shown, _ = segment(run)
     assert shown.run_id == (run / "wandb" / "id-0").read_text()
-    assert {item.key: json.loads(item.value_json) for item in shown.config.update}["trainer"] == {"max_steps": 4}
+    assert {item.key: json.loads(item.value_json) for item in shown.config.update}["trainer"] == {
+        "max_steps": 4
+    }
     record(run, entry(run, 4), config, {**NUMBERS, "n": 48})  # again, in the place of the first
     assert (4, "evaluation/n", np.float32(48)) in events(run)
     assert wandb_metrics(run) == expected(run) == events(run)
 
 
 def test_what_a_server_has_is_not_written_again_but_summed_up(nobody, tmp_path):
-    """As wandb's history cannot be written once it has gone on, the summary holds what a report says of before."""
+    """As wandb's history cannot be written once it has gone on, the summary holds what a report
+    says of before.
+    """
     mirror = Wandb(directory=tmp_path)
     mirror.start()
     mirror.first = 5
@@ -124,11 +166,14 @@ def summaries(run: Path) -> list[dict[str, float]]:
 
     records = [Record.FromString(data) for data in frames(segment_file(run).read_bytes())]
     updates = [list(r.summary.update) for r in records if r.WhichOneof("record_type") == "summary"]
-    return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in update} for update in updates]
+    return [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in update}
+        for update in updates
+    ]
 
 
 def hold(run, ready):
-    held = lock(run)
+    held = lock_run(run)
     ready.send(True)
     ready.recv()
     held.close()
@@ -153,13 +198,13 @@ def test_while_it_trains_the_mirrors_are_left_to_training(tmp_path):
 
 def wait_for(run, ready):
     ready.send(True)
-    lock(run).close()
+    lock_run(run).close()
     ready.send(True)
 
 
 def test_training_waits_for_a_report_and_is_not_refused(tmp_path):
     """Control: by whom it is not held briefly, it is refused; test_lock.py."""
-    held = lock(tmp_path, brief=True)
+    held = lock_run(tmp_path, brief=True)
     ours, theirs = FORK.Pipe()
     trainer = FORK.Process(target=wait_for, args=(tmp_path, theirs))
     trainer.start()
@@ -187,7 +232,10 @@ def test_a_copied_run_leaves_the_one_it_was_copied_from_alone(tmp_path):
 REFUSED = {
     "os.system": {"_target_": "os.system", "directory": "RUN"},
     "is not run": {"_target_": f"{LOGGERS}mirror.CONSOLE", "directory": "RUN"},
-    "is not in that of the run": {"_target_": f"{LOGGERS}tensorboard.Tensorboard", "directory": "RUN/../other"},
+    "is not in that of the run": {
+        "_target_": f"{LOGGERS}tensorboard.Tensorboard",
+        "directory": "RUN/../other",
+    },
     "is not code": {"_target_": f"{LOGGERS}tensorboard.Tensorboard", "directory": "${oc.env:HOME}"},
     "directory": {"_target_": f"{LOGGERS}tensorboard.Tensorboard"},
 }
@@ -215,11 +263,11 @@ def test_nothing_costs_the_report(tmp_path, caplog):
     assert "tensorboard is given up" in caplog.text
     assert "no checkpoint of" in record(run, entry(tmp_path, 3), config, NUMBERS)
     (run / "evaluations.csv").write_bytes(b"step,\xff\xfe\n3,x\n")
-    assert recorded(run)[0] == MetricsFile(run / "metrics.csv").rows()
+    assert recorded_rows(run)[0] == MetricsCSV(run / "metrics.csv").rows()
     assert "evaluations.csv cannot be read" in caplog.text
     assert record(run, entry(run, 4), config, NUMBERS) == "its figures are in report.json alone"
     (run / "evaluations.csv").write_text("step,evaluation/kid\n3,much\n")
-    assert recorded(run)[0] == MetricsFile(run / "metrics.csv").rows()
+    assert recorded_rows(run)[0] == MetricsCSV(run / "metrics.csv").rows()
 
 
 def test_a_branch_takes_its_reports_along(tmp_path):
@@ -227,14 +275,14 @@ def test_a_branch_takes_its_reports_along(tmp_path):
     keep(run, 2, {"evaluation/kid": 0.5})
     keep(run, 4, {"evaluation/kid": 0.25})
     store = Store(run / "checkpoints")
-    metrics = MetricsFile(run / "metrics.csv")
-    leave_branch(
+    metrics = MetricsCSV(run / "metrics.csv")
+    archive_newer_checkpoints(
         run, store, metrics, entry(run, 2)
     )  # no later checkpoint: what was cut off comes again, reports do not
     assert list(table(run)) == [2, 4]
     (run / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert store.steps() == [4]
-    leave_branch(run, store, metrics, entry(run, 2))
+    archive_newer_checkpoints(run, store, metrics, entry(run, 2))
     assert list(table(run)) == [2]
     assert table(run / "abandoned" / "001") == {4: {"evaluation/kid": 0.25}}
 
@@ -244,8 +292,8 @@ def test_a_lock_that_is_not_brief_refuses(tmp_path):
     other = FORK.Process(target=hold, args=(tmp_path, theirs))
     other.start()
     assert ours.recv()
-    with pytest.raises(AlreadyRunning, match=rf"process {other.pid}"):
-        lock(tmp_path, brief=True)
+    with pytest.raises(AlreadyRunningError, match=rf"process {other.pid}"):
+        lock_run(tmp_path, brief=True)
     ours.send("end")
     other.join()
     assert os.path.exists(tmp_path / ".lock")

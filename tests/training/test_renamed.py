@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_module import fit, make, save
 
-from sturdy.resume import store
-from sturdy.resume.renamed import RENAMED, Renamed, modern
-from sturdy.resume.store import load_state
+from exact_resume.checkpoint import store
+from exact_resume.checkpoint.schema import RENAMED, Renamed, modern
+from exact_resume.checkpoint.store import load_state
 
 OLD = Renamed(
     weights={"backbone.inlet": "backbone.into"},
@@ -18,8 +18,8 @@ OLD = Renamed(
 @pytest.fixture
 def second_format(monkeypatch):
     """Today's format is the second, and some names are others than in the first."""
-    monkeypatch.setitem(RENAMED, 1, OLD)
-    monkeypatch.setattr(store, "FORMAT", 2)
+    monkeypatch.setitem(RENAMED, store.FORMAT, OLD)
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
 
 
 def aged(path, tmp_path):
@@ -27,12 +27,18 @@ def aged(path, tmp_path):
     state = load_state(path)
     old = {k.replace("backbone.into", "backbone.inlet"): v for k, v in state["state_dict"].items()}
     optimizer = state["optimizer_states"][0]
-    moments = {k.replace("backbone.into", "backbone.inlet"): v for k, v in optimizer["state"].items()}
+    moments = {
+        k.replace("backbone.into", "backbone.inlet"): v for k, v in optimizer["state"].items()
+    }
     groups = [
-        group | {"params": [name.replace("backbone.into", "backbone.inlet") for name in group["params"]]}
+        group
+        | {"params": [name.replace("backbone.into", "backbone.inlet") for name in group["params"]]}
         for group in optimizer["param_groups"]
     ]
-    aged = state | {"state_dict": old, "optimizer_states": [{"state": moments, "param_groups": groups}]}
+    aged = state | {
+        "state_dict": old,
+        "optimizer_states": [{"state": moments, "param_groups": groups}],
+    }
     del aged["format"]
     directory = tmp_path / "step-00000002"
     directory.mkdir(parents=True)
@@ -46,8 +52,8 @@ def test_a_run_goes_on_from_names_that_are_no_longer_used(tmp_path, monkeypatch)
     old = aged(save(fit(make(), tmp_path / "half", steps=2)[0]), tmp_path / "old")
     with pytest.raises(ValueError, match=r"is of another network .*inlet"):  # a control
         fit(make(), tmp_path / "control", steps=4, entry=old)
-    monkeypatch.setitem(RENAMED, 1, OLD)
-    monkeypatch.setattr(store, "FORMAT", 2)
+    monkeypatch.setitem(RENAMED, store.FORMAT, OLD)
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     fit(again, tmp_path / "again", steps=4, entry=old)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 
@@ -55,25 +61,37 @@ def test_a_run_goes_on_from_names_that_are_no_longer_used(tmp_path, monkeypatch)
 @pytest.mark.usefixtures("second_format")
 def test_what_the_config_names_is_renamed_too():
     config = {
-        "backbone": {"_target_": "sturdy.networks.dit.DiT", "parts": [{"_target_": "sturdy.networks_of_mine.A"}]},
+        "backbone": {
+            "_target_": "sturdy.networks.dit.DiT",
+            "parts": [{"_target_": "sturdy.networks_of_mine.A"}],
+        },
         "average": {"decay": 0.9, "kind": "plain"},
         "ema": {},
         "gone": 1,
     }
-    state = {"config": config, "state_dict": {"ema.model.backbone.inlet.bias": 1, "ema.model.backbone.inlets": 2}}
+    state = {
+        "config": config,
+        "state_dict": {"ema.model.backbone.inlet.bias": 1, "ema.model.backbone.inlets": 2},
+    }
     found = modern(state, 2)
     assert found["config"] == {
-        "backbone": {"_target_": "sturdy.backbone.dit.DiT", "parts": [{"_target_": "sturdy.networks_of_mine.A"}]},
+        "backbone": {
+            "_target_": "sturdy.backbone.dit.DiT",
+            "parts": [{"_target_": "sturdy.networks_of_mine.A"}],
+        },
         "average": {"kind": "plain"},
         "ema": {"decay": 0.9},
         "there": 1,
     }
-    assert found["state_dict"] == {"ema.model.backbone.into.bias": 1, "ema.model.backbone.inlets": 2}
+    assert found["state_dict"] == {
+        "ema.model.backbone.into.bias": 1,
+        "ema.model.backbone.inlets": 2,
+    }
     assert found["format"] == 2
     assert modern(found, 2) is found
     assert config["gone"] == 1, "the caller's is left alone"
 
 
 def test_today_nothing_is_renamed():
-    state = {"state_dict": {"a": torch.ones(1)}}
+    state = {"state_dict": {"a": torch.ones(1)}, "format": store.FORMAT}
     assert modern(state, store.FORMAT) is state

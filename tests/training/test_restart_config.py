@@ -5,7 +5,12 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from sturdy.training.begun import Begun, find_begun, is_restart, restore
+from sturdy.training.restart_config import (
+    PreviousStart,
+    find_previous_start,
+    is_restart,
+    restore_config,
+)
 
 IGNORE = ["trainer.max_steps", "ckpt_path", "paths"]
 CONFIG = {
@@ -22,7 +27,9 @@ CONFIG = {
 def attempt(run, number, overrides, config=CONFIG, **more):
     directory = run / "attempts" / f"{number:03}"
     directory.mkdir(parents=True)
-    (directory / "environment.json").write_text(json.dumps({"overrides": overrides, "data": "d", **more}))
+    (directory / "environment.json").write_text(
+        json.dumps({"overrides": overrides, "data": "d", **more})
+    )
     OmegaConf.save(OmegaConf.create(config), directory / "config.yaml")
     return directory
 
@@ -52,15 +59,17 @@ def test_the_newest_start_by_the_same_command_is_what_it_began_with(tmp_path):
     attempt(tmp_path, 2, ["optimizer.lr=1", "trainer.max_steps=9"])
     half = attempt(tmp_path, 3, [])
     (half / "config.yaml").unlink()  # a kill
-    found = find_begun(tmp_path, ["optimizer.lr=1", "ckpt_path=last", "as_begun=true"], ignore=IGNORE)
-    assert found == Begun(CONFIG, "d")
+    found = find_previous_start(
+        tmp_path, ["optimizer.lr=1", "ckpt_path=last", "as_begun=true"], ignore=IGNORE
+    )
+    assert found == PreviousStart(CONFIG, "d")
 
 
 def test_after_another_command_there_is_nothing_to_go_on_with(tmp_path):
-    assert find_begun(tmp_path, [], ignore=IGNORE) is None
+    assert find_previous_start(tmp_path, [], ignore=IGNORE) is None
     attempt(tmp_path, 1, ["optimizer.lr=1"])
     attempt(tmp_path, 2, ["optimizer.lr=2"])
-    assert find_begun(tmp_path, ["optimizer.lr=1"], ignore=IGNORE) is None
+    assert find_previous_start(tmp_path, ["optimizer.lr=1"], ignore=IGNORE) is None
 
 
 def test_what_was_edited_is_given_back_and_said(tmp_path):
@@ -77,7 +86,7 @@ def test_what_was_edited_is_given_back_and_said(tmp_path):
         }
     )
     OmegaConf.set_struct(edited, True)
-    told = restore(edited, Begun(CONFIG, "d"), keep=IGNORE)
+    told = restore_config(edited, PreviousStart(CONFIG, "d"), keep=IGNORE)
     expected = CONFIG | {"paths": {"runs": "moved"}, "added": {}}
     assert OmegaConf.to_container(edited, resolve=True) == expected
     assert told == [
@@ -90,6 +99,8 @@ def test_what_was_edited_is_given_back_and_said(tmp_path):
 
 
 def test_where_nothing_was_edited_nothing_changes():
-    config = OmegaConf.create(CONFIG | {"backbone": {"width": 8, "num_classes": "${num_classes}"}, "num_classes": 0})
-    assert restore(config, Begun(CONFIG, "d"), keep=IGNORE) == []
+    config = OmegaConf.create(
+        CONFIG | {"backbone": {"width": 8, "num_classes": "${num_classes}"}, "num_classes": 0}
+    )
+    assert restore_config(config, PreviousStart(CONFIG, "d"), keep=IGNORE) == []
     assert OmegaConf.to_container(config)["backbone"]["num_classes"] == "${num_classes}"

@@ -1,4 +1,6 @@
-"""A real signal, wherever it arrives: nothing is lost, the exit code says so, the same command goes on bit for bit."""
+"""A real signal, wherever it arrives: nothing is lost, the exit code says so, the same command goes
+on bit for bit.
+"""
 
 import os
 import signal
@@ -8,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from exact_resume.checkpoint.store import Store
+from exact_resume.signals import (
+    EXIT_INTERRUPTED,
+    EXIT_RESUMABLE,
+    SIGNALS,
+    PreemptedError,
+    Preemption,
+)
 from runs import command, differences, fork, train
-from sturdy.resume.preemption import AT_ONCE, RESUMABLE, SIGNALS, Preempted, Preemption
-from sturdy.resume.store import Store
 
 SIGNALLED = str(Path(__file__).with_name("signalled.py"))
 
@@ -35,9 +43,11 @@ def steps(tmp, name):
 
 
 def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
-    """One run, stopped while its data are decoded, in a step, in a validation and in a grid, and twice at its end.
+    """One run, stopped while its data are decoded, in a step, in a validation and in a grid, and
+    twice at its end.
 
-    At its end the last step is saved at once, and each of the next starts makes something of what is missing.
+    At its end the last step is saved at once, and each of the next starts makes something of what
+    is missing.
     """
     train(tmp_path, "whole")
     fresh = [f"paths.cache={tmp_path / 'another'}"]
@@ -49,18 +59,26 @@ def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
         ("last grid", "SIGTERM", 12, []),
     ):
         code, said = struck_later(tmp_path, "stopped", place, number, *overrides)
-        assert code == RESUMABLE, said
+        assert code == EXIT_RESUMABLE, said
         assert "Traceback" not in said
         assert f"{number}: {f'saved step {step}' if step else 'nothing was trained yet'}." in said
         assert "Run the same command to continue" in said
         assert steps(tmp_path, "stopped")[-1:] == ([step] if step else [])
-    code, said = struck_later(tmp_path, "stopped", "last validation", "SIGHUP")  # before training has begun
-    assert (code, "nothing was trained yet" in said) == (RESUMABLE, True)
+    code, said = struck_later(
+        tmp_path, "stopped", "last validation", "SIGHUP"
+    )  # before training has begun
+    assert (code, "nothing was trained yet" in said) == (EXIT_RESUMABLE, True)
     assert "resumed from step 12, to step 12 (bitwise" in train(tmp_path, "stopped").stdout
     assert "finished at step 12" in train(tmp_path, "stopped").stdout
     assert differences(tmp_path, "whole", "stopped") == []
-    pictures = [sorted((tmp_path / "runs" / name / "samples").iterdir()) for name in ("whole", "stopped")]
-    assert [p.name for p in pictures[0]] == [p.name for p in pictures[1]] == ["step-00000006.png", "step-00000012.png"]
+    pictures = [
+        sorted((tmp_path / "runs" / name / "samples").iterdir()) for name in ("whole", "stopped")
+    ]
+    assert (
+        [p.name for p in pictures[0]]
+        == [p.name for p in pictures[1]]
+        == ["step-00000006.png", "step-00000012.png"]
+    )
     for a, b in zip(*pictures, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
@@ -69,7 +87,7 @@ def test_a_run_that_is_stopped_everywhere_is_the_undisturbed_one(tmp_path):
 def test_during_the_first_imports_nothing_was_trained_yet(number, tmp_path):
     """Seconds before the run listens; whoever starts runs sees the exit code that means "again"."""
     done = struck(tmp_path, "run", "import hydra", number)
-    assert done.returncode == RESUMABLE
+    assert done.returncode == EXIT_RESUMABLE
     assert done.stdout == f"{number}: nothing was trained yet. Run the same command to continue.\n"
     assert done.stderr == ""
     assert not (tmp_path / "runs").exists()
@@ -79,7 +97,7 @@ def test_during_the_first_imports_nothing_was_trained_yet(number, tmp_path):
 @pytest.mark.parametrize("number", [s.name for s in SIGNALS])
 def test_during_the_last_imports_too(number, tmp_path):
     done = struck(tmp_path, "run", "import lightning", number)
-    assert (done.returncode, done.stderr) == (RESUMABLE, "")
+    assert (done.returncode, done.stderr) == (EXIT_RESUMABLE, "")
     assert "nothing was trained yet" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -87,7 +105,7 @@ def test_during_the_last_imports_too(number, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_twice_stops_at_once_without_a_word(tmp_path):
     done = struck(tmp_path, "run", "step, twice", "SIGINT")
-    assert done.returncode == AT_ONCE == 130, done.stdout + done.stderr
+    assert done.returncode == EXIT_INTERRUPTED == 130, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert steps(tmp_path, "run") == []
 
@@ -95,16 +113,26 @@ def test_ctrl_c_twice_stops_at_once_without_a_word(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_the_whole_group_does_not_kill_the_data_workers(number, tmp_path):
-    """As a terminal's Ctrl-C, or a cluster's manager: the workers outlive the step that is to be finished."""
-    done = struck(tmp_path, "run", "step, group", number, "data.num_workers=2", start_new_session=True)
-    assert done.returncode == RESUMABLE, done.stdout + done.stderr
+    """As a terminal's Ctrl-C, or a cluster's manager: the workers outlive the step that is to be
+    finished.
+    """
+    done = struck(
+        tmp_path, "run", "step, group", number, "data.num_workers=2", start_new_session=True
+    )
+    assert done.returncode == EXIT_RESUMABLE, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert steps(tmp_path, "run") == [2]
 
 
 @pytest.mark.slow
 def test_nohup_is_respected(tmp_path):
-    done = struck(tmp_path, "run", "step", "SIGHUP", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    done = struck(
+        tmp_path,
+        "run",
+        "step",
+        "SIGHUP",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -119,9 +147,11 @@ def preemption():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_training_it_leaves_where_it_is(number, preemption):
     preemption.listen(training=False)
-    with pytest.raises(Preempted, match=number.name):
+    with pytest.raises(PreemptedError, match=number.name):
         signal.raise_signal(number)
-    assert not issubclass(Preempted, Exception), "an `except Exception` would take it for an error"
+    assert not issubclass(PreemptedError, Exception), (
+        "an `except Exception` would take it for an error"
+    )
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -139,7 +169,9 @@ def test_sigint_after_a_signal_stops_at_once(first, preemption):
     with pytest.raises(SystemExit) as exit:
         signal.raise_signal(signal.SIGINT)
     assert exit.value.code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a third time it must not wait for anything"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, (
+        "a third time it must not wait for anything"
+    )
 
 
 def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
@@ -156,8 +188,9 @@ def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
 
 def test_what_was_ignored_stays_ignored():
     code = (
-        "import signal; from sturdy.resume.preemption import Preemption\n"
-        "p = Preemption(); p.listen(training=False); signal.raise_signal(signal.SIGHUP); print(p.signal)\n"
+        "import signal; from exact_resume.signals import Preemption\n"
+        "p = Preemption(); p.listen(training=False); signal.raise_signal(signal.SIGHUP); "
+        "print(p.signal)\n"
         "signal.raise_signal(signal.SIGTERM)"
     )
     done = subprocess.run(

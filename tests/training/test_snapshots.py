@@ -1,4 +1,6 @@
-"""Snapshots of the averages in real runs: under SIGKILL the same files, and pictures at any length from them."""
+"""Snapshots of the averages in real runs: under SIGKILL the same files, and pictures at any length
+from them.
+"""
 
 import shutil
 import signal
@@ -9,8 +11,8 @@ import pytest
 import torch
 
 from runs import ROOT, differences, kill_at, train
-from sturdy.training.build import rebuild
-from sturdy.training.snapshots import load
+from sturdy.training.build import load_module
+from sturdy.training.ema_snapshots import load
 
 POWER = ["ema=power", "callbacks.snapshots.every_n_steps=5", "data.augment=0.3", "data.balance=0.5"]
 
@@ -37,17 +39,23 @@ def equal(a, b):
 def test_they_are_the_averages_of_their_step(whole):
     found = files(whole / "runs" / "whole")
     assert sorted(found) == ["step-00000005.ckpt", "step-00000010.ckpt", "step-00000012.ckpt"]
-    module = rebuild(whole / "runs" / "whole" / "checkpoints" / "step-00000012" / "state.ckpt")
-    for average, network in zip(found["step-00000012.ckpt"]["averages"], module.ema.networks(), strict=True):
+    module = load_module(whole / "runs" / "whole" / "checkpoints" / "step-00000012" / "state.ckpt")
+    for average, network in zip(
+        found["step-00000012.ckpt"]["averages"], module.ema.networks(), strict=True
+    ):
         assert all(torch.equal(average[name], p) for name, p in network.named_parameters())
     assert not equal(found["step-00000005.ckpt"], found["step-00000010.ckpt"])  # the control
 
 
 @pytest.mark.slow
 def test_killed_in_a_write_and_between_two_the_files_end_up_the_same(whole):
-    """It dies before the snapshot of step 5 has its name, then after step 7: neither leaves half a file."""
+    """It dies before the snapshot of step 5 has its name, then after step 7: neither leaves half a
+    file.
+    """
     train(whole, "killed", *POWER, sabotage="die-in-snapshot", code=-signal.SIGKILL)
-    assert [path.name for path in (whole / "runs" / "killed" / "ema").iterdir()] == [".step-00000005.ckpt"]
+    assert [path.name for path in (whole / "runs" / "killed" / "ema").iterdir()] == [
+        ".step-00000005.ckpt"
+    ]
     kill_at(whole, "killed", 7, *POWER)
     train(whole, "killed", *POWER)
     expected, found = (files(whole / "runs" / name) for name in ("whole", "killed"))
@@ -59,21 +67,32 @@ def test_killed_in_a_write_and_between_two_the_files_end_up_the_same(whole):
 def test_a_branch_takes_its_later_snapshots_along(whole):
     run = whole / "runs" / "branch"
     shutil.copytree(whole / "runs" / "whole", run)
-    train(whole, "branch", *POWER, f"ckpt_path={run}/checkpoints/step-00000009", "optimizer.lr=3e-3")
+    train(
+        whole, "branch", *POWER, f"ckpt_path={run}/checkpoints/step-00000009", "optimizer.lr=3e-3"
+    )
     assert sorted(path.name for path in (run / "abandoned" / "001" / "ema").iterdir()) == [
         "step-00000010.ckpt",
         "step-00000012.ckpt",
     ]
     old, new = files(whole / "runs" / "whole"), files(run)
     assert old.keys() == new.keys()
-    assert {name for name in old if not equal(old[name], new[name])} == {"step-00000010.ckpt", "step-00000012.ckpt"}
+    assert {name for name in old if not equal(old[name], new[name])} == {
+        "step-00000010.ckpt",
+        "step-00000012.ckpt",
+    }
 
 
 @pytest.mark.slow
 def test_sampling_at_another_length(whole):
     def pictures(length):
         out = whole / f"pictures {length}"
-        words = [sys.executable, str(ROOT / "sample.py"), "run=whole", f"paths.runs={whole / 'runs'}", "sample.n=2"]
+        words = [
+            sys.executable,
+            str(ROOT / "sample.py"),
+            "run=whole",
+            f"paths.runs={whole / 'runs'}",
+            "sample.n=2",
+        ]
         words += ["sampler.steps=2", f"sample.ema={length}", f"sample.out='{out}'"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         return done, [path.read_bytes() for path in sorted(out.glob("0*.png"))]

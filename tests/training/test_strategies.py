@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from exact_resume.checkpoint.compare import diff_checkpoints
+from exact_resume.checkpoint.store import Store, load_state
 from runs import differences
-from sturdy.resume.compare import differing
-from sturdy.resume.store import Store, load_state
 from worlds import SHARDED, SHARDED_UNET, World, entries, finish, ledger
 
 
@@ -23,7 +23,11 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_chain_of_all_three_sees_the_same_samples_and_noise(tmp: Path) -> None:
     World(tmp, "chain", 1, first=ledger(tmp, "chain")).until(4).kill().wait()
     for strategy, step in (("fsdp2", 7), ("ddp", 10)):
-        world = World(tmp, "chain", 2, f"strategy={strategy}", first=ledger(tmp, "chain")).until(step).kill()
+        world = (
+            World(tmp, "chain", 2, f"strategy={strategy}", first=ledger(tmp, "chain"))
+            .until(step)
+            .kill()
+        )
         world.wait()
         assert "(same samples" in world.output(0), world.output()
     finish(tmp, "chain", 2, "strategy=fsdp2", first=ledger(tmp, "chain"))
@@ -48,11 +52,15 @@ ALL = tuple(permutations(("single", "ddp", "fsdp2"), 2))
 def test_each_reads_the_checkpoint_of_each_to_the_bit(
     tmp: Path, base: list[str], pairs: tuple[tuple[str, str], ...], request: pytest.FixtureRequest
 ) -> None:
-    """A checkpoint written by one and written again by another, with no step between, holds the same."""
+    """A checkpoint written by one and written again by another, with no step between, holds the
+    same.
+    """
     ways = {"single": (1, "single"), "ddp": (2, "ddp"), "fsdp2": (2, "fsdp2")}
     kind = request.node.callspec.id
     for name, (n, strategy) in ways.items():
-        World(tmp, f"{kind}-{name}", n, f"strategy={strategy}", "trainer.max_steps=3", base=base).wait()
+        World(
+            tmp, f"{kind}-{name}", n, f"strategy={strategy}", "trainer.max_steps=3", base=base
+        ).wait()
     for writer, reader in pairs:
         written = Store(tmp / "runs" / f"{kind}-{writer}" / "checkpoints")
         n, strategy = ways[reader]
@@ -62,8 +70,11 @@ def test_each_reads_the_checkpoint_of_each_to_the_bit(
         world.wait()
         there = Store(tmp / "runs" / name / "checkpoints")
         assert 3 in there.steps(), world.output()
-        odd = differing(load_state(written.state(3)), load_state(there.state(3)))
-        assert [k for k in odd if not k.endswith("/lr")] == [], (writer, reader)  # that is set anew at every step
+        odd = diff_checkpoints(load_state(written.state(3)), load_state(there.state(3)))
+        assert [k for k in odd if not k.endswith("/lr")] == [], (
+            writer,
+            reader,
+        )  # that is set anew at every step
 
 
 def newest(tmp: Path, name: str) -> dict:

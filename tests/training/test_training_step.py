@@ -7,9 +7,9 @@ import torch
 from tiny_module import CLASSES, SGD, Backbone, batch, fit, make, save, trainer
 from torch.utils.data import DataLoader
 
+from exact_resume.checkpoint.store import load_state
+from exact_resume.randomness import Draws, key
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
-from sturdy.randomness import Draws, key
-from sturdy.resume.store import load_state
 from sturdy.training.ema import EMA
 from sturdy.training.module import DiffusionModule
 
@@ -34,7 +34,9 @@ def test_one_step_is_the_gradient_of_the_mean_loss(tmp_path):
     assert torch.equal(output["loss"], loss.detach())
     for p, q in zip(module.denoiser.parameters(), reference.denoiser.parameters(), strict=True):
         assert torch.allclose(p, q if q.grad is None else q - 0.5 * q.grad, atol=1e-6)
-    norm = torch.cat([p.grad.flatten() for p in reference.denoiser.parameters() if p.grad is not None]).norm()
+    norm = torch.cat(
+        [p.grad.flatten() for p in reference.denoiser.parameters() if p.grad is not None]
+    ).norm()
     assert torch.allclose(output["grad_norm"], norm)
 
 
@@ -79,7 +81,9 @@ def test_the_average_is_of_the_weights_after_each_step(tmp_path):
     start, average = weights(module), module.ema.model
     fit(module, tmp_path, steps=1)
     expected = torch.lerp(start, weights(module), 0.9)  # beta(0) = 1/10
-    assert torch.allclose(torch.cat([p.flatten() for p in average.parameters()]), expected, atol=1e-6)
+    assert torch.allclose(
+        torch.cat([p.flatten() for p in average.parameters()]), expected, atol=1e-6
+    )
 
 
 def test_a_run_entered_at_a_checkpoint_is_the_undisturbed_one(tmp_path):
@@ -124,7 +128,9 @@ def test_validation_is_the_averages_loss_and_the_same_each_time(tmp_path):
         draws = Draws(key(0, "validation"), positions)
         losses.append(module.objective(module.ema.model, x0, label, draws))
     first = validate()
-    assert first == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5), "each image counts the same"
+    assert first == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5), (
+        "each image counts the same"
+    )
     assert validate() == first
     module.denoiser.backbone.out.weight.data.zero_()
     assert validate() == first, "the weights being trained have no part in it"
@@ -142,7 +148,9 @@ def test_checkpoints_are_tensors_and_primitives_and_load_in_plain_lightning(tmp_
     assert set(state["optimizer_states"][0]["state"]) == names
 
     denoiser = Denoiser(Backbone(), RectifiedFlow(), Velocity(), CLASSES)
-    loaded = DiffusionModule.load_from_checkpoint(path, denoiser=denoiser, objective=Objective(), weights_only=True)
+    loaded = DiffusionModule.load_from_checkpoint(
+        path, denoiser=denoiser, objective=Objective(), weights_only=True
+    )
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in module.state_dict().items())
     assert isinstance(loaded.ema, EMA)
 

@@ -1,4 +1,6 @@
-"""Which code a file may name: the run's own config, the project, and the packages in the user's word."""
+"""Which code a file may name: the run's own config, the project, and the packages in the user's
+word.
+"""
 
 import sys
 
@@ -6,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs import ROOT
-from sturdy.training.trust import Trust, strangers
+from sturdy.trust import Trust, find_untrusted_targets
 
 FRIEND = """
 import os, subprocess, torch.distributed.elastic.multiprocessing.subprocess_handler as handler
@@ -27,7 +29,10 @@ def friend(tmp_path, monkeypatch):
     (tmp_path / "friend").mkdir()
     (tmp_path / "friend" / "__init__.py").write_text(FRIEND)
     monkeypatch.syspath_prepend(tmp_path)
-    config = {"backbone": {"_target_": "friend.Net", "width": 3}, "ema": {"_target_": "friend.make", "a": 0.1}}
+    config = {
+        "backbone": {"_target_": "friend.Net", "width": 3},
+        "ema": {"_target_": "friend.make", "a": 0.1},
+    }
     for number in ("001", "002"):
         attempt = tmp_path / "runs" / "sweep" / "run" / "attempts" / number
         attempt.mkdir(parents=True)
@@ -61,18 +66,23 @@ def state_of(runs):
         "friend",
         "friend.Nothing",
         "friendly.Net",
-        "sturdy.sweep.Child",
+        "sturdy.cli.sweep.Child",
         "sturdy.data.build.build",
-        "sturdy.training.build.rebuild",
+        "sturdy.training.build.load_module",
         "",
     ],
 )
 @pytest.mark.parametrize("place", ["backbone", "ema"])
 def test_never_run_for_a_file_even_where_a_package_is_trusted(target, place, friend):
     runs, config = friend
-    evil = {**config, place: {"_target_": "friend.Net", "inner": [{"_target_": target, "_args_": ["ls"]}]}}
+    evil = {
+        **config,
+        place: {"_target_": "friend.Net", "inner": [{"_target_": target, "_args_": ["ls"]}]},
+    }
     for trust in (Trust(["friend"]), Trust(["friend"], runs)):
-        with pytest.raises(ValueError, match=r"state\.ckpt asks for .* as its \w+, which is no.* is not run"):
+        with pytest.raises(
+            ValueError, match=r"state\.ckpt asks for .* as its \w+, which is no.* is not run"
+        ):
             trust.check(state_of(runs), evil, ["backbone", "ema"])
 
 
@@ -84,10 +94,16 @@ def test_the_word_is_named_and_then_taken(friend):
     assert "friend" not in sys.modules, "not even imported"
     Trust(["friend"]).check(state_of(runs), config, ["backbone"])
     Trust("friend.Net").check(state_of(runs), config, ["backbone"])
-    Trust(["friend"]).check(state_of(runs), {"backbone": {"_target_": "friend.Outer.Inner"}}, ["backbone"])
+    Trust(["friend"]).check(
+        state_of(runs), {"backbone": {"_target_": "friend.Outer.Inner"}}, ["backbone"]
+    )
     with pytest.raises(ValueError, match=r"say so: trust=\[friend,other\]$"):
-        Trust(["friend"]).check(state_of(runs), {"backbone": {"_target_": "other.Net"}}, ["backbone"])
-    with pytest.raises(ValueError, match=r"say so: trust=\[torch\.nn\.Linear\]$"):  # not of all that is in torch
+        Trust(["friend"]).check(
+            state_of(runs), {"backbone": {"_target_": "other.Net"}}, ["backbone"]
+        )
+    with pytest.raises(
+        ValueError, match=r"say so: trust=\[torch\.nn\.Linear\]$"
+    ):  # not of all that is in torch
         Trust().check(state_of(runs), {"backbone": {"_target_": "torch.nn.Linear"}}, ["backbone"])
 
 
@@ -99,8 +115,14 @@ def test_a_runs_own_config_is_run_to_the_letter(friend, tmp_path):
     Trust(runs=tmp_path / "link").check(state_of(runs), config, names)
     trust.check(tmp_path / "link" / state_of(runs).relative_to(runs), config, names)
     foreign = {
-        "another number": (state_of(runs), {**config, "ema": {"_target_": "friend.make", "a": 0.2}}),
-        "another file": (tmp_path / "elsewhere" / "checkpoints" / "step-00000003" / "state.ckpt", config),
+        "another number": (
+            state_of(runs),
+            {**config, "ema": {"_target_": "friend.make", "a": 0.2}},
+        ),
+        "another file": (
+            tmp_path / "elsewhere" / "checkpoints" / "step-00000003" / "state.ckpt",
+            config,
+        ),
         "another run": (runs / "other" / "checkpoints" / "step-00000003" / "state.ckpt", config),
         "a way out": (runs / "sweep" / "run" / ".." / ".." / ".." / "state.ckpt", config),
     }
@@ -125,11 +147,24 @@ def test_a_word_that_is_no_package_is_refused(word):
         Trust([word])
 
 
-GROUPS = ("backbone", "schedule", "target", "objective", "sampler", "optimizer", "learning_rate", "ema")
-FILES = [f for g in (*GROUPS, "alignment", "data", "logger") for f in sorted((ROOT / "conf" / g).glob("*.yaml"))]
+GROUPS = (
+    "backbone",
+    "schedule",
+    "target",
+    "objective",
+    "sampler",
+    "optimizer",
+    "learning_rate",
+    "ema",
+)
+FILES = [
+    f
+    for g in (*GROUPS, "alignment", "data", "logger")
+    for f in sorted((ROOT / "conf" / g).glob("*.yaml"))
+]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_every_option_of_the_project_is_trusted(file):
     node = OmegaConf.to_container(OmegaConf.load(file))
-    assert [found for found in strangers(node) if not found.startswith("${")] == []
+    assert [found for found in find_untrusted_targets(node) if not found.startswith("${")] == []

@@ -1,4 +1,6 @@
-"""The tuning door, on a small run: what it finds is what the others then draw by, and what the file may say."""
+"""The tuning door, on a small run: what it finds is what the others then draw by, and what the file
+may say.
+"""
 
 import json
 import re
@@ -13,23 +15,32 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from runs import ROOT, train
+from sturdy.cli.main import check_composed
 from sturdy.diffusion.sampler import DDIM
-from sturdy.door import check_composed
-from sturdy.training.draw import draw
-from sturdy.training.evaluate import evaluate
-from sturdy.training.recipe import Recipe, recipe_of
-from sturdy.training.tune import Figures, Trial, best, tune
+from sturdy.evaluation.evaluate import evaluate
+from sturdy.evaluation.tune import Figures, Trial, best, tune
+from sturdy.sampling.config import SamplingConfig, resolve_sampling
+from sturdy.sampling.sample import main
 
-DOORS = {"tune": tune, "sample": draw, "evaluate": evaluate}
+DOORS = {"tune": tune, "sample": main, "evaluate": evaluate}
 WORDS = {
-    "tune": ["features.seen=300", "tune.n=16", "tune.batch_size=8", "tune.scales=[1,2]", "tune.steps=[2,5]"],
+    "tune": [
+        "features.seen=300",
+        "tune.n=16",
+        "tune.batch_size=8",
+        "tune.scales=[1,2]",
+        "tune.steps=[2,5]",
+    ],
     "sample": ["sample.n=2"],
     "evaluate": ["features.seen=300", "evaluate.n=8", "evaluate.levels=4", "evaluate.audit_seen=0"],
 }
 WORDS["tune"] += ["tune.ema=[null,0.08]"]
 POWER = ["ema=power", "callbacks.snapshots.every_n_steps=5", "optimizer.lr=0.02"]
 
-CONFIG = {"sampler": {"_target_": "sturdy.diffusion.sampler.DDIM", "steps": 5}, "guidance": {"scale": 2.0}}
+CONFIG = {
+    "sampler": {"_target_": "sturdy.diffusion.sampler.DDIM", "steps": 5},
+    "guidance": {"scale": 2.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +48,12 @@ def run(tmp_path_factory):
     """Where the finished run ``run`` is, and the words that say so."""
     tmp = tmp_path_factory.mktemp("tune")
     train(tmp, "run", *POWER, "callbacks.samples.every_n_steps=null")
-    return tmp / "runs" / "run", [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", "run=run", "threads=1"]
+    return tmp / "runs" / "run", [
+        f"paths.runs={tmp / 'runs'}",
+        f"paths.cache={tmp / 'cache'}",
+        "run=run",
+        "threads=1",
+    ]
 
 
 @pytest.fixture
@@ -96,7 +112,10 @@ def test_killed_it_goes_on_and_the_others_follow_what_it_found(run, through, fil
 
     text, found = file.read_text(), OmegaConf.load(file)
     assert text.startswith("# tune.py: KID ")
-    assert "best of 8 recipes at step 12, 16 pictures of seed 1 against 12 held-out images in embedded" in text
+    assert (
+        "best of 8 recipes at step 12, 16 pictures of seed 1 against 12 held-out images in embedded"
+        in text
+    )
     won = re.match(r"# tune.py: KID (\S+) ± (\S+) with (\d+) network calls", text).groups()
     assert won in [(row[4], row[6], row[3]) for row in rows[1:]]
     assert int(won[2]) <= int(min(rows[1:], key=lambda row: float(row[4]))[3])
@@ -118,25 +137,39 @@ def test_killed_it_goes_on_and_the_others_follow_what_it_found(run, through, fil
 
 def test_the_command_wins_over_the_file_and_the_file_over_the_run(through, file):
     assert "guidance 2, the run's own EMA: from the run's config\n" in through("sample")[1]
-    file.write_text("sampler: {_target_: sturdy.diffusion.sampler.DDIM, steps: 3}\nguidance: {scale: 1.5}\nema: 0.07\n")
-    assert f"by DDIM (steps 3), guidance 1.5, an EMA of length 0.07: from {file}\n" in through("sample")[1]
+    file.write_text(
+        "sampler: {_target_: sturdy.diffusion.sampler.DDIM, steps: 3}\nguidance: "
+        "{scale: 1.5}\nema: 0.07\n"
+    )
+    assert (
+        f"by DDIM (steps 3), guidance 1.5, an EMA of length 0.07: from {file}\n"
+        in through("sample")[1]
+    )
     said = through("sample", "sampler.steps=4", "guidance.scale=3", "sample.ema=0.1")[1]
     assert "by DDIM (steps 4), guidance 3, an EMA of length 0.1: " in said
     assert f"from {file}, but for sampler.steps, guidance.scale, the EMA\n" in said
     said = through("sample", "sampler=euler")[1]
-    assert "by Euler (steps 50, spacing time, power 1.0, start 1.0), guidance 1.5, an EMA of length 0.07: " in said
+    assert (
+        "by Euler (steps 50, spacing time, power 1.0, start 1.0), guidance 1.5, an EMA of length "
+        "0.07: " in said
+    )
     assert f"from {file}, but for sampler\n" in said
 
 
 def test_pictures_are_of_the_recipe(run, through, file, tmp_path):
     """What is written is what is done: the same pictures as by a command that says all of it."""
     words = ["sampler=ddim", "sampler.steps=3", "guidance.scale=3", "sample.ema=0.08"]
-    Recipe({"_target_": "sturdy.diffusion.sampler.DDIM", "steps": 3}, {"scale": 3.0}, 0.08, origin="this test").write(
-        run[0], "by hand"
-    )
+    SamplingConfig(
+        {"_target_": "sturdy.diffusion.sampler.DDIM", "steps": 3},
+        {"scale": 3.0},
+        0.08,
+        origin="this test",
+    ).write(run[0], "by hand")
     for name, given in (("file", []), ("command", words), ("other", [*words, "guidance.scale=1"])):
         assert through("sample", *given, f"sample.out={tmp_path / name}")[0] == 0
-    pictures = {name: (tmp_path / name / "000001.png").read_bytes() for name in ("file", "command", "other")}
+    pictures = {
+        name: (tmp_path / name / "000001.png").read_bytes() for name in ("file", "command", "other")
+    }
     assert pictures["file"] == pictures["command"] != pictures["other"]
     assert not list(run[0].glob(".sampling*"))
 
@@ -152,7 +185,13 @@ def test_a_guide_is_a_checkpoint_or_the_last_of_a_run(run, through, tmp_path):
     }
     said = {}
     for name, word in given.items():
-        words = ["sampler=ddim", "sampler.steps=3", "guidance.scale=3", f"sample.out={tmp_path / name}", word]
+        words = [
+            "sampler=ddim",
+            "sampler.steps=3",
+            "guidance.scale=3",
+            f"sample.out={tmp_path / name}",
+            word,
+        ]
         code, said[name] = through("sample", *words)
         assert code == 0, said[name]
     pictures = {name: (tmp_path / name / "000001.png").read_bytes() for name in given}
@@ -162,10 +201,21 @@ def test_a_guide_is_a_checkpoint_or_the_last_of_a_run(run, through, tmp_path):
 
 
 def test_recipes_with_a_guide_ask_two_networks(run, through, file):
-    words = ["tune.labels=none", "tune.n=8", "tune.steps=[1]", "tune.ema=[null]", "tune.scales=[1,2]"]
-    code, said = through("tune", f"guidance.guide={min((run[0] / 'checkpoints').glob('step-*'))}", *words)
+    words = [
+        "tune.labels=none",
+        "tune.n=8",
+        "tune.steps=[1]",
+        "tune.ema=[null]",
+        "tune.scales=[1,2]",
+    ]
+    code, said = through(
+        "tune", f"guidance.guide={min((run[0] / 'checkpoints').glob('step-*'))}", *words
+    )
     assert code == 0, said
-    assert [line.split()[:4] for line in said.splitlines()[3:5]] == [["own", "1", "1", "1"], ["own", "2", "1", "2"]]
+    assert [line.split()[:4] for line in said.splitlines()[3:5]] == [
+        ["own", "1", "1", "1"],
+        ["own", "2", "1", "2"],
+    ]
     assert "step-" in OmegaConf.load(file).guidance.guide
 
 
@@ -198,7 +248,7 @@ def test_what_the_file_must_not_say(run, through, file):
     for text, answer in WRONG.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=r"sampling\.yaml") as error:
-            recipe_of(OmegaConf.create(), CONFIG, run[0])
+            resolve_sampling(OmegaConf.create(), CONFIG, run[0])
         assert answer in str(error.value), text
     for text, answer in LATE.items():
         file.write_text(text)
@@ -227,17 +277,22 @@ def test_refusals_say_what_to_do_and_write_nothing(through, file):
 
 
 def test_without_labels_guidance_is_not_swept(through, file):
-    code, said = through("tune", "tune.labels=none", "tune.n=8", "tune.steps=[1,2]", "tune.ema=[null]")
+    code, said = through(
+        "tune", "tune.labels=none", "tune.n=8", "tune.steps=[1,2]", "tune.ema=[null]"
+    )
     assert code == 0, said
     assert "2 recipes like UniPC" in said
-    assert [line.split()[:3] for line in said.splitlines()[3:5]] == [["own", "none", "1"], ["own", "none", "2"]]
+    assert [line.split()[:3] for line in said.splitlines()[3:5]] == [
+        ["own", "none", "1"],
+        ["own", "none", "2"],
+    ]
     assert OmegaConf.load(file).guidance.scale == 2  # the run's
 
 
 def test_an_earlier_tune_does_not_change_what_is_tried(run):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("tune", run[1])
-    recipe = recipe_of(cfg, CONFIG, None)
+    recipe = resolve_sampling(cfg, CONFIG, None)
     assert isinstance(recipe.sampler, DDIM)
     assert (recipe.ema, recipe.origin) == (None, "from the run's config")
 

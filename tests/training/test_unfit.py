@@ -9,8 +9,7 @@ import pytest
 from hydra.utils import instantiate
 
 from runs import command, train
-from sturdy.training.launch import Unfit
-from sturdy.training.parts import unfit
+from sturdy.errors import ConfigError, as_config_error
 
 
 def failing(number):
@@ -19,12 +18,17 @@ def failing(number):
 
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(errno.ESTALE, OSError), (errno.EIO, OSError), (errno.ENOENT, Unfit), (errno.EACCES, Unfit)],
+    [
+        (errno.ESTALE, OSError),
+        (errno.EIO, OSError),
+        (errno.ENOENT, ConfigError),
+        (errno.EACCES, ConfigError),
+    ],
 )
 def test_what_a_disk_says_is_a_mistake_or_may_pass(number, kind):
-    with pytest.raises(kind, match="images"), unfit():
+    with pytest.raises(kind, match="images"), as_config_error():
         failing(number)
-    with pytest.raises(kind, match="images"), unfit():
+    with pytest.raises(kind, match="images"), as_config_error():
         instantiate({"_target_": f"{__name__}.failing", "number": number})
 
 
@@ -35,7 +39,17 @@ def test_a_run_is_started_again_where_a_network_disk_was_away(tmp_path):
         pytest.skip("strace is not installed")
     train(tmp_path, "one", "trainer.max_steps=3")
     (manifest,) = tmp_path.glob("cache/**/manifest.json")
-    away = ["strace", "-f", "-qq", "-o", os.devnull, "-P", str(manifest), "-e", "inject=openat:error=ESTALE:when=1"]
+    away = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-P",
+        str(manifest),
+        "-e",
+        "inject=openat:error=ESTALE:when=1",
+    ]
     words = command(tmp_path, "two", "trainer.max_steps=3", "restarts=1")
     done = subprocess.run([*away, *words], capture_output=True, text=True)
     if "ptrace" in done.stderr:

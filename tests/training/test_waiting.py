@@ -1,4 +1,6 @@
-"""How threads wait: the choice from recorded step times, the team that lets them sleep, and bits that do not change."""
+"""How threads wait: the choice from recorded step times, the team that lets them sleep, and bits
+that do not change.
+"""
 
 import itertools
 import os
@@ -9,22 +11,26 @@ from typing import ClassVar
 import pytest
 
 from runs import ROOT, SMALL, differences, train
-from sturdy.training.callbacks.waiting import Chooser, Waiting
+from sturdy.training.callbacks.thread_waiting import PolicyChooser, ThreadWaiting
 
 TWO = [*SMALL, "trainer.threads=2", "data.image_size=32", "backbone.width=64"]
 
 
 class Machine:
-    """Seconds of a step, spinning and asleep: of ``experiment=cars``, images/s measured beside so many programs."""
+    """Seconds of a step, spinning and asleep: of ``experiment=cars``, images/s measured beside so
+    many programs.
+    """
 
     SECONDS: ClassVar = {0: (16 / 197, 16 / 140), 3: (16 / 16, 16 / 47), 7: (16 / 2, 16 / 23)}
 
     def __init__(self) -> None:
-        self.chooser, self.lost, self.changes = Chooser(), 0.0, 0
+        self.chooser, self.lost, self.changes = PolicyChooser(), 0.0, 0
         self.noise = itertools.cycle([1.0, 1.08, 0.95, 1.02, 0.9, 1.05, 1.0])
 
     def run(self, seconds: float, busy: int) -> float:
-        """Train for so long beside ``busy`` programs; return the speed; the better way all the time is 1."""
+        """Train for so long beside ``busy`` programs; return the speed; the better way all the time
+        is 1.
+        """
         spent = best = 0.0
         while spent < seconds:
             spinning, asleep = self.SECONDS[busy]
@@ -89,7 +95,9 @@ def test_a_slow_moment_changes_nothing():
 
 
 def test_a_slow_machine_is_not_a_busy_one():
-    """Both ways are slower by the same factor: the trials stop changing anything, and become rare."""
+    """Both ways are slower by the same factor: the trials stop changing anything, and become
+    rare.
+    """
     machine = Machine()
     machine.run(60, busy=0)
     trials = 0
@@ -103,7 +111,7 @@ def test_a_slow_machine_is_not_a_busy_one():
 SWITCHES = """
 import os, time, torch
 from pathlib import Path
-from sturdy.training.callbacks.waiting import IdleTeam, gnu_openmp
+from sturdy.training.callbacks.thread_waiting import IdleTeam, gnu_openmp
 
 torch.set_num_threads(2)
 
@@ -132,10 +140,14 @@ print(spinning, asleep, slept())
 
 
 def test_a_team_that_does_nothing_lets_the_others_sleep(monkeypatch):
-    """With the policy ``active`` a thread spins for minutes before it sleeps, so that the counts are far apart."""
+    """With the policy ``active`` a thread spins for minutes before it sleeps, so that the counts
+    are far apart.
+    """
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", SWITCHES], capture_output=True, text=True, timeout=100
+    )
     if "NoneType" in done.stderr:
         pytest.skip("torch does not compute with GNU's OpenMP here")
     before, asleep, after = map(int, done.stdout.split())
@@ -143,7 +155,7 @@ def test_a_team_that_does_nothing_lets_the_others_sleep(monkeypatch):
     assert asleep >= 40
 
 
-class Restless(Waiting):
+class Restless(ThreadWaiting):
     """Changes the way at each step, and in the middle of those that spin."""
 
     def on_train_batch_start(self, trainer, *args):
@@ -160,7 +172,9 @@ def test_the_way_of_waiting_changes_no_bit(tmp_path):
     train(tmp_path, "calm", "callbacks.waiting.policy=sleep", "trainer.max_steps=4", base=TWO)
     calm = train(tmp_path, "calm", "callbacks.waiting.policy=spin", base=TWO)
     assert "(bitwise" in calm.stdout
-    restless = train(tmp_path, "restless", "callbacks.waiting._target_=training.test_waiting.Restless", base=TWO)
+    restless = train(
+        tmp_path, "restless", "callbacks.waiting._target_=training.test_waiting.Restless", base=TWO
+    )
     assert "team" not in calm.stdout
     assert (restless.stdout.count("team: True"), restless.stdout.count("team: False")) == (6, 6)
     assert differences(tmp_path, "calm", "restless") == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sturdy.training.callbacks.watchdog import Watchdog
+from exact_resume.callbacks.watchdog import Watchdog
 from worlds import World
 
 WATCHED = Path(__file__).with_name("watched.py")
@@ -26,7 +26,9 @@ def watched(directory, how):
     ("how", "first"),
     [
         ("step", "Watched: step 4, at most 2 s. "),
-        pytest.param("validation", "Watched: the validation of step 3, at most 2 s. ", marks=pytest.mark.slow),
+        pytest.param(
+            "validation", "Watched: the validation of step 3, at most 2 s. ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_hang_that_holds_the_interpreter_lock_is_ended_and_told(tmp_path, how, first):
@@ -38,8 +40,12 @@ def test_a_hang_that_holds_the_interpreter_lock_is_ended_and_told(tmp_path, how,
     assert any("watched.py" in line and "in hang" in line for line in lines)
 
 
-def test_a_peer_that_falls_silent_between_two_steps_is_waited_for_no_longer_than_for_a_step(tmp_path):
-    """It has added its gradients to those of the others, and is then stopped: as if its machine had lost power."""
+def test_a_peer_that_falls_silent_between_two_steps_is_waited_for_no_longer_than_for_a_step(
+    tmp_path,
+):
+    """It has added its gradients to those of the others, and is then stopped: as if its machine had
+    lost power.
+    """
 
     def fall_silent(rank):
         from sturdy.training.module import DiffusionModule
@@ -54,10 +60,17 @@ def test_a_peer_that_falls_silent_between_two_steps_is_waited_for_no_longer_than
 
         DiffusionModule.training_step = silent
 
-    limits = ("callbacks.watchdog.at_least=5", "callbacks.watchdog.factor=0.01", "callbacks.watchdog.pause=1800")
+    limits = (
+        "callbacks.watchdog.at_least=5",
+        "callbacks.watchdog.factor=0.01",
+        "callbacks.watchdog.pause=1800",
+    )
     world = World(tmp_path, "run", 2, *limits, first=fall_silent)
     end = time.monotonic() + 200
-    while os.waitid(os.P_PID, world.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None and time.monotonic() < end:
+    while (
+        os.waitid(os.P_PID, world.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        and time.monotonic() < end
+    ):
         time.sleep(0.1)
     world.kill()
     codes = world.wait()
@@ -69,12 +82,16 @@ def test_a_peer_that_falls_silent_between_two_steps_is_waited_for_no_longer_than
 
 @pytest.mark.slow
 def test_what_is_slow_lives(tmp_path):
-    """Steps, validations and what follows a step; nothing is left of it. After an error nothing is watched."""
+    """Steps, validations and what follows a step; nothing is left of it. After an error nothing is
+    watched.
+    """
     done = watched(tmp_path, "well")
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["lived"]), done.stderr
     assert "Timeout" not in done.stderr
     left = sorted(tmp_path.rglob("hang-*"))
-    assert left == [tmp_path / "unarmed usr" / FILE, tmp_path / "usr" / FILE], "only the stacks that were asked for"
+    assert left == [tmp_path / "unarmed usr" / FILE, tmp_path / "usr" / FILE], (
+        "only the stacks that were asked for"
+    )
     assert all("in fourth" in file.read_text() for file in left)
 
 

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from exact_resume.checkpoint.store import Store
+from exact_resume.checkpoint.writer import StoreCheckpointIO
+from exact_resume.randomness import reseed
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
-from sturdy.randomness import reseed
-from sturdy.resume.store import Store
-from sturdy.resume.writer import StoreIO
 from sturdy.training.module import DiffusionModule
 
 CLASSES = 3
@@ -43,7 +43,11 @@ def batch(step, size=8):
     """The same every time: ``(x (b, 3, 8, 8), label (b,), positions (b,))``."""
     rng = torch.Generator().manual_seed(step)
     x = torch.rand(size, 3, 8, 8, generator=rng) * 2 - 1
-    return x, torch.randint(CLASSES, (size,), generator=rng), torch.arange(step * size, (step + 1) * size)
+    return (
+        x,
+        torch.randint(CLASSES, (size,), generator=rng),
+        torch.arange(step * size, (step + 1) * size),
+    )
 
 
 class Stream(IterableDataset):
@@ -74,7 +78,7 @@ def trainer(directory, steps, *callbacks, **settings):
         max_epochs=-1,
         deterministic=True,
         callbacks=list(callbacks),
-        plugins=[StoreIO(Store(directory), lambda checkpoint: {})],
+        plugins=[StoreCheckpointIO(Store(directory), lambda checkpoint: {})],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=directory,
@@ -83,7 +87,9 @@ def trainer(directory, steps, *callbacks, **settings):
 
 
 def fit(module, directory, steps=2, entry=None, callbacks=()):
-    """Train from the checkpoint ``entry`` to ``steps``; returns the trainer and what each step returned."""
+    """Train from the checkpoint ``entry`` to ``steps``; returns the trainer and what each step
+    returned.
+    """
     outputs = Outputs()
     t = trainer(directory, steps, outputs, *callbacks)
     start = int(entry.parent.name.removeprefix("step-")) if entry else 0

@@ -1,4 +1,6 @@
-"""``python watched.py DIRECTORY HOW``: small fits under the watchdog, of which those that hang end the process."""
+"""``python watched.py DIRECTORY HOW``: small fits under the watchdog, of which those that hang end
+the process.
+"""
 
 import ctypes
 import os
@@ -11,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny_module import Stream, make, trainer
 from torch.utils.data import DataLoader
 
-from sturdy.training.callbacks.watchdog import Watchdog
+from exact_resume.callbacks.watchdog import Watchdog
 
 
 class Slow(Callback):
@@ -26,7 +28,9 @@ class Slow(Callback):
 
 
 def fit(directory, *, step=lambda: None, validation=lambda: None, slow=0.0, armed=True, **limits):
-    """Train for six steps, the fourth of which begins with ``step``, and validate at the end of the third."""
+    """Train for six steps, the fourth of which begins with ``step``, and validate at the end of the
+    third.
+    """
     module = make()
     training_step, validation_step = module.training_step, module.validation_step
 
@@ -54,9 +58,22 @@ def hang():
 
 
 def well(directory):
-    fit(directory / "slow", step=lambda: time.sleep(0.7), validation=lambda: time.sleep(2), slow=2, at_least=1.5)
+    fit(
+        directory / "slow",
+        step=lambda: time.sleep(0.7),
+        validation=lambda: time.sleep(2),
+        slow=2,
+        at_least=1.5,
+    )
     fit(directory / "usr", step=lambda: os.kill(os.getpid(), signal.SIGUSR2))
-    fit(directory / "unarmed", step=lambda: time.sleep(0.5), armed=False, at_least=0.2, pause=0.2, start=0.2)
+    fit(
+        directory / "unarmed",
+        step=lambda: time.sleep(0.5),
+        armed=False,
+        at_least=0.2,
+        pause=0.2,
+        start=0.2,
+    )
     fit(directory / "unarmed usr", step=lambda: os.kill(os.getpid(), signal.SIGUSR2), armed=False)
     try:
         fit(directory / "error", step=lambda: 1 / 0, at_least=1, pause=0.5)

@@ -1,1 +1,3 @@
-"""A package of one's own, outside the project: a part of every kind, and options that choose them."""
+"""A package of one's own, outside the project: a part of every kind, and options that choose
+them.
+"""

@@ -5,7 +5,9 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut, scaled and shifted by a condition; at the start it changes nothing."""
+    """Two convolutions beside a shortcut, scaled and shifted by a condition; at the start it
+    changes nothing.
+    """
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -18,7 +20,9 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Features ``(b, width, h, w)`` and a condition ``(b, width)`` to features ``(b, width, h, w)``."""
+        """Features ``(b, width, h, w)`` and a condition ``(b, width)`` to features ``(b, width, h,
+        w)``.
+        """
         scale, shift = self.condition(condition)[:, :, None, None].chunk(2, dim=1)
         h = self.norm(x) * (1 + scale) + shift
         return x + self.second(self.dropout(F.silu(self.first(h))))

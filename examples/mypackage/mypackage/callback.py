@@ -21,10 +21,16 @@ class WeightNorms(Callback):
     def __init__(self, *, directory: str, every_n_steps: int = 500) -> None:
         self.directory, self.every = Path(directory), every_n_steps
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
         """Called by Lightning after each step."""
         if trainer.global_step % self.every or not trainer.is_global_zero:
             return
-        norms = {name: p.norm().item() for name, p in pl_module.named_parameters() if p.requires_grad}
+        norms = {
+            name: p.norm().item() for name, p in pl_module.named_parameters() if p.requires_grad
+        }
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / f"step-{trainer.global_step:08d}.json").write_text(json.dumps(norms, indent=1))
+        (self.directory / f"step-{trainer.global_step:08d}.json").write_text(
+            json.dumps(norms, indent=1)
+        )

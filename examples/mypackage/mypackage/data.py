@@ -42,5 +42,7 @@ class Table:
         return self.rows[index][0]
 
     def decode(self, index: int) -> np.ndarray:
-        """The image, uint8 ``(3, size, size)``; raises ``sturdy.data.source.Broken`` with the reason."""
+        """The image, uint8 ``(3, size, size)``; raises ``sturdy.data.source.BadImageError`` with
+        the reason.
+        """
         return decode(self.root / self.rows[index][0], size=self.size)

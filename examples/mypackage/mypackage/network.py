@@ -16,7 +16,9 @@ class Plain(nn.Module):
         dropout: inside the blocks.
     """
 
-    def __init__(self, *, num_classes: int = 0, width: int = 32, depth: int = 4, dropout: float = 0.0) -> None:
+    def __init__(
+        self, *, num_classes: int = 0, width: int = 32, depth: int = 4, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"backbone.width={width} must be a multiple of 4")
@@ -30,7 +32,9 @@ class Plain(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images ``(b, 3, h, w)``, times ``(b,)`` in [0, 1] and labels ``(b,)`` to a prediction ``(b, 3, h, w)``."""
+        """Images ``(b, 3, h, w)``, times ``(b,)`` in [0, 1] and labels ``(b,)`` to a prediction
+        ``(b, 3, h, w)``.
+        """
         if label is None:
             label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
         condition = self.time(t[:, None]) + self.label(label)

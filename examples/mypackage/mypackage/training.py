@@ -17,7 +17,12 @@ class Lion(Optimizer):
     """
 
     def __init__(
-        self, params: Any, *, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+        self,
+        params: Any,
+        *,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
@@ -41,7 +46,9 @@ class Lion(Optimizer):
 
 
 class Uniform(EMA):
-    """The plain mean of the weights of all steps from ``start`` on; before, the weights themselves."""
+    """The plain mean of the weights of all steps from ``start`` on; before, the weights
+    themselves.
+    """
 
     def __init__(self, model: nn.Module, *, start: int = 0) -> None:
         super().__init__(model)

@@ -1,27 +1,31 @@
 """A diffusion transformer: patches as tokens, modulated by time and label through adaLN-zero.
 
-    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c)),   f: attention, then SwiGLU;  gate starts at zero
+    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c)),   f: attention, then SwiGLU;  gate starts
+    at zero
 
-DiT (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", section 3.2) with RMSNorm (Zhang and
-Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020) and rotary positions in
-two dimensions (Su et al. 2021, eq. 34). Those tell tokens how far apart they are, and nothing of where they are in
-the picture, so an MLP of the same angles is added to the patches. All of it is computed from (h, w): no image size is
-built in.
+DiT (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", section 3.2) with RMSNorm
+(Zhang and Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020)
+and rotary positions in two dimensions (Su et al. 2021, eq. 34). Those tell tokens how far apart
+they are, and nothing of where they are in the picture, so an MLP of the same angles is added to the
+patches. All of it is computed from (h, w): no image size is built in.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sturdy.backbone.embed import Condition, call, numbered, zero
-from sturdy.backbone.whole import Whole
+from examples.cars.mixer import GlobalMixer
+from sturdy.backbone.embed import Condition, block_at, checkpointed_call, zero_init
 
 
-def rotation(height: int, width: int, head_dim: int, *, like: Tensor, base: float = 100.0) -> Tensor:
+def rotation(
+    height: int, width: int, head_dim: int, *, like: Tensor, base: float = 100.0
+) -> Tensor:
     """Cosine and sine of each token's angles, ``(2, height * width, 1, 1, head_dim / 2)``.
 
-    The first half of the angles grows with the row, the second with the column, at frequencies from 1 down to
-    ``1 / base``: images are tens of tokens wide, texts thousands, hence not the usual base of 10,000.
+    The first half of the angles grows with the row, the second with the column, at frequencies from
+    1 down to ``1 / base``: images are tens of tokens wide, texts thousands, hence not the usual
+    base of 10,000.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     n = head_dim // 4
@@ -35,7 +39,8 @@ def rotation(height: int, width: int, head_dim: int, *, like: Tensor, base: floa
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """Turn pair i of the head's channels, ``(x[i], x[i + head_dim / 2])``, by angle i.
 
-    A product of two tokens turned this way depends on their distance only: <R_m q, R_n k> = <q, R_(n - m) k>.
+    A product of two tokens turned this way depends on their distance only: <R_m q, R_n k> = <q,
+        R_(n - m) k>.
 
     Args:
         x: ``(b, tokens, ..., heads, head_dim)``.
@@ -69,7 +74,9 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``out(silu(gate(x)) * value(x))``; two thirds of the usual four widths, as it has three matrices."""
+    """``out(silu(gate(x)) * value(x))``; two thirds of the usual four widths, as it has three
+    matrices.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +94,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, *, heads: int, dropout: float) -> None:
         super().__init__()
-        self.modulation = zero(nn.Linear(width, 6 * width))
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
         self.attention = Attention(width, heads=heads)
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
@@ -108,19 +115,23 @@ class DiT(nn.Module):
 
     Args:
         image_channels: channels of the image.
-        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
+        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null
+            label.
         conditions: length of what else the network is told of an image, such as its augmentation.
         patch: side of the square of pixels that makes a token.
         width: channels of a token.
         depth: number of blocks.
-        heads: attention heads; ``width / heads`` must be a multiple of four, for the rotary positions.
+        heads: attention heads; ``width / heads`` must be a multiple of four, for the rotary
+            positions.
         dropout: probability of dropping an activation at the end of a branch.
-        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the same bits.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the
+            same bits.
         whole: units that each see the whole picture, for pictures that are aligned; 0 is none.
         image_size: height and width of the pictures; only ``whole`` asks for it.
 
     Raises:
-        ValueError: ``width`` does not fit ``heads``, or ``whole`` has no ``image_size`` that ``patch`` divides.
+        ValueError: ``width`` does not fit ``heads``, or ``whole`` has no ``image_size`` that
+            ``patch`` divides.
     """
 
     def __init__(
@@ -141,27 +152,38 @@ class DiT(nn.Module):
         super().__init__()
         if width % (4 * heads):
             raise ValueError(
-                f"backbone.width={width} is not a multiple of 4 * heads = {4 * heads}: change backbone.heads"
+                f"backbone.width={width} is not a multiple of 4 * heads = {4 * heads}: change "
+                f"backbone.heads"
             )
         self.checkpoint = checkpoint
         self.image_channels = image_channels
         self.patch = patch
         self.head_dim = width // heads
-        self.condition = Condition(width, features=width, num_classes=num_classes, conditions=conditions)
+        self.condition = Condition(
+            width, features=width, num_classes=num_classes, conditions=conditions
+        )
         self.stem = nn.Linear(image_channels * patch**2, width)
-        self.place = nn.Sequential(nn.Linear(self.head_dim, width), nn.SiLU(), zero(nn.Linear(width, width)))
+        self.place = nn.Sequential(
+            nn.Linear(self.head_dim, width), nn.SiLU(), zero_init(nn.Linear(width, width))
+        )
         self.image_size, self.whole = image_size, None
         if whole:
             if not image_size or image_size % patch:
-                asked = f"backbone.image_size={image_size} to be a multiple of backbone.patch={patch}"
+                asked = (
+                    f"backbone.image_size={image_size} to be a multiple of backbone.patch={patch}"
+                )
                 raise ValueError(f"backbone.whole={whole} needs {asked}")
             tokens = (image_size // patch) ** 2
-            self.whole = Whole(image_channels * image_size**2, tokens, width, units=whole)
-        self.blocks = nn.ModuleList(Block(width, heads=heads, dropout=dropout) for _ in range(depth))
-        self.modulation = zero(nn.Linear(width, 2 * width))
-        self.out = zero(nn.Linear(width, image_channels * patch**2))
+            self.whole = GlobalMixer(image_channels * image_size**2, tokens, width, units=whole)
+        self.blocks = nn.ModuleList(
+            Block(width, heads=heads, dropout=dropout) for _ in range(depth)
+        )
+        self.modulation = zero_init(nn.Linear(width, 2 * width))
+        self.out = zero_init(nn.Linear(width, image_channels * patch**2))
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Predict the target.
 
         Args:
@@ -185,7 +207,7 @@ class DiT(nn.Module):
             h = h + self.whole(x, c)
         h = h.to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
-            h = call(block, h, c, turn, recompute=self.checkpoint)
+            h = checkpointed_call(block, h, c, turn, recompute=self.checkpoint)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=2)
         h = self.out(modulate(h, scale, shift))
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch).to(x.dtype)
@@ -199,12 +221,14 @@ class DiT(nn.Module):
             ValueError: there is no such block.
         """
         depth = max(1, round(len(self.blocks) / 3)) if depth is None else depth
-        return numbered(self.blocks, depth), self.stem.out_features
+        return block_at(self.blocks, depth), self.stem.out_features
 
     def _check(self, x: Tensor) -> None:
         channels, height, width = x.shape[1:]
         if channels != self.image_channels:
-            raise ValueError(f"the images have {channels} channels: set backbone.image_channels={channels}")
+            raise ValueError(
+                f"the images have {channels} channels: set backbone.image_channels={channels}"
+            )
         if height % self.patch or width % self.patch:
             raise ValueError(
                 f"{height} x {width} images do not divide into patches: "
@@ -212,6 +236,7 @@ class DiT(nn.Module):
             )
         if self.whole is not None and not height == width == self.image_size:
             raise ValueError(
-                f"backbone.whole sees {self.image_size} x {self.image_size} pixels, and the images are "
+                f"backbone.whole sees {self.image_size} x {self.image_size} pixels, and the images "
+                f"are "
                 f"{height} x {width}: set backbone.image_size to theirs, or backbone.whole=0"
             )

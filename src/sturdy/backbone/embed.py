@@ -21,7 +21,8 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
     Source: Vaswani et al. 2017, section 3.5, with the time of DDPM's 1,000 steps (Ho et al. 2020).
 
     Args:
-        t: times in [0, 1], ``(b,)``; computed in float32 at least, for bfloat16 cannot tell 998 from 1000.
+        t: times in [0, 1], ``(b,)``; computed in float32 at least, for bfloat16 cannot tell 998
+            from 1000.
         size: number of features, even.
 
     Returns:
@@ -34,7 +35,8 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
 
 
 class Condition(nn.Module):
-    """Time, label and what else is known as one vector ``(b, size)``, for the linear layers that modulate the blocks.
+    """Time, label and what else is known as one vector ``(b, size)``, for the linear layers that
+    modulate the blocks.
 
     Args:
         size: width of the vector.
@@ -43,19 +45,27 @@ class Condition(nn.Module):
         conditions: length of what else is known, such as the augmentation; 0 for nothing.
     """
 
-    def __init__(self, size: int, *, features: int, num_classes: int = 0, conditions: int = 0) -> None:
+    def __init__(
+        self, size: int, *, features: int, num_classes: int = 0, conditions: int = 0
+    ) -> None:
         super().__init__()
         if features % 2:
-            raise ValueError(f"the time needs an even number of features, not {features}: make backbone.width even")
+            raise ValueError(
+                f"the time needs an even number of features, not {features}: make backbone.width "
+                f"even"
+            )
         self.features = features
         self.num_classes = num_classes
         self.hidden = nn.Linear(features, size)
         self.time = nn.Linear(size, size)
         self.label = nn.Embedding(num_classes + 1, size) if num_classes else None
-        self.more = zero(nn.Linear(conditions, size, bias=False)) if conditions else None
+        self.more = zero_init(nn.Linear(conditions, size, bias=False)) if conditions else None
 
-    def forward(self, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None (null) -> ``(b, size)``.
+    def forward(
+        self, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None (null) -> ``(b,
+        size)``.
 
         ``condition`` is ``(b, conditions)`` or None, which is zeros.
 
@@ -77,22 +87,29 @@ class Condition(nn.Module):
         return F.silu(c)
 
 
-def zero(module: Module) -> Module:
-    """Set all parameters to zero: a branch that ends so starts as "add nothing" (Goyal et al. 2017, 5.1)."""
+def zero_init(module: Module) -> Module:
+    """Set all parameters to zero: a branch that ends so starts as "add nothing" (Goyal et al. 2017,
+    5.1).
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def numbered(blocks: Sequence[nn.Module] | nn.ModuleList, depth: int) -> nn.Module:
+def block_at(blocks: Sequence[nn.Module] | nn.ModuleList, depth: int) -> nn.Module:
     """Block ``depth``, counted from 1; raises ValueError if there is none."""
     if not 1 <= depth <= len(blocks):
-        raise ValueError(f"alignment.depth={depth} is none of the blocks, which are numbered from 1 to {len(blocks)}")
+        raise ValueError(
+            f"alignment.depth={depth} is none of the blocks, which are numbered from 1 to "
+            f"{len(blocks)}"
+        )
     return blocks[depth - 1]
 
 
-def call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
-    """``block(*args)``; with ``recompute``, backward runs it again (same dropout) instead of keeping activations."""
+def checkpointed_call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
+    """``block(*args)``; with ``recompute``, backward runs it again (same dropout) instead of
+    keeping activations.
+    """
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)
     return block(*args)

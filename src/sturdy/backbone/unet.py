@@ -2,8 +2,9 @@
 
     h = conv(silu(norm(x)));   y = skip(x) + conv(dropout(silu(norm(h) (1 + scale(c)) + shift(c))))
 
-After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3). Every
-residual branch and the output start at zero. Where the images or the weights are channels_last, all that follows is.
+After ADM (Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", section 3).
+Every residual branch and the output start at zero. Where the images or the weights are
+channels_last, all that follows is.
 """
 
 import math
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sturdy.backbone.embed import Condition, call, numbered, zero
+from sturdy.backbone.embed import Condition, block_at, checkpointed_call, zero_init
 
 
 class Norm(nn.GroupNorm):
-    """At most 32 groups of at least four channels: a group of one would erase the mean of its channel.
+    """At most 32 groups of at least four channels: a group of one would erase the mean of its
+    channel.
 
-    Statistics are float32; the result has the type of ``x``, for CUDA's autocast would keep float32 of it.
+    Statistics are float32; the result has the type of ``x``, for CUDA's autocast would keep float32
+    of it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -49,11 +52,13 @@ class Attention(nn.Module):
     def __init__(self, channels: int, *, head_dim: int) -> None:
         super().__init__()
         if channels % head_dim:
-            raise ValueError(f"backbone.head_dim={head_dim} does not divide the {channels} channels of a level")
+            raise ValueError(
+                f"backbone.head_dim={head_dim} does not divide the {channels} channels of a level"
+            )
         self.head_dim = head_dim
         self.norm = Norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero(nn.Linear(channels, channels))
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.scaled_dot_product_attention(*self.queries_keys_values(x)).transpose(1, 2).flatten(2)
@@ -68,7 +73,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block, ``x (b, c_in, h, w), c (b, size) -> (b, c_out, h, w)``; ``resample`` sets h and w."""
+    """Residual block, ``x (b, c_in, h, w), c (b, size) -> (b, c_out, h, w)``; ``resample`` sets h
+    and w.
+    """
 
     def __init__(
         self,
@@ -87,7 +94,7 @@ class Block(nn.Module):
         self.film = nn.Linear(size, 2 * c_out)
         self.norm2 = Norm(c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         self.attention = attention or nn.Identity()
 
@@ -104,17 +111,21 @@ class UNet(nn.Module):
 
     Args:
         image_channels: channels of the image.
-        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null label.
+        num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null
+            label.
         conditions: length of what else the network is told of an image, such as its augmentation.
-        patch: side of the square of pixels that makes a position of the first level; 2 takes a quarter of the work at
-            the same width, as the finest level costs most (Hoogeboom et al. 2023, "simple diffusion", section 3.3).
+        patch: side of the square of pixels that makes a position of the first level; 2 takes a
+            quarter of the work at the same width, as the finest level costs most (Hoogeboom et al.
+            2023, "simple diffusion", section 3.3).
         width: channels of the first level, a multiple of four.
-        multipliers: channels of each level in units of ``width``; every level after the first halves h and w.
+        multipliers: channels of each level in units of ``width``; every level after the first
+            halves h and w.
         blocks: residual blocks a level on the way down; one more on the way up.
         attention: for each level, whether its blocks end in attention; the middle always has it.
         head_dim: channels of an attention head.
         dropout: probability of dropping an activation inside a residual block.
-        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the same bits.
+        checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the
+            same bits.
     """
 
     def __init__(
@@ -146,11 +157,15 @@ class UNet(nn.Module):
         self.levels = len(multipliers)
         size = 4 * width
 
-        def block(c_in: int, c_out: int, *, attend: bool = False, resample: nn.Module | None = None) -> Block:
+        def block(
+            c_in: int, c_out: int, *, attend: bool = False, resample: nn.Module | None = None
+        ) -> Block:
             end = Attention(c_out, head_dim=head_dim) if attend else None
             return Block(c_in, c_out, size, dropout=dropout, attention=end, resample=resample)
 
-        self.condition = Condition(size, features=width, num_classes=num_classes, conditions=conditions)
+        self.condition = Condition(
+            size, features=width, num_classes=num_classes, conditions=conditions
+        )
         c = width * multipliers[0]
         self.stem = nn.Conv2d(image_channels * patch**2, c, 3, padding=1)
         self.encoder, skips = nn.ModuleList(), [c]
@@ -167,14 +182,20 @@ class UNet(nn.Module):
         for level in reversed(range(self.levels)):
             joints = nn.ModuleList()
             for _ in range(blocks + 1):
-                joints.append(block(c + skips.pop(), width * multipliers[level], attend=attention[level]))
+                joints.append(
+                    block(c + skips.pop(), width * multipliers[level], attend=attention[level])
+                )
                 c = width * multipliers[level]
             self.decoder.append(joints)
             if level:
                 self.rise.append(block(c, c, resample=Up()))
-        self.out = nn.Sequential(Norm(c), nn.SiLU(), zero(nn.Conv2d(c, image_channels * patch**2, 3, padding=1)))
+        self.out = nn.Sequential(
+            Norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
+        )
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """Predict the target.
 
         Args:
@@ -192,35 +213,43 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for block in self.encoder:
-            h = call(block, h, c, recompute=self.checkpoint)
+            h = checkpointed_call(block, h, c, recompute=self.checkpoint)
             skips.append(h)
         for block in self.middle:
-            h = call(block, h, c, recompute=self.checkpoint)
+            h = checkpointed_call(block, h, c, recompute=self.checkpoint)
         for level, joints in enumerate(self.decoder):
             if level:
-                h = call(self.rise[level - 1], h, c, recompute=self.checkpoint)
+                h = checkpointed_call(self.rise[level - 1], h, c, recompute=self.checkpoint)
             for block in joints.children():
-                h = call(block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint)
+                h = checkpointed_call(
+                    block, torch.cat([h, skips.pop()], dim=1), c, recompute=self.checkpoint
+                )
         return F.pixel_shuffle(self.out(h), self.patch).to(x.dtype)
 
     def inner(self, depth: int | None = None) -> tuple[nn.Module, int]:
-        """Block ``depth``, from 1 on down to the end of the middle, and the channels c of its map ``(b, c, h', w')``.
+        """Block ``depth``, from 1 on down to the end of the middle, and the channels c of its map
+        ``(b, c, h', w')``.
 
         None is the last block before the middle.
 
         Raises:
             ValueError: there is no such block.
         """
-        block = numbered([*self.encoder, *self.middle], len(self.encoder) if depth is None else depth)
+        block = block_at(
+            [*self.encoder, *self.middle], len(self.encoder) if depth is None else depth
+        )
         return block, block.conv2.out_channels  # type: ignore[union-attr, return-value]
 
     def _check(self, x: Tensor) -> None:
         multiple = self.patch * 2 ** (self.levels - 1)
         channels, height, width = x.shape[1:]
         if channels != self.image_channels:
-            raise ValueError(f"the images have {channels} channels: set backbone.image_channels={channels}")
+            raise ValueError(
+                f"the images have {channels} channels: set backbone.image_channels={channels}"
+            )
         if height % multiple or width % multiple:
             raise ValueError(
                 f"{height} x {width} images do not divide by {multiple}: "
-                f"make data.image_size a multiple of {multiple}, or backbone.multipliers or backbone.patch smaller"
+                f"make data.image_size a multiple of {multiple}, or backbone.multipliers or "
+                f"backbone.patch smaller"
             )

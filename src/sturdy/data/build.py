@@ -1,6 +1,7 @@
 """Writing a cache: everything a source decodes, durably, into a new folder.
 
-images.bin   the pixels of image after image        labels.npy, shapes.npy, names.json   one entry an image
+images.bin   the pixels of image after image        labels.npy, shapes.npy, names.json   one entry
+an image
 contents.npy   a hash of each image's content       quarantine.txt   what was left out and why
 manifest.json   what the files must be, sealed by a hash
 """
@@ -19,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from exact_resume.files import fsync_directory, open_durable
+from exact_resume.system import available_cpus
 from sturdy.data.remarks import Look, hashed, look_at, remarks
-from sturdy.data.source import Broken, Source, TooSmall
-from sturdy.files import fsync_directory, open_durable
-from sturdy.system import available_cpus
+from sturdy.data.source import BadImageError, ImageTooSmallError, Source
 
 CHUNK = 16  # images a worker decodes at a time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,7 +41,11 @@ class Seen(NamedTuple):
 
 
 def build(
-    source: Source, path: Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    source: Source,
+    path: Path,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[str, str]]:
     """Write everything into the new folder ``path``, durably; see ``open_cache``.
 
@@ -48,8 +53,8 @@ def build(
         The quarantine: names and reasons of the broken images.
 
     Raises:
-        ValueError: if the disk has not enough room, told after the first image; or no image is left, though some are
-            whole.
+        ValueError: if the disk has not enough room, told after the first image; or no image is
+            left, though some are whole.
         OSError: if it cannot be written.
     """
     total, done = len(source), 0
@@ -66,11 +71,14 @@ def build(
     path.mkdir()
     try:
         tell(0, total)
-        with open_durable(path / "images.bin") as file, closing(_decoded(source, workers)) as images:
+        with (
+            open_durable(path / "images.bin") as file,
+            closing(_decoded(source, workers)) as images,
+        ):
             for done, seen in enumerate(images, start=1):
-                if isinstance(seen, TooSmall):
+                if isinstance(seen, ImageTooSmallError):
                     small.append(done - 1)
-                elif isinstance(seen, Broken):
+                elif isinstance(seen, BadImageError):
                     quarantine.append((source.name(done - 1), str(seen)))
                 else:
                     image = seen.image
@@ -88,19 +96,27 @@ def build(
                 if done % CHUNK == 0 or done == total:
                     tell(done, total)
         if small and not kept:
-            raise ValueError(f"no image is left: {len(small):,} of {total:,} are smaller than data.min_side")
+            raise ValueError(
+                f"no image is left: {len(small):,} of {total:,} are smaller than data.min_side"
+            )
         digest.update(np.array(labels, dtype="<i8").tobytes())
         digest.update(json.dumps(source.classes).encode())
         with_contents = digest.copy()
         with_contents.update(np.array(contents, dtype="<u8").tobytes())
-        for name, array, dtype in (("labels", labels, "i8"), ("shapes", shapes, "i8"), ("contents", contents, "u8")):
+        for name, array, dtype in (
+            ("labels", labels, "i8"),
+            ("shapes", shapes, "i8"),
+            ("contents", contents, "u8"),
+        ):
             with open_durable(path / f"{name}.npy") as file:
                 np.save(file, np.array(array, dtype=dtype))
         with open_durable(path / "names.json") as file:
             file.write(json.dumps(names).encode())
         with open_durable(path / "quarantine.txt") as file:
             file.writelines(f"{name}\t{reason}\n".encode() for name, reason in quarantine)
-            file.writelines(f"{source.name(index)}\tsmaller than data.min_side\n".encode() for index in small)
+            file.writelines(
+                f"{source.name(index)}\tsmaller than data.min_side\n".encode() for index in small
+            )
         manifest: dict[str, Any] = {
             "key": source.key,
             "classes": source.classes,
@@ -135,7 +151,8 @@ def need_room(root: Path, size: int) -> None:
     """
     if (free := shutil.disk_usage(root).free) < size:
         raise ValueError(
-            f"paths.cache={root} has room for {free / 1e9:,.1f} GB, and the decoded images take {size / 1e9:,.1f} GB: "
+            f"paths.cache={root} has room for {free / 1e9:,.1f} GB, and the decoded images take "
+            f"{size / 1e9:,.1f} GB: "
             f"make room, move paths.cache to a larger disk, or lower data.image_size"
         )
     if size > LARGE:
@@ -147,10 +164,10 @@ def seal(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _decoded(source: Source, workers: int | None) -> Generator[Seen | Broken, None, None]:
+def _decoded(source: Source, workers: int | None) -> Generator[Seen | BadImageError, None, None]:
     """Every image of the source, or why not, in its order."""
 
-    def chunk(start: int) -> list[Seen | Broken]:
+    def chunk(start: int) -> list[Seen | BadImageError]:
         return [_attempt(source, index) for index in range(start, min(start + CHUNK, len(source)))]
 
     starts = range(0, len(source), CHUNK)
@@ -162,7 +179,7 @@ def _decoded(source: Source, workers: int | None) -> Generator[Seen | Broken, No
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        waiting: deque[Future[list[Seen | Broken]]] = deque()
+        waiting: deque[Future[list[Seen | BadImageError]]] = deque()
         for start in starts:
             waiting.append(pool.submit(chunk, start))
             if len(waiting) > 2 * workers:  # bounds the memory
@@ -173,14 +190,16 @@ def _decoded(source: Source, workers: int | None) -> Generator[Seen | Broken, No
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(source: Source, index: int) -> Seen | Broken:
+def _attempt(source: Source, index: int) -> Seen | BadImageError:
     try:
         image = source.decode(index)
         content = source.content(index) if hasattr(source, "content") else None
-    except Broken as broken:
+    except BadImageError as broken:
         return broken
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != 3:
-        raise TypeError(f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)")
+        raise TypeError(
+            f"{source.name(index)}: decode gave {image.dtype} {image.shape}, not uint8 (3, h, w)"
+        )
     image = np.ascontiguousarray(image)
     look = look_at(image)
     return Seen(image, look, look.hash if content is None else hashed(content))

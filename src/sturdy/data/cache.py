@@ -2,9 +2,10 @@
 
     cache[source.key] = [decode(0), decode(1), ...] without the broken ones
 
-It is written aside and renamed when whole: a kill at any instant leaves either a whole cache or none. Its
-``digest`` hashes the content alone, so that equal images have equal digests wherever they lie; a run keeps it, and
-finds the images it began with again by it, whatever became of the source.
+It is written aside and renamed when whole: a kill at any instant leaves either a whole cache or
+    none. Its
+``digest`` hashes the content alone, so that equal images have equal digests wherever they lie; a
+run keeps it, and finds the images it began with again by it, whatever became of the source.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from exact_resume.files import LockUnsupportedError, fsync_directory, lock_file
 from sturdy.data.build import build, seal
 from sturdy.data.source import Source
-from sturdy.files import LockUnsupportedError, fsync_directory, lock_file
 
 LAYOUT = 3  # of the files that ``build`` writes; raise it whenever they change
 
@@ -38,12 +39,13 @@ class Damaged(Exception):
 
 
 class Cache:
-    """The decoded images of a source. It pickles as its path, and every process maps the same memory.
+    """The decoded images of a source. It pickles as its path, and every process maps the same
+    memory.
 
     Attributes:
         digest: of images, labels and classes.
-        contents, digest_with_contents: a hash of each image's content, ``(n,)``, and the digest of these too; ``None``
-            in a cache that an older version made.
+        contents, digest_with_contents: a hash of each image's content, ``(n,)``, and the digest of
+            these too; ``None`` in a cache that an older version made.
 
     Args:
         path: a folder made by ``open_cache``.
@@ -60,11 +62,19 @@ class Cache:
             self.classes: tuple[str, ...] = tuple(manifest["classes"])
             self.digest: str = manifest["digest"]
             self.digest_with_contents: str | None = manifest.get("digest_with_contents")
-            self.quarantine: list[tuple[str, str]] = [(name, why) for name, why in manifest["quarantine"]]
-            self.small: list[str] = manifest.get("small", [])  # names of images left out because of their size
-            self.remarks: list[str] = manifest.get("remarks", [])  # what is odd about the images, a line each
+            self.quarantine: list[tuple[str, str]] = [
+                (name, why) for name, why in manifest["quarantine"]
+            ]
+            self.small: list[str] = manifest.get(
+                "small", []
+            )  # names of images left out because of their size
+            self.remarks: list[str] = manifest.get(
+                "remarks", []
+            )  # what is odd about the images, a line each
             self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
-            self.shapes: np.ndarray = np.load(self.path / "shapes.npy")  # (n, 2) int64, heights and widths
+            self.shapes: np.ndarray = np.load(
+                self.path / "shapes.npy"
+            )  # (n, 2) int64, heights and widths
             self.contents: np.ndarray | None = None  # (n,) uint64
             if self.digest_with_contents:
                 self.contents = np.load(self.path / "contents.npy")
@@ -100,21 +110,33 @@ class Cache:
         if self.uniform:
             return self._images[index]
         index = range(len(self))[index]
-        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(3, *self.shapes[index])
+        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(
+            3, *self.shapes[index]
+        )
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """A batch, uint8 ``(b, 3, h, w)``, copied; only where all images have one shape (see ``uniform``)."""
+        """A batch, uint8 ``(b, 3, h, w)``, copied; only where all images have one shape (see
+        ``uniform``).
+        """
         if not self.uniform:
-            raise ValueError("images of different shapes make no batch: crop each `image(index)` first")
+            raise ValueError(
+                "images of different shapes make no batch: crop each `image(index)` first"
+            )
         return self._images[indices]
 
     def report(self, most: int = 10) -> str:
-        """Which images were left out and why, in plain text: the first ``most``, and where all are listed."""
+        """Which images were left out and why, in plain text: the first ``most``, and where all are
+        listed.
+        """
         broken = self.quarantine
         if not broken:
             return ""
         heading = f"{len(broken):,} of {len(self) + len(broken):,} images are left out"
-        where = f"; the first {most} are below, all in {self.path / 'quarantine.txt'}" if len(broken) > most else ""
+        where = (
+            f"; the first {most} are below, all in {self.path / 'quarantine.txt'}"
+            if len(broken) > most
+            else ""
+        )
         return f"{heading}{where}:\n{_table(broken, most)}"
 
 
@@ -131,9 +153,11 @@ def open_cache(
     Args:
         source: what to decode, in its order.
         root: the folder of all caches.
-        max_broken: most broken images to do without: a share from 0 to 1, or their number, an ``int`` from 1 on.
-        workers: threads that decode, 0 for none but the caller's, ``None`` for one a CPU. Decoders let go of
-            Python's lock, and threads cannot outlive the process. The bytes are the same at any number.
+        max_broken: most broken images to do without: a share from 0 to 1, or their number, an
+            ``int`` from 1 on.
+        workers: threads that decode, 0 for none but the caller's, ``None`` for one a CPU. Decoders
+            let go of Python's lock, and threads cannot outlive the process. The bytes are the same
+            at any number.
         progress: told ``(done, total)`` now and then.
 
     Raises:
@@ -150,7 +174,9 @@ def open_cache(
     cache = _existing(path, source.key)
     if cache is None:
         with _locked(root / f"{stem}.lock"):
-            cache = _existing(path, source.key)  # another process may have made it while this one waited
+            cache = _existing(
+                path, source.key
+            )  # another process may have made it while this one waited
             if cache is None:
                 for remains in (aside, path):  # of a build that was killed; of a damaged cache
                     if remains.exists():
@@ -168,13 +194,17 @@ def open_cache(
     if len(cache.quarantine) > most:  # it stays, for a run that accepts more
         share = len(cache.quarantine) / total
         raise TooManyBroken(
-            f"{share:.2%} of the images are broken, more than data.max_broken={max_broken} accepts: {cache.report()}\n"
-            f"Repair or remove them, or accept so many with data.max_broken={len(cache.quarantine)}."
+            f"{share:.2%} of the images are broken, more than data.max_broken={max_broken} "
+            f"accepts: {cache.report()}\n"
+            f"Repair or remove them, or accept so many with "
+            f"data.max_broken={len(cache.quarantine)}."
         )
     return cache
 
 
-def find_cache(root: str | os.PathLike[str], digest: str, *, prefer: str | None = None) -> Cache | None:
+def find_cache(
+    root: str | os.PathLike[str], digest: str, *, prefer: str | None = None
+) -> Cache | None:
     """The cache under ``root`` that holds the images of ``digest``, whatever source they came from.
 
     Only manifests are read, and that all files are as long as these say.
@@ -229,17 +259,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file: one process at a time. The lock dies with its process; the empty file stays."""
+    """Hold the lock file: one process at a time. The lock dies with its process; the empty file
+    stays.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
         what = f"paths.cache cannot be written ({error.strerror}): choose another folder with paths.cache=..."
-        raise OSError(error.errno, what, str(path.parent)) from None  # a cause would be told instead
+        raise OSError(
+            error.errno, what, str(path.parent)
+        ) from None  # a cause would be told instead
     with file:
         try:
             if not lock_file(file):
-                log.warning("another process is making the cache %s; waiting for it", path.with_suffix(""))
+                log.warning(
+                    "another process is making the cache %s; waiting for it", path.with_suffix("")
+                )
                 lock_file(file, wait=True)
         except LockUnsupportedError as error:
             raise LockUnsupportedError(f"paths.cache: {error}") from None

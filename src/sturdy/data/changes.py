@@ -1,4 +1,6 @@
-"""What became of the images of a run, by name: against other images, and against the source that they came from."""
+"""What became of the images of a run, by name: against other images, and against the source that
+they came from.
+"""
 
 from collections.abc import Collection
 
@@ -8,9 +10,11 @@ from sturdy.data.source import Source
 
 
 def describe_changes(old: Cache, new: Cache) -> list[str]:
-    """Say how the images of ``new`` differ from those of ``old``: how many, and the first names, a line each kind.
+    """Say how the images of ``new`` differ from those of ``old``: how many, and the first names, a
+    line each kind.
 
-    Where both know the content of each image, it decides what changed and what was renamed; else the pixels do.
+    Where both know the content of each image, it decides what changed and what was renamed; else
+    the pixels do.
     """
     before, now = ({name: i for i, name in enumerate(cache.names)} for cache in (old, new))
     then, since = _contents(old, new)
@@ -39,30 +43,45 @@ def describe_changes(old: Cache, new: Cache) -> list[str]:
         *_count(moved, "has another class", "have another class"),
     ]
     if old.classes != new.classes:
-        lines.append(f"the classes were {_some(old.classes) or 'none'}, and are {_some(new.classes) or 'none'}")
+        lines.append(
+            f"the classes were {_some(old.classes) or 'none'}, and are "
+            f"{_some(new.classes) or 'none'}"
+        )
     return lines or ["the files are the same; their order differs, or how they are decoded"]
 
 
 def describe_unused(cache: Cache, source: Source) -> list[str]:
-    """Say how ``source`` differs now from what ``cache`` was made of, by names alone: nothing is read or decoded."""
+    """Say how ``source`` differs now from what ``cache`` was made of, by names alone: nothing is
+    read or decoded.
+    """
     if cache.key == source.key:
         return []
     names = [source.name(i) for i in range(len(source))]
     known, there = {*cache.names, *(name for name, _ in cache.quarantine), *cache.small}, set(names)
     lines = [
-        *_count([name for name in names if name not in known], "is new, and not used", "are new, and not used"),
         *_count(
-            [name for name in cache.names if name not in there], "is gone, and still used", "are gone, and still used"
+            [name for name in names if name not in known],
+            "is new, and not used",
+            "are new, and not used",
+        ),
+        *_count(
+            [name for name in cache.names if name not in there],
+            "is gone, and still used",
+            "are gone, and still used",
         ),
     ]
-    return lines or ["files were moved or written anew; the images that the run began with are used"]
+    return lines or [
+        "files were moved or written anew; the images that the run began with are used"
+    ]
 
 
 def _contents(old: Cache, new: Cache) -> tuple[list[int], list[int]]:
     """A hash of each image of both, of the same kind."""
     if old.contents is not None and new.contents is not None:
         return old.contents.tolist(), new.contents.tolist()
-    first, second = ([hashed_pixels(cache.image(i)) for i in range(len(cache))] for cache in (old, new))
+    first, second = (
+        [hashed_pixels(cache.image(i)) for i in range(len(cache))] for cache in (old, new)
+    )
     return first, second
 
 
@@ -74,7 +93,10 @@ def _count(names: Collection[str], one: str, several: str) -> list[str]:
     """``"13 images are new (a.jpg, b.jpg, c.jpg, ...)"``, or nothing where there is none."""
     if not names:
         return []
-    return [f"{len(names):,} {f'image {one}' if len(names) == 1 else f'images {several}'} ({_some(names)})"]
+    return [
+        f"{len(names):,} {f'image {one}' if len(names) == 1 else f'images {several}'} "
+        f"({_some(names)})"
+    ]
 
 
 def _some(names: Collection[str], most: int = 3) -> str:

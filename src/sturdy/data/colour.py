@@ -2,14 +2,16 @@
 
     visible = alpha * pixel + (1 - alpha) * background        rgb = (1 - ink) * (1 - black)
 
-Colour profiles are not applied. Of up to 16 bits a channel the high 8 are kept. Floats and 32-bit integers have no
-agreed white: it is the first of 1, 255 and 65535 that no pixel exceeds, else the brightest pixel; below 0 is black.
+Colour profiles are not applied. Of up to 16 bits a channel the high 8 are kept. Floats and 32-bit
+integers have no
+agreed white: it is the first of 1, 255 and 65535 that no pixel exceeds, else the brightest pixel;
+    below 0 is black.
 """
 
 import numpy as np
 from PIL import Image
 
-from sturdy.data.source import Broken
+from sturdy.data.source import BadImageError
 
 RGB = tuple[int, int, int]
 
@@ -17,7 +19,9 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF
 
 
 def from_cmyk(paper: np.ndarray) -> np.ndarray:
-    """What cyan, magenta, yellow and black leave of the paper, uint8 ``(h, w, 4) -> (h, w, 3)``; 255 is no ink."""
+    """What cyan, magenta, yellow and black leave of the paper, uint8 ``(h, w, 4) -> (h, w, 3)``;
+    255 is no ink.
+    """
     return ((paper[..., :3].astype(np.uint16) * paper[..., 3:] + 127) // 255).astype(np.uint8)
 
 
@@ -33,7 +37,7 @@ def from_pillow(image: Image.Image, background: RGB) -> np.ndarray:
     try:
         return np.array(image.convert("RGB"))
     except ValueError:
-        raise Broken(f"colour mode {image.mode} is not supported") from None
+        raise BadImageError(f"colour mode {image.mode} is not supported") from None
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -50,7 +54,7 @@ def _grey(image: Image.Image) -> np.ndarray:
     else:
         brightest = values.max()
         if not np.isfinite(values).all():
-            raise Broken("pixels that are not finite")
+            raise BadImageError("pixels that are not finite")
         white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
         grey = np.rint(values.clip(0) * np.float64(255 / white)).astype(np.uint8)
     return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey

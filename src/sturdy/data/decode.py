@@ -1,10 +1,13 @@
-"""One image file to pixels: decoded strictly, turned upright, on a background, resized with antialiasing.
+"""One image file to pixels: decoded strictly, turned upright, on a background, resized with
+antialiasing.
 
     pixels = crop(upright(resize(composite(file))))
 
-JPEG goes through simplejpeg, which refuses damaged data that Pillow would fill with grey; PNG, WebP, BMP, GIF
-(the first frame), TIFF, AVIF and JPEG 2000 go through Pillow, HEIC through pillow-heif where that is installed. Damaged
-metadata do not make an image broken: see ``mend``. The resize is PyTorch's antialiased bicubic on uint8: the same bits
+JPEG goes through simplejpeg, which refuses damaged data that Pillow would fill with grey; PNG,
+WebP, BMP, GIF (the first frame), TIFF, AVIF and JPEG 2000 go through Pillow, HEIC through
+pillow-heif where that is installed. Damaged
+metadata do not make an image broken: see ``mend``. The resize is PyTorch's antialiased bicubic on
+    uint8: the same bits
 at any number of threads.
 """
 
@@ -29,7 +32,7 @@ from torch.nn.functional import interpolate
 from sturdy.data.colour import RGB, from_cmyk, from_pillow, is_deep
 from sturdy.data.formats import JPEG, Opener, opener_of, what_else
 from sturdy.data.mend import mend_jpeg, mend_png
-from sturdy.data.source import Broken, TooSmall
+from sturdy.data.source import BadImageError, ImageTooSmallError
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
 MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
@@ -48,11 +51,14 @@ UPRIGHT = {
     8: (True, True, False),
 }
 
-ADOBE = b"\xff\xee\x00\x0eAdobe"  # the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
+# the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
+ADOBE = b"\xff\xee\x00\x0eAdobe"
 
 
 class _Quiet:
-    """Silences Pillow while any thread is inside: ``catch_warnings`` alone is not safe with threads."""
+    """Silences Pillow while any thread is inside: ``catch_warnings`` alone is not safe with
+    threads.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -93,10 +99,12 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     min_side: int = 0,
 ) -> np.ndarray:
-    """Decode one image, uint8 ``(3, h, w)``, RGB; see ``colour`` for what becomes of other kinds of pixels.
+    """Decode one image, uint8 ``(3, h, w)``, RGB; see ``colour`` for what becomes of other kinds of
+    pixels.
 
     Args:
-        data: the file's content, or its path. The format is told from the content, never from the suffix.
+        data: the file's content, or its path. The format is told from the content, never from the
+            suffix.
         size: of the short side, in pixels; smaller images are scaled up.
         crop: ``"center"`` cuts to ``(3, size, size)``; ``"random"`` leaves the long side uncut.
         background: what shows through transparent pixels.
@@ -104,11 +112,14 @@ def decode(
         min_side: fewest pixels that the short side of the file may have.
 
     Raises:
-        Broken: the file is damaged, too large, not an image, or not to be read.
-        TooSmall: its short side is below ``min_side``.
-        OSError, MemoryError: as they come, when the machine is at fault and not the file (a failing disk).
+        BadImageError: the file is damaged, too large, not an image, or not to be read.
+        ImageTooSmallError: its short side is below ``min_side``.
+        OSError, MemoryError: as they come, when the machine is at fault and not the file (a failing
+            disk).
     """
-    return examine(data, size=size, crop=crop, background=background, max_pixels=max_pixels, min_side=min_side).pixels
+    return examine(
+        data, size=size, crop=crop, background=background, max_pixels=max_pixels, min_side=min_side
+    ).pixels
 
 
 def examine(
@@ -123,14 +134,14 @@ def examine(
     """Decode one image and tell of its file; arguments and errors as of ``decode``."""
     content = data if isinstance(data, bytes) else read(data, most=16 * max(max_pixels, MAX_PIXELS))
     if not content:
-        raise Broken("empty")
+        raise BadImageError("empty")
     if content.startswith(JPEG):
         pixels, (height, width), orientation, deep = _jpeg(content, size, max_pixels)
     else:
         pixels, (height, width), orientation, deep = _other(content, background, max_pixels)
     side = min(height, width)
     if side < min_side:
-        raise TooSmall(f"{width} x {height} pixels")
+        raise ImageTooSmallError(f"{width} x {height} pixels")
     pixels = _resize(pixels, height, width, size, max_pixels)
     swap, flip_y, flip_x = UPRIGHT.get(orientation, (False, False, False))
     if swap:
@@ -143,13 +154,17 @@ def examine(
 
 
 def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
-    """The bytes of a regular file of at most ``most`` bytes; pipes, sockets and devices are never opened."""
+    """The bytes of a regular file of at most ``most`` bytes; pipes, sockets and devices are never
+    opened.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise Broken("not a regular file")
+            raise BadImageError("not a regular file")
         if status.st_size > most:
-            raise Broken(f"{status.st_size / 1e6:,.0f} MB is over the limit of {most / 1e6:,.0f} MB")
+            raise BadImageError(
+                f"{status.st_size / 1e6:,.0f} MB is over the limit of {most / 1e6:,.0f} MB"
+            )
         # non-blocking: between stat and open the file may have become a pipe, which would hang
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read()
@@ -160,9 +175,11 @@ def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
             errno.EPERM: "permission denied",
             errno.ELOOP: "link to itself",
         }
-        if error.errno not in reasons:  # the machine's fault; a failing read does not tell of which file
+        if (
+            error.errno not in reasons
+        ):  # the machine's fault; a failing read does not tell of which file
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-        raise Broken(reasons[error.errno]) from None
+        raise BadImageError(reasons[error.errno]) from None
 
 
 class Opened(NamedTuple):
@@ -179,7 +196,7 @@ def _jpeg(content: bytes, size: int, max_pixels: int) -> Opened:
         try:
             pixels, shape = _strict(mend_jpeg(content), size, max_pixels)
         except ValueError:
-            raise Broken(_reason(error)) from None
+            raise BadImageError(_reason(error)) from None
     orientation = 1
     if b"Exif\0" in content or b"tiff:Orientation" in content:
         with QUIET, contextlib.suppress(Exception):
@@ -188,7 +205,9 @@ def _jpeg(content: bytes, size: int, max_pixels: int) -> Opened:
 
 
 def _strict(content: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a JPEG of which libjpeg says nothing at all; raise ``ValueError`` with its first warning otherwise."""
+    """Decode a JPEG of which libjpeg says nothing at all; raise ``ValueError`` with its first
+    warning otherwise.
+    """
     height, width, space, _ = simplejpeg.decode_jpeg_header(content)
     _allow(height, width, max_pixels)
     space = "CMYK" if space in ("CMYK", "YCCK") else "RGB"
@@ -202,16 +221,16 @@ def _strict(content: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, tup
 def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
     opener = opener_of(content)
     if opener is None:
-        raise Broken(what_else(content))
+        raise BadImageError(what_else(content))
     with QUIET:
         try:
             return _pillow(opener, content, background, max_pixels)
-        except Broken as broken:
+        except BadImageError as broken:
             if opener is not PngImageFile or (mended := mend_png(content)) == content:
                 raise
             try:
                 return _pillow(opener, mended, background, max_pixels)
-            except Broken:
+            except BadImageError:
                 raise broken from None
 
 
@@ -223,26 +242,32 @@ def _pillow(opener: Opener, content: bytes, background: RGB, max_pixels: int) ->
         image.load()
         orientation = _orientation(image)  # after load: a TIFF is upright by then
         pixels = from_pillow(image, background)
-    except (Broken, MemoryError):
+    except (BadImageError, MemoryError):
         raise
     except Image.DecompressionBombError:  # some plugins look at the size first
-        raise Broken(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
+        raise BadImageError(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
     except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
-        raise Broken(_reason(error)) from None
+        raise BadImageError(_reason(error)) from None
     return Opened(pixels, pixels.shape[:2], orientation, is_deep(image))
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none: damaged metadata say nothing, and the pixels are sound."""
+    """The EXIF orientation, 1 where there is none: damaged metadata say nothing, and the pixels are
+    sound.
+    """
     with contextlib.suppress(Exception):
         return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
 
 def _resize(pixels: np.ndarray, height: int, width: int, size: int, max_pixels: int) -> np.ndarray:
-    """``(h, w, 3)`` to ``(3, h', w')``, the short side ``size``, in the proportions ``height : width``."""
+    """``(h, w, 3)`` to ``(3, h', w')``, the short side ``size``, in the proportions ``height :
+    width``.
+    """
     short = min(height, width)
-    height, width = ((2 * side * size + short) // (2 * short) for side in (height, width))  # the nearest pixel
+    height, width = (
+        (2 * side * size + short) // (2 * short) for side in (height, width)
+    )  # the nearest pixel
     _allow(height, width, max_pixels, " after the resize")
     x = torch.from_numpy(pixels).permute(2, 0, 1)  # strides stay as they are: the fast layout
     if x.shape[1:] != (height, width):
@@ -252,9 +277,12 @@ def _resize(pixels: np.ndarray, height: int, width: int, size: int, max_pixels: 
 
 def _allow(height: int, width: int, max_pixels: int, when: str = "") -> None:
     if height < 1 or width < 1:
-        raise Broken("no pixels")
+        raise BadImageError("no pixels")
     if height * width > max_pixels:
-        raise Broken(f"{height * width / 1e6:,.0f} megapixels{when} is over the limit of {max_pixels / 1e6:,.0f}")
+        raise BadImageError(
+            f"{height * width / 1e6:,.0f} megapixels{when} is over the limit of "
+            f"{max_pixels / 1e6:,.0f}"
+        )
 
 
 def _reason(error: Exception) -> str:

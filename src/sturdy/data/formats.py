@@ -1,4 +1,6 @@
-"""What a file is, told from how its content begins: what opens it, or what it is if it is no image."""
+"""What a file is, told from how its content begins: what opens it, or what it is if it is no
+image.
+"""
 
 import io
 import re
@@ -14,7 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from sturdy.data.source import Broken
+from sturdy.data.source import BadImageError
 
 Opener = Callable[[io.BytesIO], ImageFile]
 JPEG = b"\xff\xd8\xff"  # is not opened by Pillow
@@ -25,7 +27,7 @@ INSTALL_HEIC = "pip install 'sturdy-diffusion[heic]' reads"
 
 def _open_heic(file: io.BytesIO) -> ImageFile:
     if not READS_HEIC:
-        raise Broken(f"HEIC; {INSTALL_HEIC} it")
+        raise BadImageError(f"HEIC; {INSTALL_HEIC} it")
     from pillow_heif import HeifImageFile
 
     return HeifImageFile(file)
@@ -44,10 +46,16 @@ OPENERS: dict[re.Pattern[bytes], Opener] = {
 }
 # what else lies under the name of an image
 NO_IMAGES = {
-    re.compile(rb"version https://git-lfs"): "a Git LFS pointer, not the image: git lfs pull fetches it",
-    re.compile(rb"\S*/annex/objects/"): "a git-annex pointer, not the image: git annex get fetches it",
+    re.compile(
+        rb"version https://git-lfs"
+    ): "a Git LFS pointer, not the image: git lfs pull fetches it",
+    re.compile(
+        rb"\S*/annex/objects/"
+    ): "a git-annex pointer, not the image: git annex get fetches it",
     re.compile(rb"\s*<(!doctype html|html|head|body)", re.IGNORECASE): "a web page, not an image",
-    re.compile(rb"\s*(<\?xml.*)?<svg", re.IGNORECASE | re.DOTALL): "an SVG drawing, which is not read",
+    re.compile(
+        rb"\s*(<\?xml.*)?<svg", re.IGNORECASE | re.DOTALL
+    ): "an SVG drawing, which is not read",
     re.compile(rb"\s*[{\[<]"): "a text (JSON, XML), not an image",
     re.compile(rb"8BPS"): "a Photoshop file, which is not read",
     re.compile(rb"\0\0\x01\0"): "an icon (ICO), which is not read",
@@ -60,12 +68,16 @@ NO_IMAGES = {
 
 
 def opener_of(content: bytes) -> Opener | None:
-    """What opens a file with this content, ``None`` if it is no image that is read through Pillow."""
+    """What opens a file with this content, ``None`` if it is no image that is read through
+    Pillow.
+    """
     return next((opener for magic, opener in OPENERS.items() if magic.match(content)), None)
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file whose content begins with ``head``, some 64 bytes, is an image of a format that is read."""
+    """Whether a file whose content begins with ``head``, some 64 bytes, is an image of a format
+    that is read.
+    """
     return head.startswith(JPEG) or opener_of(head) is not None
 
 

@@ -1,4 +1,6 @@
-"""Images by position: which one, its crop, its mirror and its augmentation are functions of (seed, position)."""
+"""Images by position: which one, its crop, its mirror and its augmentation are functions of (seed,
+position).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,14 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from exact_resume.randomness import Draws
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache
-from sturdy.data.order import Split
-from sturdy.randomness import Draws
+from sturdy.data.split import Split
 
 
 class Batch(NamedTuple):
-    """Images ``(b, c, h, w)``, uint8 in the loader and float32 in [-1, 1] on the device; labels ``(b,)``."""
+    """Images ``(b, c, h, w)``, uint8 in the loader and float32 in [-1, 1] on the device; labels
+    ``(b,)``.
+    """
 
     image: Tensor
     label: Tensor
@@ -35,8 +39,8 @@ class Augmented(NamedTuple):
 class Images(Dataset[Batch | Augmented]):
     """The images at given positions, ``size`` by ``size``.
 
-    With a ``seed`` they are cropped, mirrored if ``flip``, and augmented, by the draws of each position; without one
-    nothing is random about them and crops are central.
+    With a ``seed`` they are cropped, mirrored if ``flip``, and augmented, by the draws of each
+    position; without one nothing is random about them and crops are central.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Images(Dataset[Batch | Augmented]):
         self.seed, self.flip, self.augment = seed, flip, augment
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch | Augmented:
-        """The batch at ``positions``, ``(b,)``; without workers or loaders this is all there is to it."""
+        """The batch at ``positions``, ``(b,)``; without workers or loaders this is all there is to
+        it.
+        """
         indices = self.split(self.first + self.order(positions))
         labels = torch.from_numpy(self.cache.labels[indices])
         if self.seed is None:
@@ -73,7 +79,9 @@ class Images(Dataset[Batch | Augmented]):
     def _pixels(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.uint8]:
         if self.cache.uniform and self.cache.image(0).shape[1:] == (self.size, self.size):
             return self.cache.gather(indices)
-        centre = np.nextafter(np.full((len(indices), 2), 0.5), 0)  # just below: of two middles the first
+        centre = np.nextafter(
+            np.full((len(indices), 2), 0.5), 0
+        )  # just below: of two middles the first
         corners = centre if draws is None else draws.uniform("crop", (2,)).numpy()
         out = np.empty((len(indices), 3, self.size, self.size), np.uint8)
         for row, index, corner in zip(out, indices, corners, strict=True):

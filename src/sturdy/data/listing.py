@@ -14,10 +14,12 @@ from typing import NamedTuple
 from sturdy.data.formats import INSTALL_HEIC, READS_HEIC, is_image
 
 HEIC = frozenset({b".heic", b".heif", b".hif"})
-SUFFIXES = frozenset(b".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .png .tif .tiff .webp".split()) | (
-    HEIC if READS_HEIC else frozenset()
-)
-TEXTS = frozenset(b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split())  # captions, labels, tables
+SUFFIXES = frozenset(
+    b".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .png .tif .tiff .webp".split()
+) | (HEIC if READS_HEIC else frozenset())
+TEXTS = frozenset(
+    b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split()
+)  # captions, labels, tables
 ARCHIVES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
 # folders that systems make, in lower case; those with a dot in front are hidden anyway
 SYSTEM = frozenset(
@@ -39,7 +41,9 @@ SYSTEM = frozenset(
 
 
 class Found(NamedTuple):
-    """An image: its name, what identifies its content, and the two upper folders it is in, empty if there are none."""
+    """An image: its name, what identifies its content, and the two upper folders it is in, empty if
+    there are none.
+    """
 
     name: bytes
     status: bytes
@@ -48,13 +52,15 @@ class Found(NamedTuple):
 
 
 class Listing:
-    """The images under some folders at any depth, and how many other things there are; links are followed.
+    """The images under some folders at any depth, and how many other things there are; links are
+    followed.
 
     Hidden files and folders, folders of the system and what ``exclude`` matches are left out.
 
     Args:
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
-        any_suffix: read the first bytes of files with other suffixes, and take those that are images.
+        any_suffix: read the first bytes of files with other suffixes, and take those that are
+            images.
     """
 
     def __init__(self, exclude: Sequence[str] = (), *, any_suffix: bool = False) -> None:
@@ -71,8 +77,8 @@ class Listing:
     def add(self, root: bytes, prefix: bytes = b"") -> None:
         """List what is under ``root``.
 
-        A pipe or a link to nowhere is listed too when it has the suffix of an image, so that it is reported as
-        broken and not silently missing.
+        A pipe or a link to nowhere is listed too when it has the suffix of an image, so that it is
+        reported as broken and not silently missing.
 
         Raises:
             PermissionError: a folder may not be read; a class silently missing would be worse.
@@ -85,7 +91,11 @@ class Listing:
             try:
                 scan = os.scandir(folder)
             except PermissionError as error:
-                way_out = f", or leave it out with data.exclude=[{printable(inside[:-1])}]" if inside else ""
+                way_out = (
+                    f", or leave it out with data.exclude=[{printable(inside[:-1])}]"
+                    if inside
+                    else ""
+                )
                 message = f"data.root holds a folder that may not be read; change its permissions{way_out}"
                 raise PermissionError(error.errno, message, printable(folder)) from None
             with scan as entries:
@@ -125,7 +135,9 @@ class Listing:
         """What identifies the content of an image; empty, and counted, if the file is none."""
         suffix = _suffix(path)
         if suffix in SUFFIXES or (self.any_suffix and begins_as_image(path)):
-            return struct.pack("<2q2Q", status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
+            return struct.pack(
+                "<2q2Q", status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+            )
         self.suffixes[suffix] += 1
         examples = self.examples.setdefault(suffix, [])
         if len(examples) < 3:
@@ -133,7 +145,9 @@ class Listing:
         return b""
 
     def left_out(self, *, texts: bool = False, most: int = 8) -> list[str]:
-        """What was left out, how many of it and what would read it; ``texts`` counts captions and tables, too."""
+        """What was left out, how many of it and what would read it; ``texts`` counts captions and
+        tables, too.
+        """
         others = [(s, count) for s, count in _by_count(self.suffixes) if texts or s not in TEXTS]
         parts = [f"{count:,} {self._suffix_says(suffix)}" for suffix, count in others[:most]]
         if rest := sum(count for _, count in others[most:]):

@@ -1,6 +1,7 @@
 """A JPEG or PNG whose pixels are whole, without the metadata that a strict decoder refuses.
 
-Nothing is guessed: what is mended is decoded as strictly as any other file, so that damage of pixels stays an error.
+Nothing is guessed: what is mended is decoded as strictly as any other file, so that damage of
+    pixels stays an error.
 """
 
 import re
@@ -11,17 +12,20 @@ PADDING = re.compile(rb"(?:(?<![\xff\0])|(?<=\xff\0))\0++(?=\xff[\xd0-\xd7\xd9])
 APP0, APP2, SCAN, SEQUENTIAL = 0xE0, 0xE2, 0xDA, (0xC0, 0xC1)  # markers
 
 # chunks of a PNG that no pixel depends on
-METADATA = frozenset(b"bKGD cHRM cICP cLLI eXIf gAMA hIST iCCP iTXt mDCV pHYs sBIT sPLT sRGB tEXt tIME zTXt".split())
+METADATA = frozenset(
+    b"bKGD cHRM cICP cLLI eXIf gAMA hIST iCCP iTXt mDCV pHYs sBIT sPLT sRGB tEXt tIME zTXt".split()
+)
 XMP = b"XML:com.adobe.xmp\0\0"  # with what follows, an uncompressed text
 IEND = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def mend_jpeg(content: bytes) -> bytes:
-    """Set the revision of JFIF to 1, leave colour profiles out, and take away zeros between the scan and what follows.
+    """Set the revision of JFIF to 1, leave colour profiles out, and take away zeros between the
+    scan and what follows.
 
-    Where such zeros stand in place of lost pixels the decoder misses data once they are gone, and says so. Other bytes
-    there are left, for damage in the middle of a scan leaves them, too; and so are zeros where there are several scans,
-    of which nobody misses one.
+    Where such zeros stand in place of lost pixels the decoder misses data once they are gone, and
+    says so. Other bytes there are left, for damage in the middle of a scan leaves them, too; and so
+    are zeros where there are several scans, of which nobody misses one.
     """
     data, at, components = bytearray(content), 2, 0
     while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
@@ -41,7 +45,9 @@ def mend_jpeg(content: bytes) -> bytes:
 
 
 def mend_png(content: bytes) -> bytes:
-    """Keep the chunks that pixels depend on and what tells the orientation; add an end where only that is missing."""
+    """Keep the chunks that pixels depend on and what tells the orientation; add an end where only
+    that is missing.
+    """
     kept, at, name = [content[:8]], 8, b""
     while at + 12 <= len(content) and name != b"IEND":
         end = at + 12 + int.from_bytes(content[at : at + 4])

@@ -1,4 +1,5 @@
-"""How far a job of minutes is, said while it runs: one line in place on a terminal, a line now and then in a file.
+"""How far a job of minutes is, said while it runs: one line in place on a terminal, a line now and
+then in a file.
 
 A job that takes no time says nothing.
 """
@@ -16,10 +17,13 @@ class Progress:
         what: the job, ``"preparing images"``.
         stream: where to, standard error unless given.
         patience: seconds of silence at the start.
-        pace: seconds between two lines in a file; on a terminal the line changes ten times a second.
+        pace: seconds between two lines in a file; on a terminal the line changes ten times a
+            second.
     """
 
-    def __init__(self, what: str, *, stream: TextIO | None = None, patience: float = 2.0, pace: float = 30.0) -> None:
+    def __init__(
+        self, what: str, *, stream: TextIO | None = None, patience: float = 2.0, pace: float = 30.0
+    ) -> None:
         self.what, self.stream, self.patience = what, stream or sys.stderr, patience
         self.terminal = self.stream.isatty()
         self.pace = 0.1 if self.terminal else pace
@@ -39,15 +43,26 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         if self.open:
             print(file=self.stream, flush=True)
 
     def _say(self, done: int, total: int, seconds: float) -> None:
-        rest = f"{_span(seconds)} so far" if done == 0 else f"{_span(seconds * (total - done) / done)} left"
+        rest = (
+            f"{_span(seconds)} so far"
+            if done == 0
+            else f"{_span(seconds * (total - done) / done)} left"
+        )
         line = f"{self.what}: {done:,} of {total:,}, {rest if done < total else f'took {_span(seconds)}'}"
         self.open = self.terminal and done < total
-        print(f"\r{line}\x1b[K" if self.terminal else line, end="" if self.open else "\n", file=self.stream, flush=True)
+        print(
+            f"\r{line}\x1b[K" if self.terminal else line,
+            end="" if self.open else "\n",
+            file=self.stream,
+            flush=True,
+        )
 
 
 def _span(seconds: float) -> str:

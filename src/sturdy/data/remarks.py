@@ -1,4 +1,6 @@
-"""What is odd about images that are whole, in a line each: of one colour, scaled up, copies of others, left out."""
+"""What is odd about images that are whole, in a line each: of one colour, scaled up, copies of
+others, left out.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,7 +30,9 @@ def hashed_pixels(image: np.ndarray) -> int:
 
 
 class Look(NamedTuple):
-    """What is remembered of an image: a hash of its pixels, its short side, whether it is nearly of one colour."""
+    """What is remembered of an image: a hash of its pixels, its short side, whether it is nearly of
+    one colour.
+    """
 
     hash: int
     side: int
@@ -41,7 +45,9 @@ def look_at(image: np.ndarray) -> Look:
     return Look(hashed_pixels(image), min(image.shape[1:]), bool(plain))
 
 
-def remarks(source: Source, kept: Sequence[int], looks: Sequence[Look], small: Sequence[int]) -> list[str]:
+def remarks(
+    source: Source, kept: Sequence[int], looks: Sequence[Look], small: Sequence[int]
+) -> list[str]:
     """Lines for a user, none where nothing is odd.
 
     Args:
@@ -61,7 +67,12 @@ def remarks(source: Source, kept: Sequence[int], looks: Sequence[Look], small: S
     scaled: set[int] = getattr(source, "scaled_up", set()).intersection(kept)
     side = min((look.side for look in looks), default=0)
     remedy = f"; data.min_side={side} leaves them out"
-    add("smaller than data.image_size, scaled up", [source.name(i) for i in sorted(scaled)], len(kept), remedy)
+    add(
+        "smaller than data.image_size, scaled up",
+        [source.name(i) for i in sorted(scaled)],
+        len(kept),
+        remedy,
+    )
 
     plain = [index for index, look in zip(kept, looks, strict=True) if look.plain]
     deep: set[int] = getattr(source, "deep", set()).intersection(plain)
@@ -72,7 +83,12 @@ def remarks(source: Source, kept: Sequence[int], looks: Sequence[Look], small: S
     copies = [(kept[i], kept[k]) for i, k in _copies(looks)]
     other = sum(source.label(i) != source.label(k) for i, k in copies)
     remedy = f"; {other:,} of them are in another class" if other else ""
-    add("exact copies", [f"{source.name(i)} = {source.name(k)}" for i, k in copies], len(kept), remedy)
+    add(
+        "exact copies",
+        [f"{source.name(i)} = {source.name(k)}" for i, k in copies],
+        len(kept),
+        remedy,
+    )
     return lines
 
 

@@ -1,7 +1,9 @@
-"""The mathematics of diffusion, in torch alone: a schedule, a target, an objective, a denoiser, a sampler."""
+"""The mathematics of diffusion, in torch alone: a schedule, a target, an objective, a denoiser, a
+sampler.
+"""
 
 from sturdy.diffusion.denoiser import Denoiser, Guided
-from sturdy.diffusion.editing import Inpainted, image_to_image, inpaint
+from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image, inpaint
 from sturdy.diffusion.objective import (
     Constant,
     LogitNormal,
@@ -40,7 +42,7 @@ __all__ = [
     "Euler",
     "Guided",
     "Heun",
-    "Inpainted",
+    "InpaintingDenoiser",
     "Linear",
     "LogNormal",
     "LogitNormal",

@@ -1,6 +1,8 @@
-"""Pictures from pictures, with any sampler: fill a hole, or draw a picture anew from some noise level on.
+"""Pictures from pictures, with any sampler: fill a hole, or draw a picture anew from some noise
+level on.
 
-Both only change what the sampler is handed: the denoiser, or the end of its schedule; no model is trained for it.
+Both only change what the sampler is handed: the denoiser, or the end of its schedule; no model is
+    trained for it.
 """
 
 from copy import copy
@@ -8,19 +10,21 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
 from sturdy.diffusion.schedule import Schedule
-from sturdy.randomness import Draws
 
 
-class Inpainted:
+class InpaintingDenoiser:
     """A denoiser that knows part of the picture: D = mask D + (1 - mask) picture.
 
-    The known part of x_t then follows from itself: a deterministic walk takes it along alpha picture + sigma noise,
-    a random one through q(x_s | x_t, picture). That is the replacement of known pixels at every step (Song,
-    Sohl-Dickstein et al. 2021, app. I.2). Its limit: what is painted sees the known part only as noisy as itself and
-    follows it too little. Samplers that return to more noise mend that in part (as Lugmayr et al. 2022 do): Churn with
-    many steps and much churn listens best, deterministic ones least.
+    The known part of x_t then follows from itself: a deterministic walk takes it along alpha
+        picture + sigma noise,
+    a random one through q(x_s | x_t, picture). That is the replacement of known pixels at every
+    step (Song, Sohl-Dickstein et al. 2021, app. I.2). Its limit: what is painted sees the known
+    part only as noisy as itself and follows it too little. Samplers that return to more noise mend
+    that in part (as Lugmayr et al. 2022 do): Churn with many steps and much churn listens best,
+    deterministic ones least.
 
     Args:
         picture: ``(b, c, h, w)`` in [-1, 1].
@@ -36,17 +40,23 @@ class Inpainted:
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(f"a mask of shape {tuple(mask.shape)} does not fit pictures {tuple(picture.shape)}")
+            raise ValueError(
+                f"a mask of shape {tuple(mask.shape)} does not fit pictures {tuple(picture.shape)}"
+            )
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError("the mask must be 0 (kept) or 1 (painted) everywhere; round it")
-        self.denoiser, self.picture, self.mask = denoiser, picture, mask.to(picture.device, torch.bool)
+        self.denoiser, self.picture, self.mask = (
+            denoiser,
+            picture,
+            mask.to(picture.device, torch.bool),
+        )
         self.schedule = denoiser.schedule
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return torch.where(self.mask, self.denoiser(x_t, t, label), self.picture)
 
 
-class Early(Schedule):
+class TruncatedSchedule(Schedule):
     """The part of ``schedule`` from data up to t = ``end``, as times from 0 to 1."""
 
     def __init__(self, schedule: Schedule, end: float) -> None:
@@ -59,12 +69,12 @@ class Early(Schedule):
         return (self.schedule.time(ratio) / self.end).clamp(max=1)
 
 
-class FromThere:
+class TruncatedDenoiser:
     """A denoiser for walks that start at t = ``end``, as if that were 1."""
 
     def __init__(self, denoiser: Estimator, end: float) -> None:
         self.denoiser, self.end = denoiser, end
-        self.schedule: Schedule = Early(denoiser.schedule, end)
+        self.schedule: Schedule = TruncatedSchedule(denoiser.schedule, end)
 
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return self.denoiser(x_t, self.end * t, label)
@@ -79,8 +89,10 @@ def inpaint(
     label: Tensor | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """Pictures ``(b, c, h, w)`` that are ``picture`` where ``mask`` is 0; arguments as of ``sample``, ``Inpainted``."""
-    return sample(sampler, Inpainted(denoiser, picture, mask), noise, label, draws)
+    """Pictures ``(b, c, h, w)`` that are ``picture`` where ``mask`` is 0; arguments as of
+    ``sample``, ``InpaintingDenoiser``.
+    """
+    return sample(sampler, InpaintingDenoiser(denoiser, picture, mask), noise, label, draws)
 
 
 def image_to_image(
@@ -92,22 +104,29 @@ def image_to_image(
     label: Tensor | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """Draw anew from ``picture`` at t = ``strength`` on, in all of the sampler's steps (Meng et al. 2022, SDEdit).
+    """Draw anew from ``picture`` at t = ``strength`` on, in all of the sampler's steps (Meng et al.
+    2022, SDEdit).
 
-    The sampler's own ``start`` is for walks that know nothing of a picture, and does not count here.
+    The sampler's own ``start`` is for walks that know nothing of a picture, and does not count
+    here.
 
     Args:
         picture: ``(b, c, h, w)`` in [-1, 1].
-        strength: in (0, 1]: little changes near 0, and at 1 what is left of ``picture`` is alpha(1), often nothing.
+        strength: in (0, 1]: little changes near 0, and at 1 what is left of ``picture`` is
+            alpha(1), often nothing.
 
     Raises:
         ValueError: ``strength`` outside (0, 1], and as of ``sample``.
     """
     if not 0 < strength <= 1:
-        raise ValueError(f"strength={strength} must be above 0, where nothing changes, and at most 1")
+        raise ValueError(
+            f"strength={strength} must be above 0, where nothing changes, and at most 1"
+        )
     sampler = copy(sampler)
     sampler.start = 1.0
-    there = FromThere(denoiser, strength)
-    alpha, sigma = (c.item() for c in there.schedule(torch.ones(1, dtype=torch.float64, device="cpu")))
+    there = TruncatedDenoiser(denoiser, strength)
+    alpha, sigma = (
+        c.item() for c in there.schedule(torch.ones(1, dtype=torch.float64, device="cpu"))
+    )
     # Walks start at sigma(1) noise; this is alpha picture + sigma noise in their terms.
     return sample(sampler, there, noise + alpha / sigma * picture, label, draws)

@@ -9,16 +9,20 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.target import Target
-from sturdy.randomness import Draws
 
-T_MIN = 2.0**-24  # training times are never exactly 0, where SNR is infinite; float32 uniforms end here too
+T_MIN = (
+    2.0**-24
+)  # training times are never exactly 0, where SNR is infinite; float32 uniforms end here too
 
 
 class Time(ABC):
-    """One contract: ``time(draws, schedule) -> t (b,)``, float32 in [T_MIN, 1] on the CPU, from the purpose "time"."""
+    """One contract: ``time(draws, schedule) -> t (b,)``, float32 in [T_MIN, 1] on the CPU, from the
+    purpose "time".
+    """
 
     @abstractmethod
     def __call__(self, draws: Draws, schedule: Schedule) -> Tensor: ...
@@ -43,7 +47,8 @@ class LogitNormal(Time):
 
 
 class LogNormal(Time):
-    """log(sigma / alpha) ~ N(mean, std^2) under every schedule; where alpha = 1 EDM's (Karras et al. 2022, tab. 1).
+    """log(sigma / alpha) ~ N(mean, std^2) under every schedule; where alpha = 1 EDM's (Karras et
+    al. 2022, tab. 1).
 
     On rectified flow, where sigma / alpha = t / (1 - t), that is ``LogitNormal``.
     """
@@ -58,14 +63,18 @@ class LogNormal(Time):
 
 
 class Weight(ABC):
-    """One contract: ``weight(target, schedule, t (b,) on the CPU) -> (b,)``, in the space of the target."""
+    """One contract: ``weight(target, schedule, t (b,) on the CPU) -> (b,)``, in the space of the
+    target.
+    """
 
     @abstractmethod
     def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor: ...
 
 
 class Constant(Weight):
-    """1: with target=noise DDPM's L_simple (Ho et al. 2020, eq. 14), with target=preconditioned EDM's weight."""
+    """1: with target=noise DDPM's L_simple (Ho et al. 2020, eq. 14), with target=preconditioned
+    EDM's weight.
+    """
 
     def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -74,8 +83,8 @@ class Constant(Weight):
 class MinSNR(Weight):
     """min(SNR, gamma) on the error of x_0 (Hang et al. 2023), SNR = (alpha / sigma)^2.
 
-    In the space of the target, where x_0 itself has min(s, gamma), that is min(s, gamma) / s for noise and
-    min(s, gamma) / (s + 1) for v of a variance-preserving schedule.
+    In the space of the target, where x_0 itself has min(s, gamma), that is min(s, gamma) / s for
+    noise and min(s, gamma) / (s + 1) for v of a variance-preserving schedule.
     """
 
     def __init__(self, *, gamma: float = 5.0) -> None:
@@ -88,10 +97,11 @@ class MinSNR(Weight):
 
 
 class Sigmoid(Weight):
-    """sigmoid(bias - l) (-dl/dt) / 2 on the error of the noise, l = log SNR (Kingma & Gao 2023; Hoogeboom et al. 2024).
+    """sigmoid(bias - l) (-dl/dt) / 2 on the error of the noise, l = log SNR (Kingma & Gao 2023;
+    Hoogeboom et al. 2024).
 
-    With time=uniform, -dl/dt makes it an integral over l, the same under every schedule: the ELBO's, but for what is
-    hardly noisy and hardly seen. A smaller bias leaves out more of that.
+    With time=uniform, -dl/dt makes it an integral over l, the same under every schedule: the
+    ELBO's, but for what is hardly noisy and hardly seen. A smaller bias leaves out more of that.
     """
 
     def __init__(self, *, bias: float = 0.0) -> None:
@@ -100,7 +110,8 @@ class Sigmoid(Weight):
     def __call__(self, target: Target, schedule: Schedule, t: Tensor) -> Tensor:
         alpha, sigma = schedule(t.double())
         alpha_slope, sigma_slope = schedule.slope(t)
-        # Times SNR, as x_0's error is the noise's over SNR, and multiplied out: finite where alpha is 0.
+        # Times SNR, as x_0's error is the noise's over SNR, and multiplied out: finite where alpha
+        # is 0.
         lowered = (alpha / sigma).square() * math.exp(-self.bias)
         weight = (alpha * sigma_slope - alpha_slope * sigma) * alpha / sigma**3 / (1 + lowered)
         return (weight * target.x0_factor(alpha, sigma)).to(t.dtype)
@@ -112,21 +123,31 @@ class Objective:
     Args:
         time: where on [0, 1] to train; uniformly by default.
         weight: of the squared error, by time; 1 by default.
-        label_drop: share of samples whose label becomes the null label, for classifier-free guidance.
+        label_drop: share of samples whose label becomes the null label, for classifier-free
+            guidance.
 
     Raises:
         ValueError: ``label_drop`` is no share.
     """
 
-    def __init__(self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1) -> None:
+    def __init__(
+        self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1
+    ) -> None:
         if not 0 <= label_drop <= 1:
-            raise ValueError(f"objective.label_drop={label_drop} is not a share; set it between 0 and 1")
+            raise ValueError(
+                f"objective.label_drop={label_drop} is not a share; set it between 0 and 1"
+            )
         self.time = time or Uniform()
         self.weight = weight or Constant()
         self.label_drop = label_drop
 
     def __call__(
-        self, denoiser: Denoiser, x0: Tensor, label: Tensor | None, draws: Draws, condition: Tensor | None = None
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        label: Tensor | None,
+        draws: Draws,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """One loss a sample, ``(b,)``, in float32 also under autocast.
 
@@ -134,13 +155,17 @@ class Objective:
             x0: ``(b, c, h, w)`` in [-1, 1].
             label: ``(b,)`` int64 or None.
             draws: of the ``b`` samples; the purposes are "noise", "time" and "label drop".
-            condition: what else the network is told, ``(b, k)``, such as how the images were augmented.
+            condition: what else the network is told, ``(b, k)``, such as how the images were
+                augmented.
 
         Raises:
             ValueError: ``draws`` is for another number of samples.
         """
         if len(draws) != len(x0):
-            raise ValueError(f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one position each")
+            raise ValueError(
+                f"draws for {len(draws)} positions do not fit {len(x0)} images; hand in one "
+                f"position each"
+            )
         x0 = x0.float()
         noise = draws.normal("noise", x0.shape[1:]).to(x0.device)
         t = self.time(draws, denoiser.schedule)
@@ -152,5 +177,7 @@ class Objective:
 
         alpha, sigma = (coefficient[:, None, None, None] for coefficient in denoiser.schedule(t))
         x_t = alpha * x0 + sigma * noise
-        error = denoiser.predict(x_t, t, label, condition) - denoiser.target(x0, noise, alpha, sigma)
+        error = denoiser.predict(x_t, t, label, condition) - denoiser.target(
+            x0, noise, alpha, sigma
+        )
         return weight * error.square().flatten(1).mean(1)

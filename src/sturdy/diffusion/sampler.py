@@ -1,11 +1,12 @@
 """The walk back from noise, along times start = t_0 > t_1 > ... > t_n = 0.
 
-With D = E[x_0 | x_t] from the denoiser, and E = (x_t - alpha D) / sigma, the noise that it implies, the
-probability-flow ODE of every schedule is
+With D = E[x_0 | x_t] from the denoiser, and E = (x_t - alpha D) / sigma, the noise that it implies,
+the probability-flow ODE of every schedule is
 
     dx = D dalpha + E dsigma
 
-Nothing is divided by alpha(t), so a walk may start where it is 0; sigma is 0 only where the walk ends.
+Nothing is divided by alpha(t), so a walk may start where it is 0; sigma is 0 only where the walk
+ends.
 """
 
 import math
@@ -18,20 +19,22 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from exact_resume.randomness import Draws
 from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.spacing import SPACINGS
-from sturdy.randomness import Draws
 
 
 class Step(NamedTuple):
-    """One step of a walk: the time reached, the state there, and the estimate of x_0 that led there."""
+    """One step of a walk: the time reached, the state there, and the estimate of x_0 that led
+    there.
+    """
 
     t: float
     x: Tensor  # (b, c, h, w)
     x0: Tensor  # (b, c, h, w)
 
 
-class Knot(NamedTuple):
+class TimePoint(NamedTuple):
     """One time of a walk and its coefficients."""
 
     t: float
@@ -47,99 +50,135 @@ class Estimator(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None, /) -> Tensor: ...
 
 
-class Estimate:
+class DenoiserCall:
     """``estimate(x, knot) -> D, E``, each ``(b, c, h, w)``: what a denoiser says in one walk."""
 
     def __init__(self, denoiser: Estimator, label: Tensor | None, clip: bool) -> None:
         self.denoiser, self.label, self.clip = denoiser, label, clip
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, at: Knot) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, at: TimePoint) -> tuple[Tensor, Tensor]:
         t = torch.full((len(x),), at.t, dtype=x.dtype, device=x.device)
         x0 = self.denoiser(x, t, self.label)
         x0 = x0.clamp(-1, 1) if self.clip else x0
         return x0, (x - at.alpha * x0) / at.sigma
 
-    def knots(self, times: list[float]) -> list[Knot]:
-        alphas, sigmas = self.denoiser.schedule(torch.tensor(times, dtype=torch.float64, device="cpu"))
-        return [Knot(*knot) for knot in zip(times, alphas.tolist(), sigmas.tolist(), strict=True)]
+    def knots(self, times: list[float]) -> list[TimePoint]:
+        alphas, sigmas = self.denoiser.schedule(
+            torch.tensor(times, dtype=torch.float64, device="cpu")
+        )
+        return [
+            TimePoint(*knot) for knot in zip(times, alphas.tolist(), sigmas.tolist(), strict=True)
+        ]
 
 
 class Sampler(ABC):
-    """``sampler(denoiser, noise, label, draws)`` yields the steps; the last, at t = 0, is the picture.
+    """``sampler(denoiser, noise, label, draws)`` yields the steps; the last, at t = 0, is the
+    picture.
 
     Args:
         steps: number of steps.
-        clip: clip every D to [-1, 1], the range of pictures, as DDPM does. E is derived from the clipped D,
-            so that x_t = alpha D + sigma E stays true. Near t = 1 this is what keeps target=noise stable;
-            turn it off for data of another range.
+        clip: clip every D to [-1, 1], the range of pictures, as DDPM does. E is derived from the
+            clipped D, so that x_t = alpha D + sigma E stays true. Near t = 1 this is what keeps
+            target=noise stable; turn it off for data of another range.
         spacing: of the steps: "time", "karras" or "log_snr"; see ``spacing.py``.
-        power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near data, the
-            "quadratic" of Song, Meng et al. 2021, app. D.2.
-        start: the time of the first stop, of which all others are that much earlier, too. Below 1 a walk avoids the
-            times at which a network was hardly trained, and takes alpha(start) x_0 for nothing.
+        power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near
+            data, the "quadratic" of Song, Meng et al. 2021, app. D.2.
+        start: the time of the first stop, of which all others are that much earlier, too. Below 1 a
+            walk avoids the times at which a network was hardly trained, and takes alpha(start) x_0
+            for nothing.
 
     Raises:
-        ValueError: ``steps`` below 1, ``power`` not above 0, an unknown ``spacing``, or ``start`` outside (0, 1].
+        ValueError: ``steps`` below 1, ``power`` not above 0, an unknown ``spacing``, or ``start``
+            outside (0, 1].
     """
 
     random = False  # whether steps add noise
 
     def __init__(
-        self, steps: int = 50, *, clip: bool = True, spacing: str = "time", power: float = 1.0, start: float = 1.0
+        self,
+        steps: int = 50,
+        *,
+        clip: bool = True,
+        spacing: str = "time",
+        power: float = 1.0,
+        start: float = 1.0,
     ) -> None:
         if steps < 1 or power <= 0:
-            raise ValueError(f"sampler.steps={steps} must be 1 or more, and sampler.power={power} above 0")
+            raise ValueError(
+                f"sampler.steps={steps} must be 1 or more, and sampler.power={power} above 0"
+            )
         if spacing not in SPACINGS:
             raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}")
         if not 0 < start <= 1:
-            raise ValueError(f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone")
+            raise ValueError(
+                f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone"
+            )
         self.steps, self.clip = steps, clip
         self.spacing, self.power, self.start = spacing, power, start
 
     def __call__(
-        self, denoiser: Estimator, noise: Tensor, label: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: Estimator,
+        noise: Tensor,
+        label: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Iterator[Step]:
-        """Walk from x = sigma(start) noise: alpha(start) x_0 (for linear 0.6 % of x_0 at 1) is not known yet.
+        """Walk from x = sigma(start) noise: alpha(start) x_0 (for linear 0.6 % of x_0 at 1) is not
+        known yet.
 
         Args:
             noise: ``(b, c, h, w)``, standard normal, float32.
             label: ``(b,)`` int64, or None for no condition.
-            draws: of the ``b`` samples, for samplers that add noise: at step ``i`` of purpose "step i".
+            draws: of the ``b`` samples, for samplers that add noise: at step ``i`` of purpose "step
+                i".
 
         Raises:
-            ValueError: the sampler adds noise, and ``draws`` is missing or for another number of samples.
+            ValueError: the sampler adds noise, and ``draws`` is missing or for another number of
+                samples.
         """
         if self.random and (draws is None or len(draws) != len(noise)):
             given = "none" if draws is None else f"some for {len(draws)}"
             raise ValueError(
-                f"{type(self).__name__} adds noise and needs draws for {len(noise)} samples, got {given}; "
+                f"{type(self).__name__} adds noise and needs draws for {len(noise)} samples, got "
+                f"{given}; "
                 "hand in draws=Draws(seed, positions)"
             )
-        estimate = Estimate(denoiser, label, self.clip)
+        estimate = DenoiserCall(denoiser, label, self.clip)
         times = SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power)
         knots = estimate.knots([self.start * t for t in times])
         return self.walk(estimate, knots[0].sigma * noise.detach(), knots, draws)
 
     @abstractmethod
-    def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
+    def walk(
+        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    ) -> Iterator[Step]:
         """One step for every pair of neighbouring knots (t, s), from ``x`` at the first knot."""
 
 
 class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020, eq. 7), any alpha and sigma (Kingma et al. 2021, app. A):
 
-    x_s ~ q(x_s | x_t, x_0 = D) = N((a sigma_s^2 x_t + b^2 alpha_s D) / sigma_t^2, (b sigma_s / sigma_t)^2)
+    x_s ~ q(x_s | x_t, x_0 = D) = N((a sigma_s^2 x_t + b^2 alpha_s D) / sigma_t^2, (b sigma_s /
+    sigma_t)^2)
     """
 
     random = True
 
     def __init__(
-        self, steps: int = 1000, *, clip: bool = True, spacing: str = "time", power: float = 1.0, start: float = 1.0
+        self,
+        steps: int = 1000,
+        *,
+        clip: bool = True,
+        spacing: str = "time",
+        power: float = 1.0,
+        start: float = 1.0,
     ) -> None:
         super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
 
-    def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
+    def walk(
+        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    ) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):
             x0, _ = estimate(x, t)
             a, b = transition(t, s)
@@ -174,7 +213,9 @@ class DDIM(Sampler):
         self.eta = eta
         self.random = eta > 0
 
-    def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
+    def walk(
+        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    ) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):
             x0, noise = estimate(x, t)
             _, b = transition(t, s)
@@ -187,10 +228,13 @@ class DDIM(Sampler):
 class Euler(Sampler):
     """Order 1: dx = D dalpha + E dsigma with D and E held over a step.
 
-    That is Euler in t on rectified flow, Euler in sigma where alpha = 1, and DDIM with eta = 0 everywhere.
+    That is Euler in t on rectified flow, Euler in sigma where alpha = 1, and DDIM with eta = 0
+    everywhere.
     """
 
-    def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
+    def walk(
+        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    ) -> Iterator[Step]:
         for t, s in pairwise(knots):
             x0, noise = estimate(x, t)
             x = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
@@ -198,19 +242,28 @@ class Euler(Sampler):
 
 
 class Heun(Sampler):
-    """Order 2: dx = D dalpha + E dsigma by the trapezoidal rule, after an Euler step; 2 steps - 1 calls.
+    """Order 2: dx = D dalpha + E dsigma by the trapezoidal rule, after an Euler step; 2 steps - 1
+    calls.
 
-    That is Heun in t on rectified flow, and in sigma where alpha = 1 (Karras et al. 2022, alg. 1). As there,
-    the last step is Euler's: at sigma = 0, E is not defined. ``power`` is 2 because a variance-preserving
-    sigma grows like sqrt(t), and even times would leave about order 1.5.
+    That is Heun in t on rectified flow, and in sigma where alpha = 1 (Karras et al. 2022, alg. 1).
+    As there, the last step is Euler's: at sigma = 0, E is not defined. ``power`` is 2 because a
+    variance-preserving sigma grows like sqrt(t), and even times would leave about order 1.5.
     """
 
     def __init__(
-        self, steps: int = 25, *, clip: bool = True, spacing: str = "time", power: float = 2.0, start: float = 1.0
+        self,
+        steps: int = 25,
+        *,
+        clip: bool = True,
+        spacing: str = "time",
+        power: float = 2.0,
+        start: float = 1.0,
     ) -> None:
         super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
 
-    def walk(self, estimate: Estimate, x: Tensor, knots: list[Knot], draws: Draws | None) -> Iterator[Step]:
+    def walk(
+        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    ) -> Iterator[Step]:
         for i, (t, s) in enumerate(pairwise(knots)):
             x, t = self.churned(estimate, x, t, draws, i)
             x0, noise = estimate(x, t)
@@ -221,12 +274,14 @@ class Heun(Sampler):
             x = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
             yield Step(s.t, x, x0)
 
-    def churned(self, estimate: Estimate, x: Tensor, t: Knot, draws: Draws | None, i: int) -> tuple[Tensor, Knot]:
+    def churned(
+        self, estimate: DenoiserCall, x: Tensor, t: TimePoint, draws: Draws | None, i: int
+    ) -> tuple[Tensor, TimePoint]:
         """Where step ``i`` starts; ``Churn`` goes back a little towards noise first."""
         return x, t
 
 
-def transition(t: Knot, s: Knot) -> tuple[float, float]:
+def transition(t: TimePoint, s: TimePoint) -> tuple[float, float]:
     """a and b of one step of the forward process, x_t = a x_s + b eps, where s < t."""
     a = t.alpha / s.alpha
     return a, math.sqrt(max(t.sigma**2 - (a * s.sigma) ** 2, 0.0))
@@ -246,5 +301,7 @@ def sample(
     label: Tensor | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """Walk to the end: pictures ``(b, c, h, w)`` in [-1, 1]; arguments and errors are the sampler's."""
+    """Walk to the end: pictures ``(b, c, h, w)`` in [-1, 1]; arguments and errors are the
+    sampler's.
+    """
     return deque(sampler(denoiser, noise, label, draws), maxlen=1).pop().x.clamp(-1, 1)

@@ -16,20 +16,28 @@ STEPS = 1000  # betas in a table; beta_i, i = 0 ... 999, is the one that leads t
 class Schedule(ABC):
     """The contract: ``schedule(t) -> (alpha, sigma)``; ``time`` and ``slope`` follow from it.
 
-    With t, alpha falls from exactly 1, or stays there, and sigma rises from exactly 0. Plain objects: nothing of
+    With t, alpha falls from exactly 1, or stays there, and sigma rises from exactly 0. Plain
+        objects: nothing of
     them belongs into a checkpoint.
     """
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Times ``(b,)`` in [0, 1] to alpha and sigma ``(b,)``, in the dtype and on the device of ``t``."""
+        """Times ``(b,)`` in [0, 1] to alpha and sigma ``(b,)``, in the dtype and on the device of
+        ``t``.
+        """
 
     def time(self, ratio: Tensor) -> Tensor:
-        """The t ``(b,)`` at which sigma / alpha is ``ratio`` ``(b,)``, on the CPU; 1 if it is never that large.
+        """The t ``(b,)`` at which sigma / alpha is ``ratio`` ``(b,)``, on the CPU; 1 if it is never
+        that large.
 
-        By bisection in float64, for all that is known is that the ratio rises; override where there is a formula.
+        By bisection in float64, for all that is known is that the ratio rises; override where there
+        is a formula.
         """
-        low, high = torch.zeros_like(ratio, dtype=torch.float64), torch.ones_like(ratio, dtype=torch.float64)
+        low, high = (
+            torch.zeros_like(ratio, dtype=torch.float64),
+            torch.ones_like(ratio, dtype=torch.float64),
+        )
         for _ in range(60):
             middle = (low + high) / 2
             alpha, sigma = self(middle)
@@ -38,7 +46,9 @@ class Schedule(ABC):
         return high.to(ratio.dtype)
 
     def slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """dalpha/dt and dsigma/dt ``(b,)`` at times in (0, 1] on the CPU, by central differences in float64."""
+        """dalpha/dt and dsigma/dt ``(b,)`` at times in (0, 1] on the CPU, by central differences in
+        float64.
+        """
         t = t.double()
         before, after = t * (1 - 1e-6), (t * (1 + 1e-6)).clamp(max=1)
         ends = zip(self(before), self(after), strict=True)
@@ -59,11 +69,14 @@ class RectifiedFlow(Schedule):
 class VarianceExploding(Schedule):
     """EDM's: alpha = 1, and sigma up to ``sigma_max`` (Karras et al. 2022, tab. 1).
 
-    sigma = sigma_min ((1 + c t)^rho - 1), with c such that sigma(1) = sigma_max: even times are nearly the steps
-    of the paper's eq. 5, and yet sigma(0) = 0. Its exact steps are the sampler's ``spacing=karras``.
+    sigma = sigma_min ((1 + c t)^rho - 1), with c such that sigma(1) = sigma_max: even times are
+    nearly the steps of the paper's eq. 5, and yet sigma(0) = 0. Its exact steps are the sampler's
+    ``spacing=karras``.
     """
 
-    def __init__(self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+    def __init__(
+        self, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
+    ) -> None:
         self.sigma_min = sigma_min
         self.rho = rho
         self.c = math.expm1(math.log1p(sigma_max / sigma_min) / rho)
@@ -76,11 +89,13 @@ class VarianceExploding(Schedule):
 
 
 class Discrete(Schedule):
-    """A variance-preserving chain of betas: alpha-bar_i = prod_{j<=i} (1 - beta_j) (Ho et al. 2020, eq. 4).
+    """A variance-preserving chain of betas: alpha-bar_i = prod_{j<=i} (1 - beta_j) (Ho et al. 2020,
+    eq. 4).
 
-    alpha = sqrt(alpha-bar) and sigma = sqrt(1 - alpha-bar). Between its knots t = i / len(betas), where it
-    is exact, log alpha-bar is linear: that is the VP process with a piecewise constant beta(t) (Song,
-    Sohl-Dickstein et al. 2021, eq. 11). Unlike log-SNR it is finite at t = 0, where alpha-bar = 1.
+    alpha = sqrt(alpha-bar) and sigma = sqrt(1 - alpha-bar). Between its knots t = i / len(betas),
+    where it is exact, log alpha-bar is linear: that is the VP process with a piecewise constant
+    beta(t) (Song, Sohl-Dickstein et al. 2021, eq. 11). Unlike log-SNR it is finite at t = 0, where
+    alpha-bar = 1.
 
     Args:
         betas: ``(n,)`` in (0, 1), on the CPU.
@@ -107,7 +122,9 @@ class Discrete(Schedule):
     def _table(self, device: torch.device) -> Tensor:
         """log alpha-bar at the knots ``(n + 1,)``, in float64, copied to each device once."""
         if device not in self._tables:
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+            dtype = (
+                torch.float32 if device.type == "mps" else torch.float64
+            )  # Apple's GPUs have no float64
             self._tables[device] = self._tables[torch.device("cpu")].to(device, dtype)
         return self._tables[device]
 
@@ -116,19 +133,27 @@ class Linear(Discrete):
     """DDPM's schedule: betas on a line (Ho et al. 2020, sec. 4)."""
 
     def __init__(self, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        super().__init__(torch.linspace(beta_start, beta_end, STEPS, dtype=torch.float64, device="cpu"))
+        super().__init__(
+            torch.linspace(beta_start, beta_end, STEPS, dtype=torch.float64, device="cpu")
+        )
 
 
 class ScaledLinear(Discrete):
-    """Stable Diffusion's schedule: the roots of the betas on a line (Rombach et al. 2022, published code)."""
+    """Stable Diffusion's schedule: the roots of the betas on a line (Rombach et al. 2022, published
+    code).
+    """
 
     def __init__(self, *, beta_start: float = 0.00085, beta_end: float = 0.012) -> None:
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, STEPS, dtype=torch.float64, device="cpu")
+        roots = torch.linspace(
+            beta_start**0.5, beta_end**0.5, STEPS, dtype=torch.float64, device="cpu"
+        )
         super().__init__(roots.square())
 
 
 class Cosine(Discrete):
-    """iDDPM's schedule: alpha-bar is a squared cosine, betas are clipped (Nichol & Dhariwal 2021, eq. 17)."""
+    """iDDPM's schedule: alpha-bar is a squared cosine, betas are clipped (Nichol & Dhariwal 2021,
+    eq. 17).
+    """
 
     def __init__(self, *, offset: float = 0.008, beta_max: float = 0.999) -> None:
         i = torch.arange(STEPS + 1, dtype=torch.float64, device="cpu")
@@ -139,9 +164,10 @@ class Cosine(Discrete):
 class Shifted(Schedule):
     """``schedule`` with sigma / alpha times f = image_size / base_size, on the same curve.
 
-    A larger picture shows more through the same noise, for neighbouring pixels agree; f makes up for it. Training
-    times and sampling times both follow, as both are times of the schedule. Where alpha^2 + sigma^2 = 1 that is
-    Hoogeboom et al. 2023, sec. 3.1 (log-SNR - 2 log f), where alpha + sigma = 1 it is Esser et al. 2024, eq. 23.
+    A larger picture shows more through the same noise, for neighbouring pixels agree; f makes up
+    for it. Training times and sampling times both follow, as both are times of the schedule. Where
+    alpha^2 + sigma^2 = 1 that is Hoogeboom et al. 2023, sec. 3.1 (log-SNR - 2 log f), where alpha +
+    sigma = 1 it is Esser et al. 2024, eq. 23.
 
     Raises:
         ValueError: ``schedule`` keeps to neither curve, or a size is not above 0.
@@ -149,13 +175,22 @@ class Shifted(Schedule):
 
     def __init__(self, schedule: Schedule, *, image_size: int, base_size: int = 32) -> None:
         if image_size < 1 or base_size < 1:
-            raise ValueError(f"schedule.image_size={image_size} and schedule.base_size={base_size} must be above 0")
+            raise ValueError(
+                f"schedule.image_size={image_size} and schedule.base_size={base_size} must be "
+                f"above 0"
+            )
         alpha, sigma = schedule(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"))
-        curves = [p for p in (1, 2) if torch.allclose(alpha**p + sigma**p, torch.ones_like(alpha), atol=1e-6)]
+        curves = [
+            p
+            for p in (1, 2)
+            if torch.allclose(alpha**p + sigma**p, torch.ones_like(alpha), atol=1e-6)
+        ]
         if not curves:
             raise ValueError(
-                "schedule=shifted is for schedules with alpha + sigma = 1 or alpha^2 + sigma^2 = 1; for "
-                "schedule=variance_exploding add log(image_size / 32) to objective.time.mean instead"
+                "schedule=shifted is for schedules with alpha + sigma = 1 or alpha^2 + sigma^2 = "
+                "1; for "
+                "schedule=variance_exploding add log(image_size / 32) to objective.time.mean "
+                "instead"
             )
         self.schedule = schedule
         self.factor = image_size / base_size

@@ -2,8 +2,8 @@
 
     y = target(x_0, eps),    x_0 = target.x0(y, x_t),    where x_t = alpha x_0 + sigma eps
 
-A target is two formulas, there and back, on ``x0``, ``noise``, ``x_t`` and ``prediction`` ``(b, c, h, w)``;
-``alpha`` and ``sigma`` are whatever broadcasts with them, mostly ``(b, 1, 1, 1)``.
+A target is two formulas, there and back, on ``x0``, ``noise``, ``x_t`` and ``prediction`` ``(b, c,
+h, w)``; ``alpha`` and ``sigma`` are whatever broadcasts with them, mostly ``(b, 1, 1, 1)``.
 """
 
 import math
@@ -17,7 +17,9 @@ from sturdy.diffusion.schedule import Schedule
 
 
 class Target(ABC):
-    """The contract. ``x0_factor`` follows from it; override ``objection`` if not every schedule will do."""
+    """The contract. ``x0_factor`` follows from it; override ``objection`` if not every schedule
+    will do.
+    """
 
     @abstractmethod
     def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -25,31 +27,45 @@ class Target(ABC):
 
     @abstractmethod
     def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """The picture that a prediction means, ``(b, c, h, w)``; linear in ``prediction`` and ``x_t``."""
+        """The picture that a prediction means, ``(b, c, h, w)``; linear in ``prediction`` and
+        ``x_t``.
+        """
 
     def inputs(self, x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """What the network is handed for ``x_t`` ``(b, c, h, w)`` and ``t`` ``(b,)``: just these."""
+        """What the network is handed for ``x_t`` ``(b, c, h, w)`` and ``t`` ``(b,)``: just
+        these.
+        """
         return x_t, t
 
     def x0_factor(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """``c`` in |error of x_0|^2 = c |error of the prediction|^2 at the same ``x_t``, ``(b,)``."""
+        """``c`` in |error of x_0|^2 = c |error of the prediction|^2 at the same ``x_t``,
+        ``(b,)``.
+        """
         slope = self.x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma)
         return slope.square()
 
     def objection(self, schedule: Schedule) -> str | None:
-        """Why this target makes no sense with ``schedule``, and what to choose instead; None if it does."""
-        size = math.hypot(*at(schedule, 1.0))
+        """Why this target makes no sense with ``schedule``, and what to choose instead; None if it
+        does.
+        """
+        size = math.hypot(*coefficients_at(schedule, 1.0))
         if size < 2:
             return None
         return (
-            f"x_t grows to {size:.0f} times the size of a picture, and the network would be handed it as it is; "
+            f"x_t grows to {size:.0f} times the size of a picture, and the network would be handed "
+            f"it as it is; "
             "choose target=preconditioned, or else schedule=rectified_flow or schedule=cosine"
         )
 
     def check(self, schedule: Schedule) -> None:
-        """Raises ValueError, with the reason, where this target makes no sense with ``schedule``."""
+        """Raises ValueError, with the reason, where this target makes no sense with
+        ``schedule``.
+        """
         if reason := self.objection(schedule):
-            raise ValueError(f"target={option(self)} does not suit schedule={option(schedule)}: {reason}")
+            raise ValueError(
+                f"target={config_name(self)} does not suit schedule={config_name(schedule)}: "
+                f"{reason}"
+            )
 
 
 class Noise(Target):
@@ -62,11 +78,12 @@ class Noise(Target):
         return (x_t - sigma * prediction) / alpha
 
     def objection(self, schedule: Schedule) -> str | None:
-        if at(schedule, 1.0)[0] > 0:
+        if coefficients_at(schedule, 1.0)[0] > 0:
             return super().objection(schedule)
         return (
             "its alpha(1) is 0, so x_0 = (x_t - sigma eps) / alpha cannot be recovered at t = 1; "
-            "choose target=velocity, target=v or target=x0, or else schedule=cosine or schedule=linear"
+            "choose target=velocity, target=v or target=x0, or else schedule=cosine or "
+            "schedule=linear"
         )
 
 
@@ -91,7 +108,9 @@ class V(Target):
 
 
 class Velocity(Target):
-    """u = eps - x_0, the velocity dx_t/dt of rectified flow (Liu et al. 2023, eq. 1, from data to noise)."""
+    """u = eps - x_0, the velocity dx_t/dt of rectified flow (Liu et al. 2023, eq. 1, from data to
+    noise).
+    """
 
     def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return noise - x0
@@ -100,7 +119,7 @@ class Velocity(Target):
         return (x_t - sigma * prediction) / (alpha + sigma)
 
     def objection(self, schedule: Schedule) -> str | None:
-        if all(abs(sum(at(schedule, t)) - 1) < 1e-6 for t in (0.25, 0.5, 0.75)):
+        if all(abs(sum(coefficients_at(schedule, t)) - 1) < 1e-6 for t in (0.25, 0.5, 0.75)):
             return None
         return (
             "eps - x_0 is the velocity of x_t only where alpha + sigma = 1; "
@@ -109,11 +128,12 @@ class Velocity(Target):
 
 
 class Preconditioned(Target):
-    """EDM's F in D = c_skip x_t + c_out F(c_in x_t, c_noise) (Karras et al. 2022, eq. 7 and tab. 1).
+    """EDM's F in D = c_skip x_t + c_out F(c_in x_t, c_noise) (Karras et al. 2022, eq. 7 and tab.
+    1).
 
-    With s = sigma_data and n^2 = alpha^2 s^2 + sigma^2, the variance of x_t, which is the paper's at alpha = 1:
-    c_skip = alpha s^2 / n^2, c_out = sigma s / n, c_in = 1 / n, c_noise = log(sigma / alpha) / 4. The paper's weight
-    is 1 / c_out^2 on the error of x_0, that is 1 on the error of F.
+    With s = sigma_data and n^2 = alpha^2 s^2 + sigma^2, the variance of x_t, which is the paper's
+    at alpha = 1: c_skip = alpha s^2 / n^2, c_out = sigma s / n, c_in = 1 / n, c_noise = log(sigma /
+    alpha) / 4. The paper's weight is 1 / c_out^2 on the error of x_0, that is 1 on the error of F.
 
     Args:
         sigma_data: standard deviation of the pictures' pixels, which are in [-1, 1].
@@ -124,26 +144,35 @@ class Preconditioned(Target):
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
         if sigma_data <= 0:
-            raise ValueError(f"target.sigma_data={sigma_data} must be above 0; it is the spread of the pixels")
+            raise ValueError(
+                f"target.sigma_data={sigma_data} must be above 0; it is the spread of the pixels"
+            )
         self.sigma_data = sigma_data
 
     def __call__(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         # (x_0 - c_skip x_t) / c_out, multiplied out: nothing is divided by sigma.
-        return (sigma * x0 / self.sigma_data - alpha * self.sigma_data * noise) / self._size(alpha, sigma)
+        return (sigma * x0 / self.sigma_data - alpha * self.sigma_data * noise) / self._size(
+            alpha, sigma
+        )
 
     def x0(self, prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         size = self._size(alpha, sigma)
-        return alpha * (self.sigma_data / size).square() * x_t + sigma * self.sigma_data / size * prediction
+        return (
+            alpha * (self.sigma_data / size).square() * x_t
+            + sigma * self.sigma_data / size * prediction
+        )
 
     def inputs(self, x_t: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """c_in x_t ``(b, c, h, w)`` and c_noise ``(b,)``, for which backbones take the place of t."""
+        """c_in x_t ``(b, c, h, w)`` and c_noise ``(b,)``, for which backbones take the place of
+        t.
+        """
         alpha, sigma = schedule(t)
         tiny = torch.finfo(sigma.dtype).tiny  # at t = 0 the logarithm stays finite
         c_noise = (sigma / alpha).clamp(min=tiny).log() / 4
         return x_t / self._size(alpha, sigma)[:, None, None, None], c_noise
 
     def objection(self, schedule: Schedule) -> str | None:
-        if at(schedule, 1.0)[0] > 0:
+        if coefficients_at(schedule, 1.0)[0] > 0:
             return None
         return (
             "its alpha(1) is 0, so c_noise = log(sigma / alpha) / 4 is infinite at t = 1; "
@@ -154,12 +183,14 @@ class Preconditioned(Target):
         return (alpha * self.sigma_data).square().add(sigma.square()).sqrt()
 
 
-def at(schedule: Schedule, t: float) -> tuple[float, float]:
-    """alpha and sigma at one time, in float64; on the CPU even while a model is being built on `meta`."""
+def coefficients_at(schedule: Schedule, t: float) -> tuple[float, float]:
+    """alpha and sigma at one time, in float64; on the CPU even while a model is being built on
+    `meta`.
+    """
     alpha, sigma = schedule(torch.tensor([t], dtype=torch.float64, device="cpu"))
     return alpha.item(), sigma.item()
 
 
-def option(choice: object) -> str:
+def config_name(choice: object) -> str:
     """The name under which a class is chosen in the config: RectifiedFlow is rectified_flow."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(choice).__name__).lower()

@@ -1,9 +1,11 @@
-"""Where a network looks, by noise level: what a token attends to in the first, the middle and the last attention.
+"""Where a network looks, by noise level: what a token attends to in the first, the middle and the
+last attention.
 
-    a(i, j) = softmax over j of <q_i, k_j> / sqrt(head_dim),   distance = mean over i of sum over j of a(i, j) |i - j|
+    a(i, j) = softmax over j of <q_i, k_j> / sqrt(head_dim),   distance = mean over i of sum over j
+    of a(i, j) |i - j|
 
-The mean attention distance (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", figure 7) is to attention what
-the size of the kernel is to a convolution.
+The mean attention distance (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", figure 7) is
+to attention what the size of the kernel is to a convolution.
 """
 
 import math
@@ -16,21 +18,28 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from sturdy.evaluation.grids import grid
+from sturdy.encoders.pictures import ImageSet, scaled
 from sturdy.evaluation.levels import Denoising
-from sturdy.evaluation.pictures import Pictures, scaled
 from sturdy.evaluation.report import Report
+from sturdy.sampling.grids import grid
 
 LEVELS = (0.1, 0.4, 1.0, 2.5, 10.0)  # noise to picture, which is in [-1, 1]
-FROM = {"from the centre": (0.5, 0.5), "from the upper left": (0.2, 0.2)}  # parts of the height and of the width
-MEASURED, SHOWN = 8, 2  # pictures
-HEAT = torch.tensor([[38, 20, 96], [142, 40, 122], [226, 84, 74], [252, 168, 56], [255, 246, 166]]).float()
+FROM = {
+    "from the centre": (0.5, 0.5),
+    "from the upper left": (0.2, 0.2),
+}  # parts of the height and of the width
+MEASURED, N_EXAMPLES = 8, 2  # pictures
+HEAT = torch.tensor(
+    [[38, 20, 96], [142, 40, 122], [226, 84, 74], [252, 168, 56], [255, 246, 166]]
+).float()
 TILE, LEFT, TOP, GAP, WIDE = 96, 76, 46, 3, 16  # pixels of the figure
 
 
 @runtime_checkable
 class Attends(Protocol):
-    """An attention that can be looked into, whose tokens are the squares of the image, row by row."""
+    """An attention that can be looked into, whose tokens are the squares of the image, row by
+    row.
+    """
 
     def queries_keys_values(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of the arguments of ``forward``, ``(b, heads, tokens, head_dim)`` each."""
@@ -52,25 +61,41 @@ class Look:
 
 
 def weights(q: Tensor, k: Tensor) -> Tensor:
-    """How much each query attends to each key, ``(..., n, d), (..., m, d) -> (..., n, m)``; rows sum to 1."""
+    """How much each query attends to each key, ``(..., n, d), (..., m, d) -> (..., n, m)``; rows
+    sum to 1.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return torch.softmax(q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    return torch.softmax(
+        q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1
+    )
 
 
 def look(q: Tensor, k: Tensor, height: int, width: int) -> Look | None:
-    """Of queries and keys ``(b, heads, tokens, d)`` of images of this size; None if the tokens are not its squares."""
+    """Of queries and keys ``(b, heads, tokens, d)`` of images of this size; None if the tokens are
+    not its squares.
+    """
     tokens = q.shape[2]
     side = math.isqrt(height * width // tokens)  # of a token, in pixels
     if not side or side**2 * tokens != height * width or height % side:
         return None
     rows, columns = height // side, width // side
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(q.device).float() * side
+    places = (
+        torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).to(q.device).float() * side
+    )
     total = torch.zeros(len(q), device=q.device)
-    for part, there in zip(q.split(64, dim=2), places.split(64), strict=True):  # all queries at once may not fit
+    for part, there in zip(
+        q.split(64, dim=2), places.split(64), strict=True
+    ):  # all queries at once may not fit
         total += (weights(part, k).mean(1) * torch.cdist(there, places)).sum((1, 2))
-    asked = [row * columns + column for row, column in (token(point, rows, columns) for point in FROM.values())]
+    asked = [
+        row * columns + column
+        for row, column in (token(point, rows, columns) for point in FROM.values())
+    ]
     maps = weights(q[:, :, asked], k).mean(1).unflatten(2, (rows, columns))
-    uniform = torch.stack([torch.cdist(there, places).mean(1).sum() for there in places.split(64)]).sum() / tokens
+    uniform = (
+        torch.stack([torch.cdist(there, places).mean(1).sum() for there in places.split(64)]).sum()
+        / tokens
+    )
     return Look(maps.cpu(), (total / tokens).cpu(), uniform.item())
 
 
@@ -81,7 +106,9 @@ def token(point: tuple[float, float], rows: int, columns: int) -> tuple[int, int
 
 @contextmanager
 def watching(layers: Sequence[nn.Module], height: int, width: int) -> Iterator[list[Look]]:
-    """While a network is called on images of this size: a ``Look`` for each call of each of ``layers``."""
+    """While a network is called on images of this size: a ``Look`` for each call of each of
+    ``layers``.
+    """
     looks: list[Look] = []
 
     def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
@@ -97,10 +124,16 @@ def watching(layers: Sequence[nn.Module], height: int, width: int) -> Iterator[l
             hook.remove()
 
 
-def where_it_looks(report: Report, denoising: Denoising, held_out: Pictures) -> None:
-    """A section of maps and distances; none for a network without attention that can be looked into."""
+def attention_section(report: Report, denoising: Denoising, held_out: ImageSet) -> None:
+    """A section of maps and distances; none for a network without attention that can be looked
+    into.
+    """
     network, real = denoising.denoiser, held_out[:MEASURED]
-    found = [m for m in network.modules() if isinstance(m, Attends)] if isinstance(network, nn.Module) else []
+    found = (
+        [m for m in network.modules() if isinstance(m, Attends)]
+        if isinstance(network, nn.Module)
+        else []
+    )
     chosen = sorted({0, (len(found) - 1) // 2, len(found) - 1}) if found else []
     seen, looks = [], []
     for ratio in LEVELS if found else ():
@@ -115,24 +148,41 @@ def where_it_looks(report: Report, denoising: Denoising, held_out: Pictures) -> 
     distances = [[one.distance.mean().item() for one in new] for new in looks]
     report.heading("Where it looks")
     report.text(
-        f"Mean attention distance: how many pixels away is what a token attends to, on average over tokens, heads and "
-        f"{len(real)} held-out images. By noise (sigma / alpha), in the first, the middle and the last attention."
+        f"Mean attention distance: how many pixels away is what a token attends to, on average "
+        f"over tokens, heads and "
+        f"{len(real)} held-out images. By noise (sigma / alpha), in the first, the middle and the "
+        f"last attention."
     )
-    rows = [[f"{ratio:g}", *(f"{d:.2f}" for d in line)] for ratio, line in zip(LEVELS, distances, strict=True)]
+    rows = [
+        [f"{ratio:g}", *(f"{d:.2f}" for d in line)]
+        for ratio, line in zip(LEVELS, distances, strict=True)
+    ]
     report.table(["noise", *names], [*rows, ["all tokens alike", *(f"{u:.2f}" for u in uniform)]])
     by_layer = {name: [line[i] for line in distances] for i, name in enumerate(names)}
-    report.numbers["attention"] = {"noise": list(LEVELS), **by_layer, "uniform": dict(zip(names, uniform, strict=True))}
+    report.numbers["attention"] = {
+        "noise": list(LEVELS),
+        **by_layer,
+        "uniform": dict(zip(names, uniform, strict=True)),
+    }
     caption = (
-        "Held-out images with more and more noise, what is made of them, and on the image without noise what the "
-        "marked token attends to. A map is scaled to its maximum, which stands in its corner: 1 is to all alike"
+        "Held-out images with more and more noise, what is made of them, and on the image without "
+        "noise what the "
+        "marked token attends to. A map is scaled to its maximum, which stands in its corner: 1 is "
+        "to all alike"
     )
-    report.picture("attention.png", figure(scaled(real.pixels[:SHOWN]), seen, looks, names), caption)
+    report.picture(
+        "attention.png", figure(scaled(real.pixels[:N_EXAMPLES]), seen, looks, names), caption
+    )
 
 
 def figure(
-    images: Tensor, seen: Sequence[Sequence[Tensor]], looks: Sequence[Sequence[Look]], names: Sequence[str]
+    images: Tensor,
+    seen: Sequence[Sequence[Tensor]],
+    looks: Sequence[Sequence[Look]],
+    names: Sequence[str],
 ) -> Image.Image:
-    """A block of rows for each of ``images`` ``(n, c, h, w)``, a row a level, a column a layer and token.
+    """A block of rows for each of ``images`` ``(n, c, h, w)``, a row a level, a column a layer and
+    token.
 
     Args:
         seen: for each level, with noise and without it again, ``(n or more, c, h, w)`` each.
@@ -154,9 +204,15 @@ def figure(
     y = TOP
     for i, image in enumerate(images):
         for ratio, pair, layers in zip(LEVELS, seen, looks, strict=True):
-            pen.text((LEFT - 8, y + height / 2), f"noise {ratio:g}", fill="black", font=font, anchor="rm")
+            pen.text(
+                (LEFT - 8, y + height / 2), f"noise {ratio:g}", fill="black", font=font, anchor="rm"
+            )
             row = [tile(part[i]) for part in pair]
-            row += [heat(image, one.maps[i, k], point) for k, point in enumerate(FROM.values()) for one in layers]
+            row += [
+                heat(image, one.maps[i, k], point)
+                for k, point in enumerate(FROM.values())
+                for one in layers
+            ]
             for x, drawn in zip(starts, row, strict=True):
                 page.paste(drawn, (x, y))
             y += height + GAP
@@ -170,14 +226,20 @@ def tile(image: Tensor) -> Image.Image:
 
 
 def heat(image: Tensor, weights: Tensor, point: tuple[float, float]) -> Image.Image:
-    """``image`` ``(c, h, w)`` in grey, and on it ``weights`` ``(rows, columns)`` of the token at ``point``, marked."""
+    """``image`` ``(c, h, w)`` in grey, and on it ``weights`` ``(rows, columns)`` of the token at
+    ``point``, marked.
+    """
     rows, columns = weights.shape
     strength = (weights / weights.max()) ** 0.75
     at = strength * (len(HEAT) - 1)
     low = at.long().clamp(max=len(HEAT) - 2)
-    colour = torch.lerp(HEAT[low], HEAT[low + 1], (at - low)[..., None]).permute(2, 0, 1) / 127.5 - 1
+    colour = (
+        torch.lerp(HEAT[low], HEAT[low + 1], (at - low)[..., None]).permute(2, 0, 1) / 127.5 - 1
+    )
     colour, strength = (
-        x.repeat_interleave(image.shape[1] // rows, -2).repeat_interleave(image.shape[2] // columns, -1)
+        x.repeat_interleave(image.shape[1] // rows, -2).repeat_interleave(
+            image.shape[2] // columns, -1
+        )
         for x in (colour, strength)
     )
     grey = 0.6 * image.mean(0, keepdim=True).expand(3, -1, -1) - 0.3
@@ -187,8 +249,17 @@ def heat(image: Tensor, weights: Tensor, point: tuple[float, float]) -> Image.Im
     left, top = column * width, row * height
     pen.rectangle([left - 1, top - 1, left + width, top + height], outline="black")
     pen.rectangle([left, top, left + width - 1, top + height - 1], outline="white")
-    peak, corner = f"{weights.max().item() * rows * columns:.1f}", (drawn.width - 3, drawn.height - 3)
+    peak, corner = (
+        f"{weights.max().item() * rows * columns:.1f}",
+        (drawn.width - 3, drawn.height - 3),
+    )
     pen.text(
-        corner, peak, fill="white", font=ImageFont.load_default(11), anchor="rb", stroke_width=2, stroke_fill="black"
+        corner,
+        peak,
+        fill="white",
+        font=ImageFont.load_default(11),
+        anchor="rb",
+        stroke_width=2,
+        stroke_fill="black",
     )
     return drawn

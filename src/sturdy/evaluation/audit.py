@@ -1,9 +1,12 @@
-"""Is everything generated as often as it should be? Attributes of samples, as classifiers of real images read them.
+"""Is everything generated as often as it should be? Attributes of samples, as classifiers of real
+images read them.
 
     share of samples that are read as an option   against   its share in truth
 
-Classifiers err too: what they make of held-out images, whose attributes are known, stands beside every figure. And
-between two options no real image tells where one ends: there several readers differ, who were trained from other
+Classifiers err too: what they make of held-out images, whose attributes are known, stands beside
+    every figure. And
+between two options no real image tells where one ends: there several readers differ, who were
+    trained from other
 weights, so a share is their mean, with how far apart they are.
 """
 
@@ -16,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sturdy.evaluation.cached import cached
-from sturdy.evaluation.network import VERSION, Network, Tell, answer, fit
-from sturdy.evaluation.pictures import Pictures
+from sturdy.encoders.cached import cached
+from sturdy.encoders.network import VERSION, Network, Tell, answer, fit
+from sturdy.encoders.pictures import ImageSet
 from sturdy.evaluation.report import Report, percent
 
 Answers = Mapping[str, Tensor]
@@ -32,7 +35,8 @@ class Frequency:
         truth: of the training images; of a class, what was asked for.
         samples: read off the samples by the classifiers, on average.
         read, known: of the held-out images, by the classifiers and in truth.
-        apart: between the classifier that reads it off the samples most often and the one that does so least often.
+        apart: between the classifier that reads it off the samples most often and the one that does
+            so least often.
     """
 
     attribute: str
@@ -55,21 +59,31 @@ class Frequency:
 
 
 def frequencies(
-    options: Mapping[str, Sequence[str]], truth: Answers, samples: Answers, read: Answers, known: Answers
+    options: Mapping[str, Sequence[str]],
+    truth: Answers,
+    samples: Answers,
+    read: Answers,
+    known: Answers,
 ) -> list[Frequency]:
-    """Every option's. ``truth`` and ``known`` are ``(n,)`` an attribute, counted in its ``options``; what was read,
+    """Every option's. ``truth`` and ``known`` are ``(n,)`` an attribute, counted in its
+    ``options``; what was read,
     ``samples`` and ``read``, is ``(readers, n)``."""
     rows = []
     for name, names in options.items():
         each = shares(samples[name], len(names))
         apart = (each.amax(0) - each.amin(0)).tolist()
-        means = [shares(those[name], len(names)).mean(0).tolist() for those in (truth, samples, read, known)]
+        means = [
+            shares(those[name], len(names)).mean(0).tolist()
+            for those in (truth, samples, read, known)
+        ]
         rows += [Frequency(name, *row) for row in zip(names, *means, apart, strict=True)]
     return rows
 
 
 def shares(answers: Tensor, options: int) -> Tensor:
-    """Of each option among ``answers`` ``(n,)`` or ``(readers, n)``: ``(readers, options)`` in float64."""
+    """Of each option among ``answers`` ``(n,)`` or ``(readers, n)``: ``(readers, options)`` in
+    float64.
+    """
     return F.one_hot(torch.atleast_2d(answers), options).double().mean(1)
 
 
@@ -79,12 +93,14 @@ def accuracy(answers: Tensor, right: Tensor) -> float:
 
 
 def by_class(hits: Tensor, labels: Tensor, classes: int) -> list[float]:
-    """The share of ``hits`` ``(n,)`` or ``(readers, n)`` in each class; NaN for a class without pictures."""
+    """The share of ``hits`` ``(n,)`` or ``(readers, n)`` in each class; NaN for a class without
+    pictures.
+    """
     return [hits[..., labels == k].double().mean().item() for k in range(classes)]
 
 
 def classifiers(
-    train: Pictures,
+    train: ImageSet,
     options: Mapping[str, Sequence[str]],
     *,
     count: int,
@@ -93,17 +109,23 @@ def classifiers(
     folder: Path,
     tell: Tell,
 ) -> list[Network]:
-    """``count`` of them, trained to read ``options`` off the training images; arguments as of ``Features.prepare``."""
+    """``count`` of them, trained to read ``options`` off the training images; arguments as of
+    ``Features.prepare``.
+    """
     questions = {name: (train.answers[name], len(names)) for name, names in options.items()}
 
     def trained(seed: int) -> Network:
-        network = Network(train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}).eval()
+        network = Network(
+            train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}
+        ).eval()
 
         def so_far(done: int, total: int) -> None:
             tell(seed * total + done, count * total)
 
         def make() -> dict[str, Tensor]:
-            return fit(train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=so_far).state_dict()
+            return fit(
+                train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=so_far
+            ).state_dict()
 
         depends = (VERSION, seen, sorted(questions), *data)
         network.load_state_dict(cached(folder, f"audit-network-{seed}", depends, make))
@@ -115,13 +137,14 @@ def classifiers(
 def audit(
     report: Report,
     readers: Sequence[Network],
-    samples: Pictures,
-    train: Pictures,
-    held_out: Pictures,
+    samples: ImageSet,
+    train: ImageSet,
+    held_out: ImageSet,
     options: Mapping[str, Sequence[str]],
     labelled: str | None,
 ) -> str:
-    """How often each option comes, and whether samples are of the class asked for; returns the verdict.
+    """How often each option comes, and whether samples are of the class asked for; returns the
+    verdict.
 
     Args:
         readers: as of ``classifiers``.
@@ -132,7 +155,8 @@ def audit(
     trust = {name: accuracy(read[name], held_out.answers[name]) for name in options}
     report.heading("Audit")
     report.text(
-        f"What classifiers trained on the training images ({len(readers)}) read off the samples, on average. Of "
+        f"What classifiers trained on the training images ({len(readers)}) read off the samples, "
+        f"on average. Of "
         f"{len(held_out):,} held-out images they get right: "
         + ", ".join(f"{name} {percent(right)}" for name, right in trust.items())
         + "."
@@ -143,11 +167,14 @@ def audit(
         truth[labelled], names = asked, options[labelled]
         right = accuracy(sampled[labelled], asked)
         each = by_class(sampled[labelled] == asked, asked, len(names))
-        usual = by_class(read[labelled] == held_out.answers[labelled], held_out.answers[labelled], len(names))
+        usual = by_class(
+            read[labelled] == held_out.answers[labelled], held_out.answers[labelled], len(names)
+        )
         counts = torch.bincount(asked, minlength=len(names)).tolist()
         report.numbers["class_accuracy"] = {"all": right, **dict(zip(names, each, strict=True))}
         verdicts.append(
-            f"class accuracy {percent(right)} of {len(samples):,} samples (held-out images: {percent(trust[labelled])})"
+            f"class accuracy {percent(right)} of {len(samples):,} samples (held-out images: "
+            f"{percent(trust[labelled])})"
         )
         rows = zip(names, counts, each, usual, strict=True)
         report.table(
@@ -157,28 +184,37 @@ def audit(
     found = frequencies(options, truth, sampled, read, held_out.answers)
     report.numbers["frequencies"] = [asdict(f) | {"ratio": f.ratio} for f in found]
     report.text(
-        "How often each attribute comes; *difference* (in points) and *ratio* are of samples to the truth, and *apart* "
-        "(in points) are the two classifiers that read it most and least often. Of a perfect model, a quarter would be "
-        f"off by {100 * math.sqrt(0.25 * 0.75 / len(samples)):.1f} points with {len(samples):,} pictures, by "
+        "How often each attribute comes; *difference* (in points) and *ratio* are of samples to "
+        "the truth, and *apart* "
+        "(in points) are the two classifiers that read it most and least often. Of a perfect "
+        "model, a quarter would be "
+        f"off by {100 * math.sqrt(0.25 * 0.75 / len(samples)):.1f} points with {len(samples):,} "
+        f"pictures, by "
         "chance (standard error)."
     )
-    head = "attribute, option, truth, samples, difference, apart, ratio, held-out read, held-out truth"
+    head = (
+        "attribute, option, truth, samples, difference, apart, ratio, held-out read, held-out truth"
+    )
     report.table(head.split(", "), [_row(f) for f in found])
     worst = max(found, key=lambda f: abs(f.difference))
     rarest = min((f for f in found if f.truth), key=lambda f: f.truth)
     differs = f"{worst.difference:+.1f} points (classifiers {100 * worst.apart:.1f} apart)"
     verdicts.append(f"worst frequency: {worst.attribute} {worst.option}, {differs}")
-    verdicts.append(f"rarest: {rarest.attribute} {rarest.option}, {rarest.ratio:.2f} times the truth")
+    verdicts.append(
+        f"rarest: {rarest.attribute} {rarest.option}, {rarest.ratio:.2f} times the truth"
+    )
     return "; ".join(verdicts)
 
 
-def answers(readers: Sequence[Network], pictures: Pictures) -> dict[str, Tensor]:
+def answers(readers: Sequence[Network], pictures: ImageSet) -> dict[str, Tensor]:
     """Of all readers about all pictures, ``(readers, n)`` a question."""
     each = [answer(reader, pictures.pixels) for reader in readers]
     return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
 
 def _row(f: Frequency) -> list[str]:
-    truth, samples, read, known = (percent(share) for share in (f.truth, f.samples, f.read, f.known))
+    truth, samples, read, known = (
+        percent(share) for share in (f.truth, f.samples, f.read, f.known)
+    )
     points = f"{f.difference:+.1f}", f"{100 * f.apart:.1f}"
     return [f.attribute, f.option, truth, samples, *points, f"{f.ratio:.2f}", read, known]

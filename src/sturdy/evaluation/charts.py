@@ -17,7 +17,9 @@ def chart(
     across: str = "",
     size: tuple[int, int] = (720, 400),
 ) -> Image.Image:
-    """``lines`` over ``x``, both on logarithmic scales; values that are not above 0 are left out."""
+    """``lines`` over ``x``, both on logarithmic scales; values that are not above 0 are left
+    out.
+    """
     image = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     values = [v for line in lines.values() for v in line if 0 < v < math.inf] or [1.0]

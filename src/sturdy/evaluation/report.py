@@ -1,4 +1,6 @@
-"""A report that is written as it is found out: Markdown with tables and pictures, and its numbers as JSON."""
+"""A report that is written as it is found out: Markdown with tables and pictures, and its numbers
+as JSON.
+"""
 
 import json
 import math
@@ -9,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from sturdy.evaluation.grids import save_png
+from sturdy.sampling.grids import save_png
 
 
 class Report:
@@ -30,11 +32,16 @@ class Report:
         self.blocks.append(text)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
-        """Add a table and return its text, whose columns are aligned also without being rendered."""
+        """Add a table and return its text, whose columns are aligned also without being
+        rendered.
+        """
         cells = [[_cell(value) for value in row] for row in (head, *rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         cells.insert(1, ["-" * width for width in widths])
-        lines = [f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |" for row in cells]
+        lines = [
+            f"| {' | '.join(c.ljust(w) for c, w in zip(row, widths, strict=True))} |"
+            for row in cells
+        ]
         self.blocks.append("\n".join(lines))
         return self.blocks[-1]
 

@@ -2,7 +2,8 @@
 
     loss = objective - weight mean over positions of cos(project(inner(x_t)), encoder(x_0))
 
-REPA: Yu et al. 2024, "Representation Alignment for Generation", eq. 8. It is training's alone: samples need none of it.
+REPA: Yu et al. 2024, "Representation Alignment for Generation", eq. 8. It is training's alone:
+    samples need none of it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sturdy.evaluation.encoders import Encoder, as_map
+from sturdy.encoders.encoder import Encoder, as_map
 
 
 class Alignment(nn.Module):
@@ -30,11 +31,19 @@ class Alignment(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, *, encoder: Encoder, weight: float = 0.5, depth: int | None = None, hidden: int = 256
+        self,
+        backbone: nn.Module,
+        *,
+        encoder: Encoder,
+        weight: float = 0.5,
+        depth: int | None = None,
+        hidden: int = 256,
     ) -> None:
         super().__init__()
         if weight < 0:
-            raise ValueError(f"alignment.weight={weight} would push the features apart; it must be 0 or more")
+            raise ValueError(
+                f"alignment.weight={weight} would push the features apart; it must be 0 or more"
+            )
         self.weight, self.depth = weight, depth
         self.encoder = encoder.requires_grad_(False).eval()
         _, channels = self._block(backbone)
@@ -48,7 +57,8 @@ class Alignment(nn.Module):
 
     @contextmanager
     def inside(self, backbone: nn.Module) -> Iterator[list[Tensor]]:
-        """A list of what the block gives for each call of ``backbone`` meanwhile, in the graph of that call.
+        """A list of what the block gives for each call of ``backbone`` meanwhile, in the graph of
+        that call.
 
         What is recomputed in a later backward pass is none of these.
         """
@@ -64,7 +74,8 @@ class Alignment(nn.Module):
         """The mean cosine over positions, ``(b,)`` in [-1, 1].
 
         Args:
-            inner: tokens ``(b, n, c)`` or a map ``(b, c, h', w')``; the encoder's map is resized to its grid.
+            inner: tokens ``(b, n, c)`` or a map ``(b, c, h', w')``; the encoder's map is resized to
+                its grid.
             x0: the clean pictures ``(b, 3, h, w)`` in [-1, 1].
 
         Raises:
@@ -73,7 +84,9 @@ class Alignment(nn.Module):
         inner = as_map(inner, x0)  # (b, c, h', w')
         with torch.no_grad():
             seen = as_map(self.encoder(x0), x0).float()
-            seen = F.interpolate(seen, inner.shape[2:], mode="bilinear", antialias=True)  # (b, d, h', w')
+            seen = F.interpolate(
+                seen, inner.shape[2:], mode="bilinear", antialias=True
+            )  # (b, d, h', w')
         if seen.shape[1] != self.encoder.channels:
             raise ValueError(
                 f"the encoder gives {seen.shape[1]} channels, not {self.encoder.channels}: "
@@ -85,7 +98,8 @@ class Alignment(nn.Module):
     def _block(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         if not hasattr(backbone, "inner"):
             raise ValueError(
-                f"{type(backbone).__name__} does not name its blocks, so none can be aligned: give it a method "
+                f"{type(backbone).__name__} does not name its blocks, so none can be aligned: give "
+                f"it a method "
                 f"inner(depth) -> (block, channels), or use alignment=none"
             )
         return backbone.inner(self.depth)  # type: ignore[operator]

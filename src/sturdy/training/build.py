@@ -10,29 +10,33 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+import sturdy.renames  # noqa: F401  (checkpoints of older versions are read by today's names)
+from exact_resume.checkpoint.compare import shape_mismatches
+from exact_resume.checkpoint.store import load_state
+from exact_resume.randomness import reseed
 from sturdy.diffusion.denoiser import Denoiser
-from sturdy.randomness import reseed
-from sturdy.resume.compare import misfits
-from sturdy.resume.store import load_state
 from sturdy.training.module import DiffusionModule
-from sturdy.training.trust import Trust
+from sturdy.trust import Trust
 
 SAMPLING = ("backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING, "objective", "optimizer", "learning_rate", "alignment")
 
 
-def build(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionModule:
+def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionModule:
     """The module of a resolved config, with weights that are a function of its seed.
 
     Args:
-        parts: those to make; with ``SAMPLING`` it has averaged weights to draw with, and cannot be trained.
+        parts: those to make; with ``SAMPLING`` it has averaged weights to draw with, and cannot be
+            trained.
 
     Raises:
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
     made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None}
-    made |= instantiate({name: config.get(name) for name in parts}, _convert_="all")  # at once: an error has the key
+    made |= instantiate(
+        {name: config.get(name) for name in parts}, _convert_="all"
+    )  # at once: an error has the key
     denoiser = Denoiser(made["backbone"], made["schedule"], made["target"], config["num_classes"])
     return DiffusionModule(
         denoiser,
@@ -49,10 +53,12 @@ def build(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionM
 
 
 def _not_made(*args: Any, **options: Any) -> Any:
-    raise RuntimeError("this module was rebuilt to draw with; rebuild(path) makes what training needs, too")
+    raise RuntimeError(
+        "this module was rebuilt to draw with; rebuild(path) makes what training needs, too"
+    )
 
 
-def rebuild(
+def load_module(
     path: str | Path,
     state: Mapping[str, Any] | None = None,
     *,
@@ -63,15 +69,18 @@ def rebuild(
 
     Args:
         state: what is in the file, where it was read already; else it is read here, and verified.
-        trust: packages whose classes the file may name, such as ``["mypackage"]``. ``Trust(runs="runs")`` trusts what
-            the runs there have named in their own training.
-        training: whether it is to be trained. Else objective, optimizer, learning rate and alignment are left out:
-            they need not be installed, nor be trusted.
+        trust: packages whose classes the file may name, such as ``["mypackage"]``.
+            ``Trust(runs="runs")`` trusts what the runs there have named in their own training.
+        training: whether it is to be trained. Else objective, optimizer, learning rate and
+            alignment are left out: they need not be installed, nor be trusted.
 
     Raises:
-        ValueError: if the file holds no config of ours, or its weights are not those of the network that this code
-            makes of it, or a part cannot be made, or it names code that is not trusted: a checkpoint must not choose
-            what is executed. ``DiffusionModule.load_from_checkpoint(path, **modules)`` asks the file for no code.
+        ValueError: if the file holds no config of ours, or its weights are not those of the network
+            that this code
+            makes of it, or a part cannot be made, or it names code that is not trusted: a
+                checkpoint must not choose
+            what is executed. ``DiffusionModule.load_from_checkpoint(path, **modules)`` asks the
+            file for no code.
     """
     state = load_state(Path(path)) if state is None else state
     config = state.get("config")
@@ -80,15 +89,18 @@ def rebuild(
     parts = PARTS if training else SAMPLING
     (trust if isinstance(trust, Trust) else Trust(trust)).check(Path(path), config, parts)
     try:
-        module = build(config, parts)
+        module = build_module(config, parts)
     except InstantiationException as error:
         raise ValueError(f"{path}: {' '.join(str(error.__cause__ or error).split())}") from error
     weights = state["state_dict"]
     if not training:
-        weights = {name: value for name, value in weights.items() if name.startswith(("denoiser.", "ema."))}
-    if odd := misfits(module.state_dict(), weights):
+        weights = {
+            name: value for name, value in weights.items() if name.startswith(("denoiser.", "ema."))
+        }
+    if odd := shape_mismatches(module.state_dict(), weights):
         raise ValueError(
-            f"{path} is of code that builds another network. Use that code, whose commit is in the run's "
+            f"{path} is of code that builds another network. Use that code, whose commit is in the "
+            f"run's "
             f"attempts/*/environment.json, or train anew. What differs: {odd}"
         )
     module.load_state_dict(weights)

@@ -1,10 +1,11 @@
 """The LightningModule: diffusion loss, one optimizer step a batch, EMA.
 
-    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0) [- weight alignment]
+    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0) [-
+    weight alignment]
 
-A global batch is cut into V shards of constant shape, of which each process has a consecutive part. Each is computed
-after the default generator was reseeded from (seed, step, shard), and their gradients are summed on a fixed tree; so
-the bits depend on V and on nothing else.
+A global batch is cut into V shards of constant shape, of which each process has a consecutive part.
+Each is computed after the default generator was reseeded from (seed, step, shard), and their
+gradients are summed on a fixed tree; so the bits depend on V and on nothing else.
 """
 
 import logging
@@ -16,20 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from exact_resume.checkpoint.store import FORMAT, CheckpointLoadError
+from exact_resume.distributed import all_gather_object, rank, world_size
+from exact_resume.randomness import Draws, key, reseed
+from exact_resume.reduction import GradientReducer, TreeSum, no_reduce
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
-from sturdy.randomness import Draws, key, reseed
-from sturdy.resume.reduction import Sum, Tree, alone
-from sturdy.resume.store import FORMAT, Unloadable
-from sturdy.resume.world import gather, rank, size
 from sturdy.training.ema import EMA
-from sturdy.training.match import (
+from sturdy.training.match_weights import (
     Match,
     backbone_changes,
     class_change,
-    few,
     match,
     moved_rows,
+    shorten,
     state_by_rows,
 )
 from sturdy.training.optim import (
@@ -54,8 +55,9 @@ log = logging.getLogger(__name__)
 class DiffusionModule(L.LightningModule):
     """Trains ``denoiser`` on ``objective``.
 
-    Batches are tuples ``(image, label, positions)``: ``(b, c, h, w)`` in [-1, 1], ``(b,)`` int64, and the ``b``
-    global positions as integers on the CPU; a fourth, ``(b, k)``, tells the network how the images were augmented.
+    Batches are tuples ``(image, label, positions)``: ``(b, c, h, w)`` in [-1, 1], ``(b,)`` int64,
+    and the ``b`` global positions as integers on the CPU; a fourth, ``(b, k)``, tells the network
+    how the images were augmented.
 
     Args:
         optimizer: called with parameter groups.
@@ -64,10 +66,12 @@ class DiffusionModule(L.LightningModule):
         alignment: called with the backbone; None for none.
         clip: largest norm of the gradient; ``inf`` only measures it.
         seed, shards: see the module's equation.
-        config: the resolved config as primitives; kept in every checkpoint so that it rebuilds alone.
+        config: the resolved config as primitives; kept in every checkpoint so that it rebuilds
+            alone.
 
     Attributes:
-        initial: ``path`` and ``sha256`` of the checkpoint that the run began from; None if it began from none.
+        initial: ``path`` and ``sha256`` of the checkpoint that the run began from; None if it began
+            from none.
     """
 
     def __init__(
@@ -85,17 +89,23 @@ class DiffusionModule(L.LightningModule):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False  # Lightning's accumulation is a left fold; ours is a tree
+        self.automatic_optimization = (
+            False  # Lightning's accumulation is a left fold; ours is a tree
+        )
         self.denoiser = denoiser
         self.ema = ema(denoiser)
         self.alignment = alignment(denoiser.backbone) if alignment else None
-        self.objective, self.make_optimizer, self.learning_rate = objective, optimizer, learning_rate
+        self.objective, self.make_optimizer, self.learning_rate = (
+            objective,
+            optimizer,
+            learning_rate,
+        )
         self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
-        self.sum: Sum = alone  # over processes
+        self.sum: GradientReducer = no_reduce  # over processes
         self.initial: dict[str, Any] | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        tree = Tree()
+        tree = TreeSum()
         for shard, *samples in self.shards_of(batch):
             gradients, terms = self.gradients(shard, *samples)
             tree.push([*gradients, torch.stack(list(terms.values()))])
@@ -104,20 +114,32 @@ class DiffusionModule(L.LightningModule):
         return dict(zip(terms, means, strict=True)) | {"grad_norm": self._optimizer_step(gradients)}
 
     def on_validation_epoch_start(self) -> None:
-        self.held_out: dict[int, Tensor] = {}  # loss of each image, by the first position of its batch
+        self.held_out: dict[
+            int, Tensor
+        ] = {}  # loss of each image, by the first position of its batch
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The EMA's loss, each held-out image always with the same noise and time, so that steps compare."""
+        """The EMA's loss, each held-out image always with the same noise and time, so that steps
+        compare.
+        """
         x0, label, positions, *_ = batch
         draws = Draws(key(self.seed, "validation"), positions)
-        self.held_out[int(positions[0])] = self.objective(cast(Denoiser, self.ema.model), x0, label, draws)
+        self.held_out[int(positions[0])] = self.objective(
+            cast(Denoiser, self.ema.model), x0, label, draws
+        )
 
     def on_validation_epoch_end(self) -> None:
         """The mean over all held-out images in their order, whichever process computed which."""
         computed: dict[int, Tensor] = {}
-        for part in gather({first: loss.float().cpu() for first, loss in self.held_out.items()}):
+        for part in all_gather_object(
+            {first: loss.float().cpu() for first, loss in self.held_out.items()}
+        ):
             computed |= part
-        self.log("val/loss", torch.cat([computed[first] for first in sorted(computed)]).mean(), logger=False)
+        self.log(
+            "val/loss",
+            torch.cat([computed[first] for first in sorted(computed)]).mean(),
+            logger=False,
+        )
 
     def configure_model(self) -> None:
         """Lightning's place to cut parameters into parts; the averages like what they average."""
@@ -131,78 +153,116 @@ class DiffusionModule(L.LightningModule):
 
     def trained(self) -> list[nn.Parameter]:
         """In the order in which their gradients are summed."""
-        return [*self.denoiser.parameters(), *(self.alignment.project.parameters() if self.alignment else ())]
+        return [
+            *self.denoiser.parameters(),
+            *(self.alignment.project.parameters() if self.alignment else ()),
+        ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Optimizer state by parameter name, and the config that rebuilds this module.
 
         Raises:
-            FloatingPointError: if the weights have diverged; the checkpoints before they did are worth more.
+            FloatingPointError: if the weights have diverged; the checkpoints before they did are
+                worth more.
         """
         if not all(local(p).isfinite().all() for p in self.trained()):
             raise FloatingPointError(
-                f"the weights are not finite at step {self.global_step}, and are not saved. See train/grad_norm in "
+                f"the weights are not finite at step {self.global_step}, and are not saved. See "
+                f"train/grad_norm in "
                 f"metrics.csv; lower optimizer.lr or clip, and continue with ckpt_path=last"
             )
         optimizer = self.optimizers(use_pl_optimizer=False)
         names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
-        checkpoint["optimizer_states"] = [state_by_name(s, names) for s in checkpoint["optimizer_states"]]
+        checkpoint["optimizer_states"] = [
+            state_by_name(s, names) for s in checkpoint["optimizer_states"]
+        ]
         checkpoint |= {"config": self.config, "format": FORMAT}
         if self.initial:
             checkpoint["init_from"] = self.initial
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit the checkpoint to this module, which the user may have changed on purpose, and say what that means.
+        """Fit the checkpoint to this module, which the user may have changed on purpose, and say
+        what that means.
 
-        Label tables and their optimizer state follow the names of the classes. Another optimizer begins with an empty
-        state. What was aligned and no longer is leaves its projection and its encoder behind.
+        Label tables and their optimizer state follow the names of the classes. Another optimizer
+        begins with an empty state. What was aligned and no longer is leaves its projection and its
+        encoder behind.
 
         Raises:
-            Unloadable: if its weights are not those of this network, naming the first that differ.
+            CheckpointLoadError: if its weights are not those of this network, naming the first that
+                differ.
         """
         if self.alignment is None:
             without(checkpoint, "alignment.")
         then, now = checkpoint.get("config") or {}, self.config or {}
         self.initial = checkpoint.get("init_from")
-        weights, told = checkpoint.get("state_dict"), []  # not there where fsdp2 has loaded them already
+        weights, told = (
+            checkpoint.get("state_dict"),
+            [],
+        )  # not there where fsdp2 has loaded them already
         if weights:
             found = match(self, weights, then, now)
             if found.odd:
-                keys = f". What changed: {few(changes)}" if (changes := backbone_changes(then, now)) else ""
-                raise Unloadable(
-                    f"the checkpoint is of another network than backbone, ema or code are now of: {few(found.odd)}"
+                keys = (
+                    f". What changed: {shorten(changes)}"
+                    if (changes := backbone_changes(then, now))
+                    else ""
+                )
+                raise CheckpointLoadError(
+                    f"the checkpoint is of another network than backbone, ema or code are now of: "
+                    f"{shorten(found.odd)}"
                     f"{keys}. Undo the change, or begin another run: name=..."
                 )
             checkpoint["state_dict"] = found.weights
-            self._follow_classes(checkpoint.get("optimizer_states", ()), weights, found, moved_rows(then, now))
-            told = [class_change(then, now), f"new here: {few(found.new)}" if found.new else None]
+            self._follow_classes(
+                checkpoint.get("optimizer_states", ()), weights, found, moved_rows(then, now)
+            )
+            told = [
+                class_change(then, now),
+                f"new here: {shorten(found.new)}" if found.new else None,
+            ]
         if "optimizer_states" in checkpoint:
             names = names_in_order(self, parameter_groups(self))
             fresh = state_by_name(self.configure_optimizers().state_dict(), names)
-            states = [continued(s, fresh, self.make_optimizer, then, now) for s in checkpoint["optimizer_states"]]
+            states = [
+                continued(s, fresh, self.make_optimizer, then, now)
+                for s in checkpoint["optimizer_states"]
+            ]
             checkpoint["optimizer_states"] = [state_by_index(state, names) for state, _ in states]
             told += [line for _, line in states]
         told.append(rate_change(then, now, checkpoint.get("global_step", 0)))
         for line in filter(None, told) if rank() == 0 else ():
             log.info(line)
 
-    def _follow_classes(self, states: Any, weights: Mapping[str, Tensor], found: Match, rows: list[int | None]) -> None:
-        """Move rows of the optimizer states by name like those of the label tables, and drop what is not taken."""
+    def _follow_classes(
+        self, states: Any, weights: Mapping[str, Tensor], found: Match, rows: list[int | None]
+    ) -> None:
+        """Move rows of the optimizer states by name like those of the label tables, and drop what
+        is not taken.
+        """
         for state in states:
-            kept = {name: values for name, values in state["state"].items() if name not in found.left}
-            moved = {name: state_by_rows(kept[name], weights[name], rows) for name in found.tables if name in kept}
+            kept = {
+                name: values for name, values in state["state"].items() if name not in found.left
+            }
+            moved = {
+                name: state_by_rows(kept[name], weights[name], rows)
+                for name in found.tables
+                if name in kept
+            }
             state["state"] = kept | moved
 
     def shards_of(self, batch: Any) -> Iterator[tuple[Any, ...]]:
         """Those of this process: number, and a part of each of the values of ``batch``."""
-        mine = self.shards // size()
+        mine = self.shards // world_size()
         b = len(batch[0]) // mine
         for i in range(mine):
             part = slice(i * b, (i + 1) * b)
             yield rank() * mine + i, *(values[part] for values in batch)
 
     def gradients(self, shard: int, *samples: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Of a shard's loss by each of ``trained()``, taken out of ``.grad``, and the means that are recorded of it."""
+        """Of a shard's loss by each of ``trained()``, taken out of ``.grad``, and the means that
+        are recorded of it.
+        """
         reseed(self.seed, "shard", self.global_step, shard)
         loss, means = self._loss(*samples)
         self.manual_backward(loss)
@@ -212,7 +272,9 @@ class DiffusionModule(L.LightningModule):
             p.grad = None
         return gradients, means
 
-    def _loss(self, x0: Tensor, label: Tensor, positions: Any, *condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, x0: Tensor, label: Tensor, positions: Any, *condition: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised on a shard, ``()``, and the means that are recorded of it."""
         draws = Draws(self.seed, positions)
         if self.alignment is None:

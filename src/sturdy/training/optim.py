@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sturdy.resume.store import assert_primitive
+from exact_resume.checkpoint.store import assert_primitive
 
 
 class LearningRate(Protocol):
-    """A factor on the optimizer's ``lr``, a function of the step alone: there is no state to save."""
+    """A factor on the optimizer's ``lr``, a function of the step alone: there is no state to
+    save.
+    """
 
     def __call__(self, step: int) -> float: ...
 
@@ -40,7 +42,8 @@ class Linear:
 
 
 class Cosine:
-    """Linear warm-up to 1 over ``warmup`` steps, then half a cosine down to ``end`` at ``max_steps``.
+    """Linear warm-up to 1 over ``warmup`` steps, then half a cosine down to ``end`` at
+    ``max_steps``.
 
     Source: Loshchilov & Hutter 2017, "SGDR", eq. 5, without restarts.
     """
@@ -54,9 +57,11 @@ class Cosine:
 
 
 class InverseSquareRoot:
-    """Linear warm-up to 1 over ``warmup`` steps, constant up to ``flat``, then sqrt(flat / step): it has no end.
+    """Linear warm-up to 1 over ``warmup`` steps, constant up to ``flat``, then sqrt(flat / step):
+    it has no end.
 
-    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2).
+    Source: Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"
+        (EDM2).
     """
 
     def __init__(self, *, warmup: int = 100, flat: int = 1000) -> None:
@@ -69,15 +74,22 @@ class InverseSquareRoot:
 
 
 class WarmupStableDecay:
-    """Linear warm-up to 1 over ``warmup`` steps, constant, then in the last share ``decay`` of steps down to ``end``.
+    """Linear warm-up to 1 over ``warmup`` steps, constant, then in the last share ``decay`` of
+    steps down to ``end``.
 
-    It falls like 1 - sqrt(x), x from 0 to 1, the best cooldown of Hägele et al. 2024, "Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations"; the three phases are MiniCPM's (Hu et al. 2024).
+    It falls like 1 - sqrt(x), x from 0 to 1, the best cooldown of Hägele et al. 2024, "Scaling Laws
+    and Compute-Optimal Training Beyond Fixed Training Durations"; the three phases are MiniCPM's
+    (Hu et al. 2024).
     """
 
-    def __init__(self, *, max_steps: int, warmup: int = 100, decay: float = 0.2, end: float = 0.0) -> None:
+    def __init__(
+        self, *, max_steps: int, warmup: int = 100, decay: float = 0.2, end: float = 0.0
+    ) -> None:
         if not 0 <= decay <= 1:
-            raise ValueError(f"learning_rate.decay={decay} is a share of the steps: it must be a number from 0 to 1")
+            raise ValueError(
+                f"learning_rate.decay={decay} is a share of the steps: it must be a number from 0 "
+                f"to 1"
+            )
         self.warmup, self.max_steps, self.decay, self.end = warmup, max_steps, decay, end
 
     def __call__(self, step: int) -> float:
@@ -86,7 +98,9 @@ class WarmupStableDecay:
 
 
 def warmed(step: int, warmup: int, rate: float) -> float:
-    """``rate``, or less in the first ``warmup`` steps, on a line that reaches 1 with the last of them."""
+    """``rate``, or less in the first ``warmup`` steps, on a line that reaches 1 with the last of
+    them.
+    """
     return min(1.0, (step + 1) / max(1, warmup), rate)
 
 
@@ -96,7 +110,9 @@ def left(step: int, start: float, end: float) -> float:
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only, not for biases, gains and embeddings of one dimension."""
+    """Weight decay for matrices and kernels only, not for biases, gains and embeddings of one
+    dimension.
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1]},
@@ -111,15 +127,21 @@ def names_in_order(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> li
 
 
 def state_by_name(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """An optimizer's ``state_dict`` keyed by parameter name, the layout of torch.distributed.checkpoint."""
+    """An optimizer's ``state_dict`` keyed by parameter name, the layout of
+    torch.distributed.checkpoint.
+    """
     return {
         "state": {names[i]: values for i, values in state["state"].items()},
-        "param_groups": [g | {"params": [names[i] for i in g["params"]]} for g in state["param_groups"]],
+        "param_groups": [
+            g | {"params": [names[i] for i in g["params"]]} for g in state["param_groups"]
+        ],
     }
 
 
 def without(checkpoint: dict[str, Any], prefix: str) -> None:
-    """Take the parameters and buffers of which the names begin so out of it, and their optimizer state by name."""
+    """Take the parameters and buffers of which the names begin so out of it, and their optimizer
+    state by name.
+    """
     weights = checkpoint.get("state_dict", {})  # a sharded model's are loaded elsewhere
     for name in [name for name in weights if name.startswith(prefix)]:
         del weights[name]
@@ -139,17 +161,24 @@ def state_by_index(state: Mapping[str, Any], names: list[str]) -> dict[str, Any]
     stored = {name for g in state["param_groups"] for name in g["params"]}
     if stored != set(names):
         odd = sorted(stored ^ set(names))
-        raise ValueError(f"the optimizer state is of another network; parameters that differ: {', '.join(odd[:5])}")
+        raise ValueError(
+            f"the optimizer state is of another network; parameters that differ: "
+            f"{', '.join(odd[:5])}"
+        )
     return {
         "state": {index[name]: values for name, values in state["state"].items()},
-        "param_groups": [g | {"params": [index[n] for n in g["params"]]} for g in state["param_groups"]],
+        "param_groups": [
+            g | {"params": [index[n] for n in g["params"]]} for g in state["param_groups"]
+        ],
     }
 
 
 def rate_change(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> str | None:
-    """Return a sentence on the learning rate at ``step`` under two configs; None if it is equal, or not known.
+    """Return a sentence on the learning rate at ``step`` under two configs; None if it is equal, or
+    not known.
 
-    It is known where both configs name a class of this module; no other code that a checkpoint names is run.
+    It is known where both configs name a class of this module; no other code that a checkpoint
+    names is run.
     """
     rates = [_rate(config, step) for config in (then, now)]
     if None in rates or rates[0] == rates[1]:
@@ -160,7 +189,10 @@ def rate_change(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> s
 def _rate(config: Mapping[str, Any], step: int) -> float | None:
     options = dict(config.get("learning_rate") or {})
     module, _, name = str(options.pop("_target_", "")).rpartition(".")
-    kinds = {kind.__name__: kind for kind in (Constant, Linear, Cosine, InverseSquareRoot, WarmupStableDecay)}
+    kinds = {
+        kind.__name__: kind
+        for kind in (Constant, Linear, Cosine, InverseSquareRoot, WarmupStableDecay)
+    }
     rate = (config.get("optimizer") or {}).get("lr")
     if module != __name__ or name not in kinds or rate is None:
         return None
@@ -171,7 +203,9 @@ def _rate(config: Mapping[str, Any], step: int) -> float | None:
 
 
 def kept_state(make: Callable[..., Optimizer]) -> dict[str, Any] | None:
-    """Return what the optimizer keeps for a matrix after its first step; None if it cannot take one here."""
+    """Return what the optimizer keeps for a matrix after its first step; None if it cannot take one
+    here.
+    """
     network = nn.ParameterList([torch.ones(4, 4), torch.ones(4)])
     for p in network.parameters():
         p.grad = torch.ones_like(p)
@@ -187,7 +221,8 @@ def try_out(make: Callable[..., Optimizer], module: nn.Module) -> None:
     """Make the optimizer of ``module`` once, before any training, and look at what it keeps.
 
     Raises:
-        ValueError: if its constructor refuses, or it keeps more than tensors and primitives, naming the key.
+        ValueError: if its constructor refuses, or it keeps more than tensors and primitives, naming
+            the key.
     """
     kind = getattr(make, "func", make)
     key = f"optimizer {kind.__module__}.{kind.__qualname__}"
@@ -208,10 +243,12 @@ def continued(
     then: Mapping[str, Any],
     now: Mapping[str, Any],
 ) -> tuple[dict[str, Any], str | None]:
-    """Return the state by name that an optimizer goes on from, and a sentence if the stored one is not of its kind.
+    """Return the state by name that an optimizer goes on from, and a sentence if the stored one is
+    not of its kind.
 
-    Parameters that are new begin with what ``fresh`` has for them. Where the options are the same, the groups are the
-    stored ones, as some optimizers count in them; where they were changed, they are the fresh ones.
+    Parameters that are new begin with what ``fresh`` has for them. Where the options are the same,
+    the groups are the stored ones, as some optimizers count in them; where they were changed, they
+    are the fresh ones.
 
     Args:
         stored: of a checkpoint, whose config is ``then``.
@@ -224,7 +261,9 @@ def continued(
     kept = [set(values) for values in stored["state"].values()]
     if kept and (missing := set(kept_state(make) or ()).difference(*kept)):
         lacks = ", ".join(sorted(missing))
-        return dict(fresh), f"the optimizer of the checkpoint kept no {lacks}: it begins with an empty state"
+        return dict(
+            fresh
+        ), f"the optimizer of the checkpoint kept no {lacks}: it begins with an empty state"
     states, same = fresh["state"] | stored["state"], bool(new) and old == new
     names = {name for group in fresh["param_groups"] for name in group["params"]}
     groups = [
@@ -249,7 +288,9 @@ def load_exactly(optimizer: Optimizer) -> Optimizer:
         parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
             if number in given["state"]:
-                optimizer.state[parameter] = _as_saved(optimizer.state[parameter], given["state"][number])
+                optimizer.state[parameter] = _as_saved(
+                    optimizer.state[parameter], given["state"][number]
+                )
         given.clear()
 
     optimizer.register_load_state_dict_pre_hook(remember)

@@ -1,14 +1,18 @@
-"""Stops a run that gets no better; what it has seen is in ``metrics.csv``, so a resumed run stops at the same step."""
+"""Stops a run that gets no better; what it has seen is in ``metrics.csv``, so a resumed run stops
+at the same step.
+"""
 
+import logging
 import math
 from collections.abc import Mapping
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sturdy.resume import world
-from sturdy.training.attempt import CONSOLE
-from sturdy.training.loggers.metrics_file import MetricsFile
+from exact_resume import distributed
+from exact_resume.metrics import MetricsCSV
+
+log = logging.getLogger(__name__)
 
 
 class EarlyStopping(Callback):
@@ -16,12 +20,17 @@ class EarlyStopping(Callback):
 
     Args:
         patience: None for never.
-        monitor: a metric of the validation; ``mode`` says whether small (``min``) or large (``max``) is good.
+        monitor: a metric of the validation; ``mode`` says whether small (``min``) or large
+            (``max``) is good.
     """
 
-    def __init__(self, *, patience: int | None = None, monitor: str = "val/loss", mode: str = "min") -> None:
+    def __init__(
+        self, *, patience: int | None = None, monitor: str = "val/loss", mode: str = "min"
+    ) -> None:
         if patience is not None and patience < 1:
-            raise ValueError(f"callbacks.early_stopping.patience={patience} must be at least 1, or null")
+            raise ValueError(
+                f"callbacks.early_stopping.patience={patience} must be at least 1, or null"
+            )
         if mode not in ("min", "max"):
             raise ValueError(f"callbacks.early_stopping.mode={mode} must be min or max")
         self.patience, self.monitor, self.sign = patience, monitor, 1 if mode == "min" else -1
@@ -42,10 +51,14 @@ class EarlyStopping(Callback):
         if self.patience is None:
             return
         file = trainer.logger
-        assert isinstance(file, MetricsFile)
-        if world.decide(lambda: self.stale(file.column(self.monitor))) >= self.patience:
+        assert isinstance(file, MetricsCSV)
+        if (
+            distributed.run_on_rank_zero(lambda: self.stale(file.column(self.monitor)))
+            >= self.patience
+        ):
             trainer.should_stop = True
-            if world.rank() == 0:
-                CONSOLE.info(
-                    f"step {trainer.global_step}: {self.monitor} was no better {self.patience} times; stopping"
+            if distributed.rank() == 0:
+                log.info(
+                    f"step {trainer.global_step}: {self.monitor} was no better {self.patience} "
+                    f"times; stopping"
                 )

@@ -31,12 +31,20 @@ class Progress(Callback):
             self._open_bar(trainer)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         now, step = time.monotonic(), trainer.global_step
         self.window.append((now, step))
         self.losses.append(outputs["loss"])
-        if now - self.shown < (self.refresh if self.terminal else self.line_every) and step < trainer.max_steps:
+        if (
+            now - self.shown < (self.refresh if self.terminal else self.line_every)
+            and step < trainer.max_steps
+        ):
             return
         (then, before), self.shown = self.window[0], now
         rate = (step - before) / max(now - then, 1e-9)
@@ -59,15 +67,21 @@ class Progress(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close_bar()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         self._close_bar()
 
     def _open_bar(self, trainer: L.Trainer) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        self.bar = Bar(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-        self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, text="")
+        self.bar = Bar(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}")
+        )
+        self.task = self.bar.add_task(
+            "", total=trainer.max_steps, completed=trainer.global_step, text=""
+        )
         self.bar.start()
 
     def _close_bar(self) -> None:

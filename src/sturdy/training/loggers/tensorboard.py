@@ -1,6 +1,8 @@
-"""TensorBoard's event files, in ``runs/<name>/tensorboard``: one file, written anew from ``metrics.csv`` at each start.
+"""TensorBoard's event files, in ``runs/<name>/tensorboard``: one file, written anew from
+``metrics.csv`` at each start.
 
-Events are framed and appended here, without a thread between, so that a kill loses no row but the last step's.
+Events are framed and appended here, without a thread between, so that a kill loses no row but the
+last step's.
 """
 
 import os
@@ -11,10 +13,10 @@ from typing import Any
 
 from PIL import Image
 
-from sturdy.training.loggers.mirror import Mirror
+from exact_resume.replay import ReplayLogger
 
 
-class Tensorboard(Mirror):
+class Tensorboard(ReplayLogger):
     """Scalars and sample grids in ``directory``; look at them with ``tensorboard --logdir runs``.
 
     Raises:
@@ -28,8 +30,14 @@ class Tensorboard(Mirror):
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError as error:
             how = "pip install 'sturdy-diffusion[tensorboard]'"
-            raise ImportError(f"logger=tensorboard needs the package tensorboard: {how} ({error})") from error
-        self.event, self.summary, self.record_writer = event_pb2.Event, summary_pb2.Summary, RecordWriter
+            raise ImportError(
+                f"logger=tensorboard needs the package tensorboard: {how} ({error})"
+            ) from error
+        self.event, self.summary, self.record_writer = (
+            event_pb2.Event,
+            summary_pb2.Summary,
+            RecordWriter,
+        )
         self.directory = Path(directory)
         self.writer: Any = None
 
@@ -45,7 +53,9 @@ class Tensorboard(Mirror):
         for file in self.older:
             file.unlink()
 
-    def write(self, step: int, values: Mapping[str, float], pictures: Mapping[str, list[str]]) -> None:
+    def write(
+        self, step: int, values: Mapping[str, float], pictures: Mapping[str, list[str]]
+    ) -> None:
         summary = [self.summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         for key, paths in pictures.items():
             for i, path in enumerate(paths):
@@ -60,7 +70,9 @@ class Tensorboard(Mirror):
     def _picture(self, tag: str, path: Path) -> Any:
         with Image.open(path) as image:
             width, height = image.size
-        encoded = self.summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+        encoded = self.summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes()
+        )
         return self.summary.Value(tag=tag, image=encoded)
 
     def _append(self, **event: Any) -> None:

@@ -1,0 +1,45 @@
+"""The exceptions of the template, and how an error of a class gets the key of the config."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import InstantiationException
+
+from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
+from exact_resume.failures import is_out_of_memory
+
+
+class ConfigError(Exception):
+    """Settings, data or parts cannot be used as configured; nothing was trained."""
+
+
+def describe(error: Exception) -> str:
+    """Return what is wrong, with the config key that Hydra was instantiating.
+
+    A message that begins with ``argument=`` becomes ``key.argument=``, any other ``key: message``.
+    """
+    cause = error.__cause__ or error
+    found = re.search(r"full_key: (\S+)", str(error))
+    message = str(cause)
+    if not found or re.search(rf"\b{re.escape(found[1])}\b", message):
+        return message
+    return f"{found[1]}.{message}" if re.match(r"\w+=", message) else f"{found[1]}: {message}"
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Turn what building a part raises about its arguments into ``ConfigError``.
+
+    Raises:
+        ConfigError: a supervisor does not try again.
+        OSError: for a failure that may pass, such as a network disk that is away.
+    """
+    try:
+        yield
+    except (InstantiationException, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        transient = isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
+        if transient or is_out_of_memory(cause):
+            raise cause from None
+        raise ConfigError(describe(error)) from error
