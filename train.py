@@ -11,5 +11,5 @@ if __name__ == "__main__":
     )
 
     run_script(
-        Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.launch:train"
+        Path(__file__).resolve().parent / "conf" / "train.yaml", "sturdy.training.run:train"
     )

@@ -17,7 +17,8 @@ from sturdy.cli.main import UsageError, compose_run
 from sturdy.cli.overrides import flatten
 from sturdy.cli.quoting import readable, split
 from sturdy.cli.sweep import plan
-from sturdy.training.launch import ConfigError, check_settings, local_world_size
+from sturdy.errors import ConfigError
+from sturdy.training.settings import check_settings, local_world_size
 
 
 def composed(script, *words):

@@ -19,8 +19,8 @@ from exact_resume.checkpoint.store import (
     step_dirname,
 )
 from exact_resume.code_hash import code_hashes
-from exact_resume.fingerprint import Fingerprint, compare, describe_stack
-from exact_resume.scores import scores_of
+from exact_resume.fingerprint import Fingerprint, describe_stack
+from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
 
 USAGE = "usage: python -m exact_resume status|verify runs/NAME"
 ROW = "{:>10}  {:>7}  {:>11}  {:8}  {:>10}  {}"
@@ -75,7 +75,7 @@ def table(
 ) -> None:
     """A line a checkpoint: age, size, score, and whether it is the newest or the best."""
     last = max(whole, default=None)
-    monitor, mode, found = scores_of(run, store)
+    monitor, mode, found = monitored_scores(run, store)
     scores, sign = (
         {step: score for step, score in found.items() if math.isfinite(score)},
         1 if mode == "min" else -1,
@@ -144,9 +144,8 @@ def _promise(step: int, manifest: Mapping[str, Any]) -> str:
     code = code_hashes(
         then.get("code", ()), leave_out=["*"]
     )  # of the same modules, whatever imports them now
-    guarantee = compare(
-        then, Fingerprint(dict(config), then["data"], code, here), ignore=(), rounding=()
-    )
+    now = Fingerprint(dict(config), then["data"], code, here)
+    guarantee = compare_fingerprints(then, now, Rules())
     reasons = "; ".join(guarantee.reasons[:10]) + ("; ..." if len(guarantee.reasons) > 10 else "")
     if guarantee.level == "refused":
         return f"the same command would refuse to resume from step {step}, and ckpt_path=last would do it: {reasons}"

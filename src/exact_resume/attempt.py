@@ -1,6 +1,4 @@
-"""What each start of a run leaves behind: ``attempts/001/`` with config, overrides, environment and
-log.
-"""
+"""What each start of a run leaves in ``attempts/001/``: config, environment and log."""
 
 import io
 import json
@@ -13,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ import yaml
 
 from exact_resume.fingerprint import Fingerprint
 
-LOGGERS = [logging.getLogger(name) for name in ("exact_resume", "sturdy", "examples")]
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
 
-# Said by libraries of things that are so on purpose here.
+# Warnings of libraries about settings that were chosen deliberately.
 IGNORED_WARNINGS = (
     r".*does not have many workers.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
@@ -34,38 +33,25 @@ IGNORED_WARNINGS = (
     r".*resuming from a checkpoint that ended before the epoch ended.*",
     r".*The dirpath has changed from.*",
     r".*GPU available but not used.*",
-    # a supervisor or torchrun, or one process
-    r".*The `srun` command is available on your system but is not used.*",
-    r".*sync_dist=True.*",  # the mean is over all processes already
+    r".*`srun` command is available on your system but is not used.*",
+    r".*sync_dist=True.*",
     r"Found .* module.* in eval mode at the start of training.*",
-    r"The `srun` command is available on your system but is not used.*",
 )
 
 
-def next_attempt(run: Path) -> Path:
-    """Make the next ``attempts/NNN``."""
-    numbers = [int(p.name) for p in (run / "attempts").glob("*") if p.name.isdigit()]
-    directory = run / "attempts" / f"{max(numbers, default=0) + 1:03}"
-    directory.mkdir(parents=True)
-    return directory
+def configure_logging(
+    directory: Path, rank: int, packages: Sequence[str] = ("exact_resume",)
+) -> None:
+    """Send the log of ``packages`` to the attempt's directory, and that of rank 0 to the console.
 
-
-def configure_logging(directory: Path, rank: int) -> None:
-    """Send the log there, and to the console; other processes than rank 0 only there, if they have
-    something to say.
+    Other ranks than 0 make a file only if they have something to say.
     """
-    file = logging.FileHandler(
-        directory / (f"log-rank{rank}.txt" if rank else "log.txt"), delay=rank > 0
-    )
+    name = f"log-rank{rank}.txt" if rank else "log.txt"
+    file = logging.FileHandler(directory / name, delay=rank > 0)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal of ASCII would lose lines with other letters
-    console = logging.StreamHandler(sys.stdout)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(logging.INFO)  # tracebacks of what is told in a line are for the file
-    for logger in LOGGERS:
+    console = _console_handler()
+    for package in packages:
+        logger = logging.getLogger(package)
         logger.handlers = [file] if rank else [console, file]
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
@@ -73,9 +59,7 @@ def configure_logging(directory: Path, rank: int) -> None:
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
         logging.getLogger(library).handlers = [file]
-    profilers = logging.getLogger(
-        "lightning.pytorch.profilers"
-    )  # what they say at the end was asked for
+    profilers = logging.getLogger("lightning.pytorch.profilers")  # the user asked for their report
     profilers.setLevel(logging.INFO)
     profilers.handlers = [] if rank else [console]
     for message in IGNORED_WARNINGS:
@@ -85,57 +69,60 @@ def configure_logging(directory: Path, rank: int) -> None:
 def describe_attempt(
     directory: Path, config: Mapping[str, Any], overrides: list[str], now: Fingerprint
 ) -> None:
-    """Write the resolved config, the overrides, the environment and what the fingerprint knows of
-    data and code.
-    """
-    (directory / "config.yaml").write_text(
-        yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    )
+    """Write the resolved config, and the overrides, environment, data digest and code hashes."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    (directory / CONFIG).write_text(text)
+    distributions = [distribution.metadata for distribution in metadata.distributions()]
+    versions = sorted((entry["Name"], entry["Version"]) for entry in distributions)
     environment = {
         "start": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": sys.argv,
         "overrides": overrides,
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "git": _git(),
+        "git": _git_state(),
         "data": now.data,
         "code": now.code,
         "stack": now.stack,
         "hardware": _hardware(),
-        "packages": dict(
-            sorted(
-                (m["Name"], m["Version"]) for m in (d.metadata for d in metadata.distributions())
-            )
-        ),
+        "packages": dict(versions),
     }
-    (directory / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    (directory / ENVIRONMENT).write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def _console_handler() -> logging.Handler:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # An ASCII terminal would lose lines with other letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO)  # tracebacks go to the file only
+    return console
 
 
 def _hardware() -> dict[str, Any]:
-    """Processor, memory in GiB, and the GPUs by name."""
+    """Return processor, memory in GiB, and the names of the GPUs."""
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": models[0] if models else platform.processor(),
         "cpus": os.cpu_count(),
-        "memory": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory": round(memory / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _git() -> dict[str, Any]:
-    """Commit and dirty state of the code; empty outside a git checkout."""
-    here = Path(__file__).parent
-
-    def ask(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
+def _git_state() -> dict[str, Any]:
+    """Return the commit of the code and its changed files; empty outside a git checkout."""
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD"),
-            "dirty": ask("status", "--porcelain").splitlines(),
-        }
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": _git("status", "--porcelain").splitlines()}
     except (OSError, subprocess.CalledProcessError):
         return {}
+
+
+def _git(*args: str) -> str:
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Errors that do not end a run."""
+"""Which errors end a run, and which do not."""
 
 import logging
 from collections.abc import Callable
@@ -14,16 +14,25 @@ from exact_resume.skips import NonFiniteLossError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Raised on purpose, to end the training or to send it back.
+# Raised on purpose, to end the training or to roll it back.
 FATAL_ERRORS = (NonFiniteLossError, SaveError, PeerLostError, FloatingPointError)
 
-# What the Trainer calls of a logger, and of a callback that only shows something.
+# The methods that the Trainer calls on a logger, or on a callback that only displays something.
 TOLERATED_HOOKS = (
-    *("log_hyperparams", "log_metrics", "log_image", "log_graph", "save", "finalize"),
-    *("on_train_start", "on_train_batch_end", "on_validation_end", "on_train_end", "on_exception"),
+    "log_hyperparams",
+    "log_metrics",
+    "log_image",
+    "log_graph",
+    "save",
+    "finalize",
+    "on_train_start",
+    "on_train_batch_end",
+    "on_validation_end",
+    "on_train_end",
+    "on_exception",
 )
 
-# Parts of the message of errors that have no type of their own.
+# Parts of the messages of errors that have no type of their own.
 OUT_OF_MEMORY_MESSAGES = (
     "DefaultCPUAllocator",
     "_ALLOC_FAILED",
@@ -32,23 +41,18 @@ OUT_OF_MEMORY_MESSAGES = (
 )
 
 
-class OutOfMemoryError(Exception):
-    """There is not enough memory; the message says which settings need less."""
-
-
 class ToleratedErrors:
-    """A context whose errors do not end the training; of equal ones in a row, the first is a
-    warning in the log.
+    """A context whose errors do not end the training; an error is logged once.
 
-    Errors that end the training on purpose (``FATAL_ERRORS``) are raised, and so is a lack of
-    memory.
+    Errors in ``FATAL_ERRORS`` and a lack of memory are raised.
 
     Args:
-        what: fails, ``"the grid of samples"``.
+        what: the thing that fails, for the message: ``"the grid of samples"``.
     """
 
     def __init__(self, what: str) -> None:
-        self.what, self.said = what, ""
+        self.what = what
+        self.last_error = ""
 
     def __enter__(self) -> None:
         pass
@@ -59,30 +63,26 @@ class ToleratedErrors:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if (
-            not isinstance(error, Exception)
-            or isinstance(error, FATAL_ERRORS)
-            or is_out_of_memory(error)
-        ):
+        if not isinstance(error, Exception) or isinstance(error, FATAL_ERRORS):
             return False
-        why = f"{type(error).__name__}: {error}"
-        if why != self.said:
-            self.said = why
-            log.warning(f"{self.what} failed, and training goes on: {why}")
+        if is_out_of_memory(error):
+            return False
+        message = f"{type(error).__name__}: {error}"
+        if message != self.last_error:
+            self.last_error = message
+            log.warning(f"{self.what} failed, and training goes on: {message}")
             log.debug("where it failed", exc_info=error)
         return True
 
 
 def tolerate_errors(owner: T) -> T:
-    """Make what a logger or a callback does during training end no run; after an error it does
-    nothing more.
-    """
-    spared = ToleratedErrors(f"{type(owner).__name__}, which is not called again,")
+    """Let no error of a logger or a callback end the run; after an error it is not called again."""
+    tolerated = ToleratedErrors(f"{type(owner).__name__}, which is not called again,")
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if not spared.said:
-                with spared:
+            if not tolerated.last_error:
+                with tolerated:
                     return method(*args, **kwargs)
 
         return call
@@ -94,7 +94,7 @@ def tolerate_errors(owner: T) -> T:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` tells that memory is short, on a device or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        word in str(error) for word in OUT_OF_MEMORY_MESSAGES
-    )
+    """Return whether ``error`` says that memory is short, on a device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(part in str(error) for part in OUT_OF_MEMORY_MESSAGES)

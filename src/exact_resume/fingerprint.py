@@ -1,11 +1,8 @@
-"""What makes two runs the same trajectory, and what is promised when one continues the other.
+"""What makes two runs the same trajectory.
 
-    bitwise        the same stack, the same shards, deterministic kernels: every bit equal
-    same samples   the same order, noise and times; rounding and dropout masks may differ
-    refused        a field that is part of the trajectory differs
-
-The trajectory is the whole resolved config but for a short named list, the data's digest, the
-content of files that the config names, and the code that runs (see ``exact_resume.code_hash``).
+A trajectory is the resolved config, the digest of the data, the content of the files that the
+config names, and the code that runs (see ``code_hash``). The stack stands beside it: it may change
+rounding although all of these are equal.
 """
 
 import fnmatch
@@ -20,8 +17,8 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "lightning", "numpy")
-DATA_CHANGED = "the data changed"
-MAX_NAMES = 6  # modules that are named when the code changed
+MAX_NAMES = 6  # of modules that are shown when the code changed
+MAX_PATH = 4096  # characters
 
 
 @dataclass(frozen=True)
@@ -30,10 +27,9 @@ class Fingerprint:
 
     Attributes:
         config: the resolved config, flattened to dotted keys.
-        data: digest of images, labels and classes.
-        code: hash of each module that training runs, by name; the version of a package that is
-            installed.
-        stack: what may change rounding though the config is equal: versions, device, threads.
+        data: digest of the data.
+        code: hash of each module that training runs, by name; the version of an installed package.
+        stack: versions, device, threads, and how gradients are summed.
         files: SHA-256 of each file that a key of the config names.
     """
 
@@ -44,18 +40,8 @@ class Fingerprint:
     files: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As primitives, for the manifest."""
+        """Return primitives for the manifest."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Guarantee:
-    """What a resume promises: ``level`` is ``bitwise``, ``same samples`` or ``refused``, and
-    why.
-    """
-
-    level: str
-    reasons: list[str] = field(default_factory=list)
 
 
 def fingerprint(
@@ -66,92 +52,21 @@ def fingerprint(
     code: Mapping[str, str] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Fingerprint:
-    """Take the fingerprint of this process; the other arguments are as of ``Fingerprint``.
+    """Take the fingerprint of this process.
 
     Args:
-        config: resolved.
-        gradients: how they are summed, as of ``exact_resume.reduction.reduction_id``; the default
-            is one process.
+        config: the resolved config, nested.
+        data: digest of the data.
+        gradients: how gradients are summed (``reduction.reduction_id``); by default in one process.
+        code: as of ``Fingerprint``.
+        files: as of ``Fingerprint``.
     """
-    here = describe_stack() | {"gradients": gradients}
-    return Fingerprint(flatten(config), data, dict(code or {}), here, dict(files or {}))
-
-
-def compare(
-    then: Mapping[str, Any],
-    now: Fingerprint,
-    *,
-    ignore: Iterable[str],
-    rounding: Iterable[str],
-    added: Mapping[str, Any] | None = None,
-    others: Iterable[str] = (),
-    data_changes: Iterable[str] = (),
-) -> Guarantee:
-    """Judge what continuing the run with fingerprint ``then`` as ``now`` promises.
-
-    Args:
-        then: a stored fingerprint, as of ``Fingerprint.as_dict``.
-        ignore: config keys (with all below them; ``*`` matches) that cannot change a weight.
-        rounding: config keys that change rounding or dropout masks, not samples, noise or times.
-        added: config keys that older versions lacked, with the value that means what those did.
-        others: further differences that refuse, a line each.
-        data_changes: what differs in the data, where more than the digest is known.
-    """
-    then = {"config": {}, "data": "nothing", "stack": {}, "files": {}} | dict(then)
-    changed = config_changes(then, now, ignore=ignore, added=added)
-    refusals = [*others, *(line for k, line in changed.items() if not matches(k, rounding))]
-    if then["data"] != now.data:
-        told = "; ".join(data_changes) or f"digest {then['data'][:12]} -> {now.data[:12]}"
-        refusals.append(f"{DATA_CHANGED}: {told}")
-    if odd := _differing(then.get("code", now.code), now.code):
-        more = f", and {len(odd) - MAX_NAMES} more" if len(odd) > MAX_NAMES else ""
-        refusals.append(
-            f"the code changed, {len(odd)} of {len(then['code'].keys() | now.code.keys())} "
-            f"modules: "
-            f"{', '.join(odd[:MAX_NAMES])}{more}"
-        )
-    if refusals:
-        return Guarantee("refused", refusals)
-    reasons = [line for k, line in changed.items() if matches(k, rounding)]
-    reasons += [
-        f"{k}: {then['stack'].get(k, 'nothing')} -> {now.stack.get(k, 'nothing')}"
-        for k in _differing(then["stack"], now.stack)
-    ]
-    if "code" not in then:
-        reasons.append(
-            "an older version of this project wrote the checkpoint, and its code cannot be compared"
-        )
-    if now.config.get("trainer.deterministic") is not True:
-        reasons.append("trainer.deterministic is off")
-    return Guarantee("same samples", reasons) if reasons else Guarantee("bitwise")
-
-
-def config_changes(
-    then: Mapping[str, Any],
-    now: Fingerprint,
-    *,
-    ignore: Iterable[str],
-    added: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
-    """Describe each key that differs, in order; arguments as of ``compare``.
-
-    A key that names a file counts by the file's content, never by its path.
-    """
-    old, files = dict(added or {}) | then.get("config", {}), then.get("files", {})
-    told = {}
-    for k in sorted(old.keys() | now.config.keys()):
-        if matches(k, ignore) or (k not in now.config and k in (added or {})):
-            continue
-        if k in files and k in now.files:
-            if files[k] != now.files[k]:
-                told[k] = f"{k}: the content of {_show(now.config, k)} changed"
-        elif old.get(k, ...) != now.config.get(k, ...):  # null is not nothing
-            told[k] = f"{k}: {_show(old, k)} -> {_show(now.config, k)}"
-    return told
+    stack = describe_stack() | {"gradients": gradients}
+    return Fingerprint(flatten(config), data, dict(code or {}), stack, dict(files or {}))
 
 
 def describe_stack() -> dict[str, str]:
-    """What may change rounding though the config is equal."""
+    """Return what may change rounding though the config is equal."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return versions | {
@@ -166,67 +81,60 @@ def describe_stack() -> dict[str, str]:
 def file_hashes(
     config: Mapping[str, Any], *, leave_out: Iterable[str] = (), written: Iterable[Path] = ()
 ) -> dict[str, str]:
-    """Hash each file, or all files of each folder, that a text value of the flat ``config`` names.
+    """Hash each file or folder that a text value of the config names.
 
     Args:
-        config: flattened.
-        leave_out: keys (with all below them) whose files are not read.
-        written: folders in which training writes; what is in them is a result.
+        config: with dotted keys.
+        leave_out: keys, with all keys below them, whose files are not read.
+        written: folders in which training writes; files in them are results.
     """
-    found = {
-        k: Path(v).expanduser().absolute()
-        for k, v in config.items()
-        if isinstance(v, str) and _may_be_path(v)
-    }
-    own = [folder.absolute() for folder in written]
-    read = {
-        k: p
-        for k, p in found.items()
-        if not matches(k, leave_out) and not any(p.is_relative_to(o) for o in own)
-    }
-    return {k: digest for k, path in read.items() if (digest := content_hash(path))}
-
-
-def _may_be_path(text: str) -> bool:
-    return bool(text) and "\0" not in text and len(text) < 4096
+    outputs = [folder.absolute() for folder in written]
+    hashes = {}
+    for key, value in config.items():
+        if matches(key, leave_out) or not _may_be_path(value):
+            continue
+        path = Path(value).expanduser().absolute()
+        if any(path.is_relative_to(output) for output in outputs):
+            continue
+        if digest := content_hash(path):
+            hashes[key] = digest
+    return hashes
 
 
 def content_hash(path: Path) -> str | None:
-    """Hash a file, or the files of a folder with their names; None where there is neither."""
+    """Hash a file, or a folder's files with their names; return None where there is neither."""
     try:
         if path.is_file():
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file())
-            return hashlib.sha256(
-                "".join(f"{f.relative_to(path)} {content_hash(f)}\n" for f in inside).encode()
-            ).hexdigest()
-    except OSError:  # a name too long for a file, or nothing that may be read
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            lines = [f"{file.relative_to(path)} {content_hash(file)}\n" for file in files]
+            return hashlib.sha256("".join(lines).encode()).hexdigest()
+    except OSError:  # the name is too long for a file, or it must not be read
         pass
     return None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as ``{"a.b.0": leaf}``; an empty one is a leaf."""
+    """Flatten nested mappings and lists to ``{"a.b.0": leaf}``; an empty one is a leaf."""
     items = config.items() if isinstance(config, Mapping) else enumerate(config)
     flat: dict[str, Any] = {}
-    for k, v in items:
-        if isinstance(v, Mapping | list) and v:
-            flat |= flatten(v, f"{prefix}{k}.")
+    for key, value in items:
+        if isinstance(value, Mapping | list) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{k}"] = v
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
 def matches(key: str, patterns: Iterable[str]) -> bool:
-    """Whether one of ``patterns`` is ``key`` or above it."""
-    return any(fnmatch.fnmatchcase(key, p) or fnmatch.fnmatchcase(key, p + ".*") for p in patterns)
+    """Return whether one of ``patterns`` matches ``key`` or a key above it."""
+    for pattern in patterns:
+        if fnmatch.fnmatchcase(key, pattern) or fnmatch.fnmatchcase(key, f"{pattern}.*"):
+            return True
+    return False
 
 
-def _differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    return sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
-
-
-def _show(config: Mapping[str, Any], key: str) -> str:
-    return repr(config[key]) if key in config else "nothing"
+def _may_be_path(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < MAX_PATH and "\0" not in value

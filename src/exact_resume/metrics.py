@@ -106,3 +106,20 @@ class MetricsCSV(Logger):
 def format_value(value: float) -> str:
     """``value`` as it is written: with nine digits, which give a float32 back exactly."""
     return f"{float(value):.9g}"
+
+
+def read_column(path: Path, name: str) -> dict[int, float]:
+    """Return a column of a record by step; values that are not numbers are left out."""
+    try:
+        with path.open(newline="") as file:
+            lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last one
+        rows = list(csv.DictReader(lines))
+    except (OSError, ValueError, csv.Error):
+        return {}
+    found = {}
+    for row in rows:
+        try:
+            found[int(row["step"])] = float(row[name])
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found

@@ -1,22 +1,31 @@
-"""Where a run is entered: ``ckpt_path`` -> the step to continue from, what that promises, or a
-refusal.
+"""Where a resume is decided: ``ckpt_path`` -> a checkpoint to continue from, or a refusal.
 
-auto    the newest verified checkpoint of the same trajectory; fresh if there is none
-last    the newest verified checkpoint, changed config or not
-best    the checkpoint with the best score
-STEP    that of a step of the run: 500 or step-00000500
-PATH    that one
-null    fresh, and only into a directory without checkpoints
+    auto    the newest verified checkpoint of the same trajectory; a fresh start if there is none
+    last    the newest verified checkpoint, even if the trajectory changed
+    best    the checkpoint with the best score
+    STEP    the checkpoint of that step: 500 or step-00000500
+    PATH    the checkpoint at that path
+    null    a fresh start, and only in a directory without checkpoints
 
-``resolve_checkpoint`` is for the run that holds the lock. ``read_resume_point`` is for all others:
-    it changes nothing.
+Each resume gets one of three guarantees:
+
+    bitwise        the same stack, the same shards, deterministic kernels: every bit is equal
+    same samples   the same order, noise and times; rounding and dropout masks may differ
+    refused        a part of the trajectory differs
+
+The trajectory is the config without a short list of keys, the digest of the data, the content of
+the files that the config names, and the code that runs (see ``fingerprint``).
+
+``resolve_checkpoint`` is for the process that holds the run's lock. ``read_resume_point`` is for
+all others: it changes nothing.
 """
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +33,7 @@ from exact_resume.checkpoint.store import (
     MANIFEST,
     STATE,
     CorruptCheckpointError,
+    NoValidCheckpointError,
     Store,
     load_state,
     read_checkpoint,
@@ -31,177 +41,461 @@ from exact_resume.checkpoint.store import (
     step_dirname,
 )
 from exact_resume.files import atomic_write
-from exact_resume.fingerprint import DATA_CHANGED, Fingerprint, Guarantee, compare
-from exact_resume.scores import scores_of
+from exact_resume.fingerprint import MAX_NAMES, Fingerprint, matches
+from exact_resume.metrics import read_column
 
-LAST_START = ".entered"  # in the run's directory
-MAX_REASONS = 20  # that a refusal shows
+LAST_START = ".entered"  # a file in the run's directory
+MAX_REASONS = 20  # shown by a refusal
+DEFAULT_MONITOR = "val/loss"
+DATA_CHANGED = "the data changed"
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 class ResumeRefusedError(Exception):
-    """The run is not started, nothing was touched; the message says why and what to do."""
+    """The run is not started and nothing was changed; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A verified checkpoint to enter the run at.
+    """A verified checkpoint to continue from.
 
     Attributes:
-        state: its ``state.ckpt``.
-        step: optimizer steps done.
-        manifest: what was recorded with it; empty for a foreign file without one.
-        on_purpose: the user named it, so a changed trajectory is reported and not refused.
+        state: path of its ``state.ckpt``.
+        step: number of optimizer steps done.
+        manifest: its manifest; empty for a file from elsewhere without one.
+        explicit: the user named it, so a changed trajectory is reported and not refused.
     """
 
     state: Path
     step: int
     manifest: Mapping[str, Any]
-    on_purpose: bool
+    explicit: bool
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What a resume promises.
+
+    Attributes:
+        level: ``bitwise``, ``same samples`` or ``refused``.
+        reasons: why it is not ``bitwise``, one line each.
+    """
+
+    level: str
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which changes of the config a resume accepts. A key stands for all keys below it.
+
+    Attributes:
+        ignore: keys that cannot change a weight; ``*`` matches any text.
+        rounding: keys that change rounding or dropout masks, but no sample, noise or time.
+        added: keys that older versions lacked, with the value that means what these did.
+    """
+
+    ignore: Iterable[str] = ()
+    rounding: Iterable[str] = ()
+    added: Mapping[str, Any] = field(default_factory=dict)
+
+
+# --- From a word to a checkpoint
 
 
 def resolve_checkpoint(
     store: Store, ckpt_path: str | None, scores: Mapping[int, float], mode: str
 ) -> ResumePoint | None:
-    """Resolve ``ckpt_path`` to a verified checkpoint; None starts afresh.
+    """Find the checkpoint that ``ckpt_path`` means, and verify it.
 
     Args:
-        scores: the monitored metric by step, for ``best``; ``mode`` is ``min`` or ``max``.
+        store: the checkpoints of the run; the caller holds the run's lock.
+        ckpt_path: a word of the table above, a step or a path.
+        scores: the monitored metric by step, for ``best``.
+        mode: ``min`` or ``max``: whether small or large scores are good.
+
+    Returns:
+        The resume point, or None for a fresh start.
 
     Raises:
-        ResumeRefusedError: if what was asked for is not there, or would overwrite a run.
-        NoValidCheckpointError: if the run has checkpoints and none is whole.
+        ResumeRefusedError: there is no such checkpoint, or a fresh start would overwrite a run.
+        NoValidCheckpointError: the run has checkpoints, and none of them verifies.
     """
-    match ckpt_path:
-        case None:
-            if steps := store.steps():
-                raise ResumeRefusedError(
-                    f"ckpt_path=null starts afresh, but {store.directory} has checkpoints up to "
-                    f"step {steps[-1]}. "
-                    f"Continue with ckpt_path=auto, or give the new run a name of its own "
-                    f"(name=...)"
-                )
-            return None
-        case "auto" | "last":
-            if manifest := store.last(heal=True):
-                step = manifest["step"]
-                return ResumePoint(
-                    store.state(step), step, manifest, on_purpose=ckpt_path == "last"
-                )
-            if ckpt_path == "last":
-                raise ResumeRefusedError(
-                    f"{_nothing(store, 'last')}. Check name=... and paths.runs=..., or start "
-                    f"afresh with ckpt_path=auto"
-                )
-            return None
-        case "best":
-            return _best(store, scores, mode)
-        case _:
-            state = _named(store, str(ckpt_path), "auto, last, best, null")
-            return _entry(state, _vouched(state, ckpt_path))
+    if ckpt_path is None:
+        _refuse_fresh_start_over(store)
+        return None
+    if ckpt_path in ("auto", "last"):
+        manifest = store.last(heal=True)
+        if manifest is not None:
+            step = manifest["step"]
+            return ResumePoint(store.state(step), step, manifest, explicit=ckpt_path == "last")
+        if ckpt_path == "last":
+            raise ResumeRefusedError(
+                f"{_describe_missing(store, 'last')}. Check the run's directory, "
+                f"or start afresh with ckpt_path=auto"
+            )
+        return None
+    if ckpt_path == "best":
+        return _find_best(store, scores, mode)
+    state = _find_named(store, ckpt_path, "auto, last, best, null")
+    return _resume_point(state, _verified_manifest(state, ckpt_path))
 
 
 def read_resume_point(run: Path, ckpt_path: str | int | None) -> tuple[ResumePoint, dict[str, Any]]:
-    """Read a checkpoint of the run in the directory ``run``, from bytes that were verified; nothing
-    is changed.
+    """Read a checkpoint of a run from bytes that were verified, and change nothing.
 
     Args:
-        ckpt_path: ``last`` (or ``auto``), ``best``, a step or a path. Of the first two, a
-            checkpoint that does not verify is passed over with a line, and one that a live run
-            deletes meanwhile without.
+        run: the run's directory.
+        ckpt_path: ``last`` (or ``auto``), ``best``, a step or a path. With the first two, a
+            checkpoint that does not verify is skipped with a warning, and one that a live run
+            deletes meanwhile is skipped without.
 
     Returns:
-        the entry and what its ``state.ckpt`` holds.
+        The resume point, and the content of its ``state.ckpt``.
 
     Raises:
-        ResumeRefusedError: if there is no such checkpoint, or it does not verify, with those there
-            are.
-        NoValidCheckpointError: if the run has checkpoints and none is whole.
-        CheckpointLoadError: if it holds more than tensors and primitives.
-        OSError: if it cannot be read for a reason that says nothing about the checkpoint.
+        ResumeRefusedError: there is no such checkpoint, or it does not verify.
+        NoValidCheckpointError: the run has checkpoints, and none of them verifies.
+        CheckpointLoadError: it holds more than tensors and primitives.
+        OSError: it cannot be read, for a reason that says nothing about the checkpoint.
     """
     store = Store(run / "checkpoints")
-    if ckpt_path in ("last", "auto", "best"):
-        found = store.first(
-            lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1], store.read
-        )
-        if found is None:
-            raise ResumeRefusedError(_nothing(store, str(ckpt_path)))
-        manifest, content = found
-        return ResumePoint(
-            store.state(manifest["step"]), manifest["step"], manifest, on_purpose=True
-        ), content
     if ckpt_path is None:
+        available = _describe_steps(store)
         raise ResumeRefusedError(
-            f"ckpt_path=null names no checkpoint; use last, best, a step or a path. {_there(store)}"
+            f"ckpt_path=null names no checkpoint; use last, best, a step or a path. {available}"
         )
-    state = _named(store, str(ckpt_path), "last, best")
+    if ckpt_path in ("auto", "last", "best"):
+        return _read_first(run, store, str(ckpt_path))
+    state = _find_named(store, str(ckpt_path), "last, best")
     if not (state.parent / MANIFEST).exists():
-        content = _lone(state)
-        return _entry(state, {}, content), content
+        content = _load_unverified(state)
+        return _resume_point(state, {}, content), content
     try:
         manifest, content = read_checkpoint(state.parent, state.name)
-    except CorruptCheckpointError as reason:
-        raise ResumeRefusedError(
-            f"ckpt_path={ckpt_path} does not verify: {reason}. Choose another checkpoint"
-        ) from None
-    return ResumePoint(state, manifest["step"], manifest, on_purpose=True), content
+    except CorruptCheckpointError as error:
+        raise _does_not_verify(ckpt_path, error) from None
+    return ResumePoint(state, manifest["step"], manifest, explicit=True), content
 
 
-def check_compatibility(entry: ResumePoint, now: Fingerprint, **how: Any) -> Guarantee:
-    """Judge what entering at ``entry`` promises; ``how`` is as of ``fingerprint.compare``.
+def monitored_scores(run: Path, store: Store) -> tuple[str, str, dict[int, float]]:
+    """Return the monitored metric of a run, ``min`` or ``max``, and the scores by step.
+
+    The newest manifest says which metric is monitored. The scores lie beside the checkpoints;
+    those of older versions are in ``metrics.csv``. A score may be NaN.
+    """
+    config = _newest_config(store)
+    monitor = config.get("callbacks.checkpoint.monitor", DEFAULT_MONITOR)
+    mode = config.get("callbacks.checkpoint.mode", "min")
+    scores = read_column(run / "metrics.csv", monitor) | store.scores(monitor)
+    return monitor, mode, scores
+
+
+# --- What a resume promises
+
+
+def check_compatibility(
+    point: ResumePoint,
+    now: Fingerprint,
+    rules: Rules,
+    *,
+    other_changes: Iterable[str] = (),
+    data_changes: Iterable[str] = (),
+) -> Guarantee:
+    """Judge what continuing from ``point`` promises.
+
+    Args:
+        point: where the run is continued.
+        now: the fingerprint of this start.
+        rules: which changes of the config are accepted.
+        other_changes: further differences that refuse, one line each.
+        data_changes: how the data differ, where more than their digest is known.
 
     Raises:
-        ResumeRefusedError: with the difference, if the trajectory changed and the entry was not
-            named on purpose.
+        ResumeRefusedError: the trajectory changed, and the user did not name the checkpoint.
     """
-    if "fingerprint" in entry.manifest:
-        guarantee = compare(entry.manifest["fingerprint"], now, **how)
+    then = point.manifest.get("fingerprint")
+    if then is None:
+        reason = f"{point.state} has no manifest with a fingerprint: its origin is unknown"
+        guarantee = Guarantee("refused", [reason])
     else:
-        guarantee = Guarantee(
-            "refused", [f"{entry.state} has no manifest with a fingerprint: its origin is unknown"]
+        guarantee = compare_fingerprints(
+            then, now, rules, other_changes=other_changes, data_changes=data_changes
         )
-    if guarantee.level == "refused" and not entry.on_purpose:
-        lines = "\n".join(f"    {reason}" for reason in guarantee.reasons[:MAX_REASONS])
-        more = f"\n    ... and {len(guarantee.reasons) - MAX_REASONS} more" * (
-            len(guarantee.reasons) > MAX_REASONS
-        )
-        ways = [
-            "Undo the change",
-            "continue on purpose with ckpt_path=last",
-            "start another run with name=...",
-        ]
-        if any(reason.startswith(DATA_CHANGED) for reason in guarantee.reasons):
-            ways.insert(1, "keep the images that it began with by as_begun=true")
-        raise ResumeRefusedError(
-            f"this is not the run that {entry.state.parent} belongs to; what "
-            f"changed:\n{lines}{more}\n"
-            f"{', or '.join(ways)}"
-        )
+    if guarantee.level == "refused" and not point.explicit:
+        raise ResumeRefusedError(_describe_refusal(point, guarantee.reasons))
     return guarantee
 
 
-def _best(store: Store, scores: Mapping[int, float], mode: str) -> ResumePoint:
-    for step in _by_score(store, scores, mode):
+def compare_fingerprints(
+    then: Mapping[str, Any],
+    now: Fingerprint,
+    rules: Rules,
+    *,
+    other_changes: Iterable[str] = (),
+    data_changes: Iterable[str] = (),
+) -> Guarantee:
+    """Judge what continuing the run with the stored fingerprint ``then`` as ``now`` promises.
+
+    The other arguments are those of ``check_compatibility``.
+    """
+    then = {"config": {}, "data": "nothing", "stack": {}, "files": {}} | dict(then)
+    changes = config_changes(then, now, rules)
+    refusals = list(other_changes)
+    rounding = []
+    for key, line in changes.items():
+        (rounding if matches(key, rules.rounding) else refusals).append(line)
+    if then["data"] != now.data:
+        digests = f"digest {then['data'][:12]} -> {now.data[:12]}"
+        refusals.append(f"{DATA_CHANGED}: {'; '.join(data_changes) or digests}")
+    if "code" in then:
+        refusals += _code_changes(then["code"], now.code)
+    if refusals:
+        return Guarantee("refused", refusals)
+    reasons = rounding + _stack_changes(then["stack"], now.stack)
+    if "code" not in then:
+        reasons.append(
+            "an older version of this project wrote the checkpoint, and its code cannot be compared"
+        )
+    if now.config.get("trainer.deterministic") is not True:
+        reasons.append("trainer.deterministic is off")
+    return Guarantee("same samples", reasons) if reasons else Guarantee("bitwise")
+
+
+def config_changes(then: Mapping[str, Any], now: Fingerprint, rules: Rules) -> dict[str, str]:
+    """Describe each config key that differs from the stored fingerprint ``then``, in order.
+
+    A key that names a file counts by the file's content and not by its path.
+    """
+    old = dict(rules.added) | then.get("config", {})
+    files = then.get("files", {})
+    changes = {}
+    for key in sorted(old.keys() | now.config.keys()):
+        was_added_later = key in rules.added and key not in now.config
+        if matches(key, rules.ignore) or was_added_later:
+            continue
+        if key in files and key in now.files:
+            if files[key] != now.files[key]:
+                changes[key] = f"{key}: the content of {_show(now.config, key)} changed"
+        elif old.get(key, ...) != now.config.get(key, ...):  # null differs from a missing key
+            changes[key] = f"{key}: {_show(old, key)} -> {_show(now.config, key)}"
+    return changes
+
+
+def describe_guarantee(guarantee: Guarantee) -> str:
+    """Return the guarantee as a sentence for the banner."""
+    sentences = {
+        "bitwise": "bitwise: same stack, same shards, deterministic kernels",
+        "same samples": "same samples: order, noise and times are the same; rounding may differ",
+        "refused": "no guarantee: the trajectory changed, and you asked to continue",
+    }
+    return sentences[guarantee.level]
+
+
+# --- A command that is repeated by a queue, a supervisor or a person
+
+
+def is_restart(as_begun: bool | None = None) -> bool:
+    """Return whether a launcher, and no person, made this start.
+
+    Args:
+        as_begun: the answer, where the user has given it.
+    """
+    if as_begun is not None:
+        return as_begun
+    return any(int(os.environ.get(name) or 0) > 0 for name in RESTART_COUNTS)
+
+
+@dataclass(frozen=True)
+class LastStart:
+    """Where the newest start entered a run: kept in the run's directory.
+
+    So a repeated command with ``ckpt_path=PATH`` or ``best`` enters there once, and then continues
+    what was trained from there.
+
+    Attributes:
+        ckpt_path: as the user gave it; a path is absolute.
+        step: of the resume point; 0 for a fresh start.
+        sha256: of its ``state.ckpt``; None where there is none, or where it has no manifest.
+    """
+
+    ckpt_path: str | None
+    step: int = 0
+    sha256: str | None = None
+
+    @classmethod
+    def at(cls, ckpt_path: str | None, point: ResumePoint | None) -> "LastStart":
+        """Describe a start at ``point`` by the word ``ckpt_path``."""
+        word = normalize_ckpt_path(ckpt_path)
+        if point is None:
+            return cls(word)
+        files = point.manifest.get("files", {})
+        return cls(word, point.step, files.get(STATE, {}).get("sha256"))
+
+    @classmethod
+    def read(cls, run: Path) -> "LastStart | None":
+        """Read it from the run's directory; return None if there is none that can be read."""
         try:
-            return ResumePoint(store.state(step), step, store.verify(step), on_purpose=True)
+            return cls(**json.loads((run / LAST_START).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, run: Path) -> None:
+        """Write it atomically into the run's directory."""
+        with atomic_write(run / LAST_START) as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+
+def resolve_repeated(
+    ckpt_path: str | None, run: Path, store: Store, *, restart: bool
+) -> str | None:
+    """Return the word to resolve for a command that may be a repetition.
+
+    Args:
+        ckpt_path: as the user gave it.
+        run: the run's directory.
+        store: the run's checkpoints.
+        restart: whether no person made this start; then ``null`` does not start afresh again.
+    """
+    before = LastStart.read(run)
+    is_other_command = before is None or before.ckpt_path != normalize_ckpt_path(ckpt_path)
+    if ckpt_path in ("auto", "last") or before is None or is_other_command:
+        return ckpt_path
+    if max(store.steps(), default=-1) < before.step:
+        return ckpt_path  # killed before it had a checkpoint of its own to continue
+    if ckpt_path is None:
+        return "auto" if restart else None
+    path = Path(str(ckpt_path)).expanduser()
+    manifest = (path if path.is_dir() else path.parent) / MANIFEST
+    if ckpt_path != "best" and before.sha256 and manifest.is_file():
+        if before.sha256 not in manifest.read_text():
+            return ckpt_path  # another checkpoint lies at this path now
+    return "last"
+
+
+def normalize_ckpt_path(ckpt_path: str | int | None) -> str | None:
+    """Return a word or a step as text, and a path as an absolute one."""
+    if ckpt_path is None:
+        return None
+    if re.fullmatch(r"auto|last|best|(step-)?\d+", str(ckpt_path)):
+        return str(ckpt_path)
+    return str(Path(str(ckpt_path)).expanduser().absolute())
+
+
+# --- Helpers
+
+
+def _refuse_fresh_start_over(store: Store) -> None:
+    if steps := store.steps():
+        raise ResumeRefusedError(
+            f"ckpt_path=null starts afresh, but {store.directory} has checkpoints up to step "
+            f"{steps[-1]}. Continue with ckpt_path=auto, or give the new run a directory of its own"
+        )
+
+
+def _find_best(store: Store, scores: Mapping[int, float], mode: str) -> ResumePoint:
+    for step in _steps_by_score(store, scores, mode):
+        try:
+            return ResumePoint(store.state(step), step, store.verify(step), explicit=True)
         except CorruptCheckpointError:
-            continue  # the next best; `last` quarantines what is broken
-    raise ResumeRefusedError(_nothing(store, "best"))
+            continue  # take the next best; ``last`` puts corrupt ones into quarantine
+    raise ResumeRefusedError(_describe_missing(store, "best"))
 
 
-def _ranked(run: Path, store: Store) -> list[int]:
-    """The steps of the run that have a score, the best one first."""
-    _, mode, scores = scores_of(run, store)
-    return _by_score(store, scores, mode)
+def _read_first(run: Path, store: Store, word: str) -> tuple[ResumePoint, dict[str, Any]]:
+    """Read the first checkpoint that verifies, in the order that ``word`` means."""
+
+    def preferred_steps() -> list[int]:
+        if word == "best":
+            _, mode, scores = monitored_scores(run, store)
+            return _steps_by_score(store, scores, mode)
+        return store.steps()[::-1]
+
+    found = store.first(preferred_steps, store.read)
+    if found is None:
+        raise ResumeRefusedError(_describe_missing(store, word))
+    manifest, content = found
+    step = manifest["step"]
+    return ResumePoint(store.state(step), step, manifest, explicit=True), content
 
 
-def _by_score(store: Store, scores: Mapping[int, float], mode: str) -> list[int]:
+def _steps_by_score(store: Store, scores: Mapping[int, float], mode: str) -> list[int]:
     sign = 1 if mode == "min" else -1
     scored = [step for step in store.steps() if math.isfinite(scores.get(step, math.nan))]
-    return sorted(scored, key=lambda s: sign * scores[s])
+    return sorted(scored, key=lambda step: sign * scores[step])
 
 
-def _nothing(store: Store, word: str) -> str:
+def _newest_config(store: Store) -> Mapping[str, Any]:
+    for step in reversed(store.steps()):
+        try:
+            return store.manifest(step).get("fingerprint", {}).get("config", {})
+        except (CorruptCheckpointError, NoValidCheckpointError, OSError):
+            continue
+    return {}
+
+
+def _find_named(store: Store, word: str, other_words: str) -> Path:
+    """Return the ``state.ckpt`` that a step, a directory's name or a path names."""
+    step = re.fullmatch(r"(?:step-)?(\d+)", word)
+    if step and int(step[1]) in store.steps():
+        return store.state(int(step[1]))
+    path = Path(word)
+    state = path / STATE if path.is_dir() else path
+    if word and state.is_file():
+        return state
+    raise ResumeRefusedError(
+        f"ckpt_path={word} is not there. It may be {other_words}, a checkpoint's directory "
+        f"({step_dirname(500)}), its {STATE} or a step of the run. {_describe_steps(store)}"
+    )
+
+
+def _verified_manifest(state: Path, ckpt_path: object) -> dict[str, Any]:
+    """Return the manifest beside ``state``, verified; empty where there is none."""
+    if not (state.parent / MANIFEST).exists():
+        return {}
+    try:
+        manifest = read_manifest(state.parent)
+        if state.name not in manifest["files"]:
+            raise CorruptCheckpointError(f"{state.name} is not in its {MANIFEST}")
+    except CorruptCheckpointError as error:
+        raise _does_not_verify(ckpt_path, error) from None
+    return manifest
+
+
+def _does_not_verify(ckpt_path: object, error: Exception) -> ResumeRefusedError:
+    return ResumeRefusedError(
+        f"ckpt_path={ckpt_path} does not verify: {error}. Choose another checkpoint"
+    )
+
+
+def _resume_point(
+    state: Path, manifest: Mapping[str, Any], content: Mapping[str, Any] | None = None
+) -> ResumePoint:
+    """Return the point at ``state``; without a manifest, the content says its step."""
+    if manifest:
+        return ResumePoint(state, manifest["step"], manifest, explicit=True)
+    content = content or _load_unverified(state)
+    try:
+        step = int(content["global_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _cannot_be_loaded(state, error) from None
+    return ResumePoint(state, step, manifest, explicit=True)
+
+
+def _load_unverified(state: Path) -> dict[str, Any]:
+    try:
+        return load_state(state)
+    except (ValueError, OSError) as error:
+        raise _cannot_be_loaded(state, error) from None
+
+
+def _cannot_be_loaded(state: Path, error: Exception) -> ResumeRefusedError:
+    return ResumeRefusedError(
+        f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint"
+    )
+
+
+def _describe_missing(store: Store, word: str) -> str:
     if not store.steps():
         return f"ckpt_path={word}, but {store.directory} has no checkpoint"
     return (
@@ -210,156 +504,50 @@ def _nothing(store: Store, word: str) -> str:
     )
 
 
-def _named(store: Store, word: str, others: str) -> Path:
-    """The ``state.ckpt`` that ``word`` names: a step of the run, by number or by its directory's
-    name, or a path.
-
-    ``others`` are the words that mean something else, for the message.
-    """
-    if (step := re.fullmatch(r"(?:step-)?(\d+)", word)) and int(step[1]) in store.steps():
-        return store.state(int(step[1]))
-    path = Path(word)
-    state = path / STATE if path.is_dir() else path
-    if word and state.is_file():
-        return state
-    raise ResumeRefusedError(
-        f"ckpt_path={word} is not there. It may be {others}, a checkpoint's directory "
-        f"({step_dirname(500)}), "
-        f"its {STATE} or a step of the run. {_there(store)}"
-    )
+def _describe_steps(store: Store) -> str:
+    steps = [str(step) for step in store.steps()]
+    if not steps:
+        return f"{store.directory} has no checkpoint"
+    shown = ["...", *steps[-10:]] if len(steps) > 10 else steps
+    return f"{store.directory} has the steps {', '.join(shown)}"
 
 
-def _there(store: Store) -> str:
-    steps = store.steps()
-    few = ", ".join([*(["..."] if len(steps) > 10 else []), *map(str, steps[-10:])])
+def _describe_refusal(point: ResumePoint, reasons: list[str]) -> str:
+    lines = [f"    {reason}" for reason in reasons[:MAX_REASONS]]
+    if len(reasons) > MAX_REASONS:
+        lines.append(f"    ... and {len(reasons) - MAX_REASONS} more")
+    ways = [
+        "Undo the change",
+        "continue on purpose with ckpt_path=last",
+        "start another run in a directory of its own",
+    ]
+    if any(reason.startswith(DATA_CHANGED) for reason in reasons):
+        ways.insert(1, "restore the data that it began with")
+    changes = "\n".join(lines)
     return (
-        f"{store.directory} has the steps {few}"
-        if steps
-        else f"{store.directory} has no checkpoint"
+        f"this is not the run that {point.state.parent} belongs to; what changed:\n{changes}\n"
+        f"{', or '.join(ways)}"
     )
 
 
-def _vouched(state: Path, ckpt_path: object) -> dict[str, Any]:
-    """The manifest beside ``state``, verified; empty where there is none."""
-    if not (state.parent / MANIFEST).exists():
-        return {}
-    try:
-        manifest = read_manifest(state.parent)
-        if state.name not in manifest["files"]:
-            raise CorruptCheckpointError(f"{state.name} is not in its {MANIFEST}")
-    except CorruptCheckpointError as reason:
-        raise ResumeRefusedError(
-            f"ckpt_path={ckpt_path} does not verify: {reason}. Choose another checkpoint"
-        ) from None
-    return manifest
+def _code_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    changed = _differing_keys(then, now)
+    if not changed:
+        return []
+    total = len(then.keys() | now.keys())
+    more = f", and {len(changed) - MAX_NAMES} more" if len(changed) > MAX_NAMES else ""
+    names = ", ".join(changed[:MAX_NAMES])
+    return [f"the code changed, {len(changed)} of {total} modules: {names}{more}"]
 
 
-def _entry(
-    state: Path, manifest: Mapping[str, Any], content: Mapping[str, Any] | None = None
-) -> ResumePoint:
-    """The entry at ``state``; without a manifest its content says of which step it is."""
-    step = manifest["step"] if manifest else _step_of(state, content or _lone(state))
-    return ResumePoint(state, step, manifest, on_purpose=True)
+def _stack_changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    keys = _differing_keys(then, now)
+    return [f"{key}: {then.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys]
 
 
-def _lone(state: Path) -> dict[str, Any]:
-    try:
-        return load_state(state)
-    except (ValueError, OSError) as error:
-        raise ResumeRefusedError(
-            f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint"
-        ) from None
+def _differing_keys(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
-def _step_of(state: Path, content: Mapping[str, Any]) -> int:
-    try:
-        return int(content["global_step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResumeRefusedError(
-            f"ckpt_path={state} cannot be loaded: {error!s}. Choose another checkpoint"
-        ) from None
-
-
-@dataclass(frozen=True)
-class LastStart:
-    """Where the newest start entered a run: by which word, at which step of which file.
-
-    It is kept in the run's directory, so that ``ckpt_path=PATH`` or ``best`` in a command that is
-    repeated (by a queue, a supervisor, a person) is entered once, and what was trained from there
-    is continued.
-
-    Attributes:
-        ckpt_path: as the user gave it; a path is absolute.
-        step: of the entry, 0 for a fresh start.
-        sha256: of its ``state.ckpt``; None where there is none, or it has no manifest.
-    """
-
-    ckpt_path: str | None
-    step: int = 0
-    sha256: str | None = None
-
-    @classmethod
-    def of(cls, ckpt_path: str | None, entry: ResumePoint | None) -> "LastStart":
-        """Describe entering at ``entry`` by the word ``ckpt_path``."""
-        files = entry.manifest.get("files", {}) if entry else {}
-        return cls(
-            normalize_ckpt_path(ckpt_path),
-            entry.step if entry else 0,
-            files.get(STATE, {}).get("sha256"),
-        )
-
-    @classmethod
-    def read(cls, run: Path) -> "LastStart | None":
-        """Read what the newest start left in directory ``run``; None where it left nothing that can
-        be read.
-        """
-        try:
-            return cls(**json.loads((run / LAST_START).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def write(self, run: Path) -> None:
-        """Keep it in directory ``run``, whole or not at all."""
-        with atomic_write(run / LAST_START) as file:
-            file.write(json.dumps(asdict(self)).encode())
-
-
-def resolve_repeated(
-    ckpt_path: str | None, run: Path, store: Store, *, restart: bool
-) -> str | None:
-    """Turn the word of a command that is repeated into the one to resolve: an entry by PATH or
-    ``best`` happens once.
-
-    Args:
-        run: the run's directory; ``store`` has its checkpoints.
-        restart: whether no person made this start, so that ``null`` is no wish to start afresh
-            again.
-    """
-    before = LastStart.read(run)
-    if (
-        ckpt_path in ("auto", "last")
-        or before is None
-        or before.ckpt_path != normalize_ckpt_path(ckpt_path)
-    ):
-        return ckpt_path
-    if max(store.steps(), default=-1) < before.step:
-        return ckpt_path  # it was killed before anything of its own was there to continue
-    if ckpt_path is None:
-        return "auto" if restart else None
-    there = Path(str(ckpt_path)).expanduser()
-    manifest = (there if there.is_dir() else there.parent) / MANIFEST
-    if (
-        ckpt_path != "best"
-        and before.sha256
-        and manifest.is_file()
-        and before.sha256 not in manifest.read_text()
-    ):
-        return ckpt_path  # another checkpoint lies there now
-    return "last"
-
-
-def normalize_ckpt_path(ckpt_path: str | int | None) -> str | None:
-    """Return the word or the step, or the absolute path that it is."""
-    if ckpt_path is None or re.fullmatch(r"auto|last|best|(step-)?\d+", str(ckpt_path)):
-        return None if ckpt_path is None else str(ckpt_path)
-    return str(Path(str(ckpt_path)).expanduser().absolute())
+def _show(config: Mapping[str, Any], key: str) -> str:
+    return repr(config[key]) if key in config else "nothing"

@@ -1,11 +1,8 @@
-"""Batches that were left out, because what they gave was not finite: ``skips.jsonl`` in the run's
-directory.
+"""Batches that were left out because they gave a loss or a gradient that is not finite.
 
-    a skip  =  (step, position, size)  =  the batch that would have made this step
-
-It is part of the trajectory and told by where it begins, so that it is left out whenever the run
-comes by, from
-whichever checkpoint: the one that was rolled back to is older than the skip and does not know it.
+A skip is part of the trajectory. It is stored outside the checkpoints and found by its position,
+because the checkpoint that a run rolls back to is older than the skip. Every resume applies all
+skips.
 """
 
 import json
@@ -18,8 +15,14 @@ from exact_resume.files import atomic_write
 
 @dataclass(frozen=True)
 class SkippedBatch:
-    """The batch of ``size`` positions from ``position`` on, which would have made step ``step`` of
-    ``metrics.csv``.
+    """A batch that was left out.
+
+    Attributes:
+        step: the step that the batch would have made, as in the record.
+        position: global position of its first sample.
+        size: number of samples.
+        reason: what was not finite.
+        images: names of the samples, for people.
     """
 
     step: int
@@ -34,7 +37,11 @@ class SkippedBatch:
 
 
 class NonFiniteLossError(Exception):
-    """A step gave a number that is not finite; ``skip`` is its batch."""
+    """A step gave a number that is not finite.
+
+    Attributes:
+        skip: the batch of that step.
+    """
 
     def __init__(self, skip: SkippedBatch) -> None:
         super().__init__(str(skip))
@@ -42,21 +49,22 @@ class NonFiniteLossError(Exception):
 
 
 class SkipLog:
-    """The skips of one run, in the order in which they were found.
+    """The skips of one run in the file ``path``, in the order in which they were found.
 
     Raises:
-        ValueError: if the file was damaged, naming the line.
+        ValueError: the file is damaged; the message names the line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries = [*self._read()] if path.exists() else []
+        self.entries = list(self._read()) if path.exists() else []
 
     def add(self, skip: SkippedBatch) -> None:
-        """Record ``skip`` durably; a kill leaves it whole or not at all."""
+        """Record ``skip`` durably and atomically."""
         self.entries.append(skip)
+        lines = [json.dumps(asdict(entry)).encode() + b"\n" for entry in self.entries]
         with atomic_write(self.path) as file:
-            file.writelines(json.dumps(asdict(entry)).encode() + b"\n" for entry in self.entries)
+            file.writelines(lines)
 
     def _read(self) -> Iterator[SkippedBatch]:
         for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
@@ -65,7 +73,6 @@ class SkipLog:
                 yield SkippedBatch(**fields | {"images": tuple(fields["images"])})
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
-                    f"{self.path}, line {number}, cannot be read: {error!r}. It tells which "
-                    f"batches were left out; "
-                    f"without the line they will be found again"
+                    f"{self.path}, line {number}, cannot be read: {error!r}. It says which batches "
+                    f"were left out; without the line they will be found again"
                 ) from None

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 from hydra.errors import InstantiationException
 
-from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
-from exact_resume.failures import is_out_of_memory
+EXIT_USAGE = 2  # the exit code of a mistake or a refusal, as of argparse
 
 
 class ConfigError(Exception):
@@ -24,7 +23,9 @@ def describe(error: Exception) -> str:
     message = str(cause)
     if not found or re.search(rf"\b{re.escape(found[1])}\b", message):
         return message
-    return f"{found[1]}.{message}" if re.match(r"\w+=", message) else f"{found[1]}: {message}"
+    if re.match(r"\w+=", message):
+        return f"{found[1]}.{message}"
+    return f"{found[1]}: {message}"
 
 
 @contextmanager
@@ -38,8 +39,12 @@ def as_config_error() -> Iterator[None]:
     try:
         yield
     except (InstantiationException, ValueError, OSError) as error:
+        # Imported here, because torch and Lightning take seconds and a wrong command must not.
+        from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
+        from exact_resume.failures import is_out_of_memory
+
         cause = error.__cause__ or error
-        transient = isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
-        if transient or is_out_of_memory(cause):
+        is_transient = isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
+        if is_transient or is_out_of_memory(cause):
             raise cause from None
         raise ConfigError(describe(error)) from error

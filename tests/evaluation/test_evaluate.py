@@ -232,12 +232,12 @@ def test_other_images_are_refused(tmp_path):
     source = {"_target_": "examples.cars.source.Cars", "n": 10, "size": 16}
     data = {"_target_": "sturdy.data.datamodule.ImageData", "source": source, "image_size": 16}
     cfg = OmegaConf.create({"run": "mine", "data_root": None, "paths": {"cache": str(tmp_path)}})
-    then = ResumePoint(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, on_purpose=True)
+    then = ResumePoint(tmp_path, 3, {"fingerprint": {"data": "0" * 64}}, explicit=True)
     with pytest.raises(
         ResumeRefusedError, match=r"not those that mine was trained on .* data_root=\.\.\."
     ):
         open_data(cfg, {"data": data}, then)
-    opened = open_data(cfg, {"data": data}, ResumePoint(tmp_path, 3, {}, on_purpose=True))
+    opened = open_data(cfg, {"data": data}, ResumePoint(tmp_path, 3, {}, explicit=True))
     with pytest.raises(
         ValueError, match="1 of 10 images are held out; a report compares with at least 2"
     ):

@@ -56,7 +56,7 @@ def test_auto_and_last_are_the_newest_that_verifies(word, store):
     flip(store, 9)
     entry = resolve_checkpoint(store, word, {}, "min")
     assert (entry.step, entry.state) == (6, store.state(6))
-    assert entry.on_purpose == (word == "last")
+    assert entry.explicit == (word == "last")
 
 
 def test_without_checkpoints_auto_and_null_start_afresh_and_last_is_refused(tmp_path):
@@ -88,7 +88,7 @@ def test_null_leaves_a_run_that_has_checkpoints_alone(store):
 def test_best_is_the_best_finite_score_that_has_a_checkpoint(scores, mode, step, store):
     entry = resolve_checkpoint(store, "best", scores, mode)
     assert entry.step == step
-    assert entry.on_purpose
+    assert entry.explicit
 
 
 def test_best_passes_over_what_does_not_verify(store):
@@ -108,7 +108,7 @@ def test_a_path_may_be_the_directory_or_its_state(store, tmp_path):
     link.symlink_to(path)
     for word in (str(path), f"{path}/", str(path / STATE), f"{path}/../step-00000006/", str(link)):
         entry = resolve_checkpoint(store, word, {}, "min")
-        assert (entry.step, entry.on_purpose) == (6, True)
+        assert (entry.step, entry.explicit) == (6, True)
         assert entry.state.samefile(store.state(6))
 
 

@@ -10,20 +10,20 @@ import time
 
 import pytest
 
-from exact_resume.lock import AlreadyRunningError, lock_run
+from exact_resume.run import AlreadyRunningError, Run
 
 FORK = multiprocessing.get_context("fork")
 
 
 def hold(directory, ready):
-    held = lock_run(directory)
+    held = Run(directory).lock()
     ready.send(os.getpid())
     time.sleep(60)
     held.close()
 
 
 def hold_with_a_child(directory, ready):
-    held = lock_run(directory)
+    held = Run(directory).lock()
     child = os.fork()
     if child == 0:
         time.sleep(60)
@@ -50,14 +50,14 @@ def test_a_second_process_is_told_who_the_first_is_and_gets_in_when_it_is_killed
     try:
         for _ in range(2):  # to be refused must not take the lock away
             with pytest.raises(AlreadyRunningError) as error:
-                lock_run(tmp_path / "run")
+                Run(tmp_path / "run").lock()
         assert f"process {pid} on {socket.gethostname()}" in str(error.value)
         assert re.search(r"started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", str(error.value))
         assert "name=..." in str(error.value)
-        lock_run(tmp_path / "another run").close()
+        Run(tmp_path / "another run").lock().close()
     finally:
         kill(first)
-    lock_run(tmp_path / "run").close()
+    Run(tmp_path / "run").lock().close()
 
 
 def test_a_link_to_the_directory_is_the_directory(tmp_path):
@@ -65,7 +65,7 @@ def test_a_link_to_the_directory_is_the_directory(tmp_path):
     first, _ = start(hold, tmp_path / "run")
     try:
         with pytest.raises(AlreadyRunningError):
-            lock_run(tmp_path / "link")
+            Run(tmp_path / "link").lock()
     finally:
         kill(first)
 
@@ -74,10 +74,10 @@ def test_children_of_a_killed_process_do_not_hold_it(tmp_path):
     first, child = start(hold_with_a_child, tmp_path)
     try:
         with pytest.raises(AlreadyRunningError):
-            lock_run(tmp_path)
+            Run(tmp_path).lock()
         kill(first)
         os.kill(child, 0)  # it is still alive
-        lock_run(tmp_path).close()
+        Run(tmp_path).lock().close()
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -93,9 +93,9 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
     """
     first, pid = start(hold_elsewhere, tmp_path)
     with pytest.raises(AlreadyRunningError, match=f"process {pid} on elsewhere"):
-        lock_run(tmp_path, patience=0.2)
+        Run(tmp_path, patience=0.2).lock()
     threading.Timer(0.5, first.kill).start()
-    lock_run(tmp_path).close()
+    Run(tmp_path).lock().close()
     first.join()
     assert capsys.readouterr().err.count(f"in use by process {pid} on elsewhere") == 2
 
@@ -103,11 +103,11 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, capsys):
 def test_the_holder_is_durable_so_that_other_machines_see_it(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    lock_run(tmp_path).close()
+    Run(tmp_path).lock().close()
     assert synced[-1] == str(tmp_path / ".lock")
 
 
 def test_a_closed_lock_is_free(tmp_path):
-    lock_run(tmp_path).close()
+    Run(tmp_path).lock().close()
     other, _ = start(hold, tmp_path)
     kill(other)

@@ -18,7 +18,7 @@ from runs import ROOT, command, train
 from sturdy.cli.overrides import check_composed, compose_checked
 from sturdy.sampling.sample import main
 from sturdy.training.build import load_module
-from sturdy.training.launch import train as train_in_process
+from sturdy.training.run import train as train_in_process
 
 MISTAKES = {
     "data.batchsize=8": "there is no key 'data.batchsize'. Did you mean data.batch_size",

@@ -32,7 +32,7 @@ from sturdy.diffusion.sampler import Euler
 from sturdy.errors import ConfigError
 from sturdy.sampling.grid_callback import SampleGrids
 from sturdy.training.callbacks.progress import Progress
-from sturdy.training.run import lock_home, stopped_here_before
+from sturdy.training.session import lock_run, stopped_here_before
 
 
 class Raising(Callback):

@@ -11,7 +11,7 @@ ALWAYS = """
     sturdy.backbone.dit sturdy.backbone.embed sturdy.data.augment sturdy.data.datamodule sturdy.data.images
     sturdy.data.split sturdy.diffusion.denoiser sturdy.diffusion.objective sturdy.diffusion.schedule
     sturdy.diffusion.target sturdy.training.build sturdy.training.ema sturdy.training.ema_profiles
-    sturdy.training.module sturdy.training.optim sturdy.training.parts sturdy.training.strategies
+    sturdy.training.module sturdy.training.optim sturdy.training.trainer sturdy.training.strategies
 """
 
 

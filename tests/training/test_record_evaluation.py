@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exact_resume.archive import archive_newer_checkpoints
+from exact_resume.run import Run
 from exact_resume.checkpoint.store import Store
-from exact_resume.lock import AlreadyRunningError, lock_run
+from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.metrics import MetricsCSV
 from exact_resume.replay import recorded_rows
 from exact_resume.resume import ResumePoint
@@ -73,7 +73,7 @@ def run_of(tmp: Path, loggers=("tensorboard",), max_steps=4):
 
 def entry(run: Path, step: int) -> ResumePoint:
     return ResumePoint(
-        run / "checkpoints" / f"step-{step:08d}" / "state.ckpt", step, {}, on_purpose=True
+        run / "checkpoints" / f"step-{step:08d}" / "state.ckpt", step, {}, explicit=True
     )
 
 
@@ -173,7 +173,7 @@ def summaries(run: Path) -> list[dict[str, float]]:
 
 
 def hold(run, ready):
-    held = lock_run(run)
+    held = Run(run).lock()
     ready.send(True)
     ready.recv()
     held.close()
@@ -198,13 +198,13 @@ def test_while_it_trains_the_mirrors_are_left_to_training(tmp_path):
 
 def wait_for(run, ready):
     ready.send(True)
-    lock_run(run).close()
+    Run(run).lock().close()
     ready.send(True)
 
 
 def test_training_waits_for_a_report_and_is_not_refused(tmp_path):
     """Control: by whom it is not held briefly, it is refused; test_lock.py."""
-    held = lock_run(tmp_path, brief=True)
+    held = Run(tmp_path, brief=True).lock()
     ours, theirs = FORK.Pipe()
     trainer = FORK.Process(target=wait_for, args=(tmp_path, theirs))
     trainer.start()
@@ -293,7 +293,7 @@ def test_a_lock_that_is_not_brief_refuses(tmp_path):
     other.start()
     assert ours.recv()
     with pytest.raises(AlreadyRunningError, match=rf"process {other.pid}"):
-        lock_run(tmp_path, brief=True)
+        Run(tmp_path, brief=True).lock()
     ours.send("end")
     other.join()
     assert os.path.exists(tmp_path / ".lock")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from exact_resume.lock import AlreadyRunningError, lock_run
+from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.replay import ReplayLogger, recorded_rows
 from exact_resume.resume import ResumePoint
 from sturdy.sampling.config import TRUST_NONE
@@ -78,7 +78,7 @@ def shown(mirrors: list[ReplayLogger], run: Path, max_steps: int) -> str:
     Raises:
         AlreadyRunningError: if the run is being trained.
     """
-    with lock_run(run, brief=True):
+    with Run(run, brief=True).lock():
         rows, pictures = recorded_rows(run)
         finished = any(int(row["step"]) >= max_steps for row in rows)
         names = [

@@ -1,6 +1,6 @@
-"""From a config to a module, and from a checkpoint alone to the module it was saved from.
+"""From a config to a module, and from a checkpoint alone to the module that it was saved from.
 
-module = rebuild("runs/cars/checkpoints/step-00002000/state.ckpt")
+module = load_module("runs/cars/checkpoints/step-00002000/state.ckpt")
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-import sturdy.renames  # noqa: F401  (checkpoints of older versions are read by today's names)
+import sturdy.renames  # noqa: F401  (older checkpoints are read under today's names)
 from exact_resume.checkpoint.compare import shape_mismatches
 from exact_resume.checkpoint.store import load_state
 from exact_resume.randomness import reseed
@@ -18,43 +18,38 @@ from sturdy.diffusion.denoiser import Denoiser
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-SAMPLING = ("backbone", "schedule", "target", "ema")
-PARTS = (*SAMPLING, "objective", "optimizer", "learning_rate", "alignment")
+SAMPLING_PARTS = ("backbone", "schedule", "target", "ema")
+PARTS = (*SAMPLING_PARTS, "objective", "optimizer", "learning_rate", "alignment")
 
 
 def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionModule:
-    """The module of a resolved config, with weights that are a function of its seed.
+    """Build the module of a resolved config, with weights that are a function of its seed.
 
     Args:
-        parts: those to make; with ``SAMPLING`` it has averaged weights to draw with, and cannot be
-            trained.
+        config: the resolved config, nested primitives.
+        parts: which parts to build. With ``SAMPLING_PARTS`` the module can sample and not train.
 
     Raises:
-        ValueError: where the parts do not go together, with the reason and what to choose.
+        ValueError: the parts do not go together; the message says what to choose.
     """
     reseed(config["seed"], "weights")
-    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None}
-    made |= instantiate(
-        {name: config.get(name) for name in parts}, _convert_="all"
-    )  # at once: an error has the key
-    denoiser = Denoiser(made["backbone"], made["schedule"], made["target"], config["num_classes"])
+    nodes = {name: config.get(name) for name in parts}
+    built: dict[str, Any] = dict.fromkeys(PARTS, _not_built) | {"alignment": None}
+    built |= instantiate(nodes, _convert_="all")  # in one call, so that an error has the key
+    denoiser = Denoiser(
+        built["backbone"], built["schedule"], built["target"], config["num_classes"]
+    )
     return DiffusionModule(
         denoiser,
-        made["objective"],
-        optimizer=made["optimizer"],
-        ema=made["ema"],
-        learning_rate=made["learning_rate"],
-        alignment=made["alignment"],
+        built["objective"],
+        optimizer=built["optimizer"],
+        ema=built["ema"],
+        learning_rate=built["learning_rate"],
+        alignment=built["alignment"],
         clip=config["clip"],
         seed=config["seed"],
         shards=config["data"]["shards"],
         config=config,
-    )
-
-
-def _not_made(*args: Any, **options: Any) -> Any:
-    raise RuntimeError(
-        "this module was rebuilt to draw with; rebuild(path) makes what training needs, too"
     )
 
 
@@ -65,43 +60,47 @@ def load_module(
     trust: Trust | Iterable[str] = (),
     training: bool = True,
 ) -> DiffusionModule:
-    """The module in a ``state.ckpt``, with its weights and EMA; nothing beside the file is needed.
+    """Load the module in a ``state.ckpt``, with its weights and EMA, from that file alone.
 
     Args:
-        state: what is in the file, where it was read already; else it is read here, and verified.
+        path: the ``state.ckpt``.
+        state: its content, if it was read already; otherwise it is read and verified here.
         trust: packages whose classes the file may name, such as ``["mypackage"]``.
             ``Trust(runs="runs")`` trusts what the runs there have named in their own training.
-        training: whether it is to be trained. Else objective, optimizer, learning rate and
-            alignment are left out: they need not be installed, nor be trusted.
+        training: whether the module will be trained. Otherwise objective, optimizer, learning rate
+            and alignment are left out: they need neither be installed nor trusted.
 
     Raises:
-        ValueError: if the file holds no config of ours, or its weights are not those of the network
-            that this code
-            makes of it, or a part cannot be made, or it names code that is not trusted: a
-                checkpoint must not choose
-            what is executed. ``DiffusionModule.load_from_checkpoint(path, **modules)`` asks the
-            file for no code.
+        ValueError: the file holds no config of this project, its weights are of another network
+            than this code builds, a part cannot be built, or it names code that is not trusted.
+            ``DiffusionModule.load_from_checkpoint(path, **modules)`` runs no code of a file's choice.
     """
-    state = load_state(Path(path)) if state is None else state
+    if state is None:
+        state = load_state(Path(path))
     config = state.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no config; it was not written by this project")
-    parts = PARTS if training else SAMPLING
-    (trust if isinstance(trust, Trust) else Trust(trust)).check(Path(path), config, parts)
+    parts = PARTS if training else SAMPLING_PARTS
+    trusted = trust if isinstance(trust, Trust) else Trust(trust)
+    trusted.check(Path(path), config, parts)
     try:
         module = build_module(config, parts)
     except InstantiationException as error:
-        raise ValueError(f"{path}: {' '.join(str(error.__cause__ or error).split())}") from error
+        message = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{path}: {message}") from error
     weights = state["state_dict"]
     if not training:
-        weights = {
-            name: value for name, value in weights.items() if name.startswith(("denoiser.", "ema."))
-        }
-    if odd := shape_mismatches(module.state_dict(), weights):
+        weights = {k: v for k, v in weights.items() if k.startswith(("denoiser.", "ema."))}
+    if mismatches := shape_mismatches(module.state_dict(), weights):
         raise ValueError(
             f"{path} is of code that builds another network. Use that code, whose commit is in the "
-            f"run's "
-            f"attempts/*/environment.json, or train anew. What differs: {odd}"
+            f"run's attempts/*/environment.json, or train anew. What differs: {mismatches}"
         )
     module.load_state_dict(weights)
     return module
+
+
+def _not_built(*args: Any, **options: Any) -> Any:
+    raise RuntimeError(
+        "this module was loaded for sampling; load_module(path) builds what training needs, too"
+    )

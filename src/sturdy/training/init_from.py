@@ -1,10 +1,8 @@
-"""Begin a run from the weights that one has: find them, see what fits, and say so.
+"""Begin a run from the weights of another one: find them, see what fits, and say so.
 
-What was taken counts by its content, and not by its path: its SHA-256 goes into every checkpoint of
-    the run.
+The weights count by their content and not by their path: their SHA-256 goes into every checkpoint.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,11 +18,12 @@ from exact_resume.checkpoint.store import (
     load_state,
     read_manifest,
 )
-from exact_resume.fingerprint import flatten
+from exact_resume.fingerprint import content_hash, flatten
 from sturdy.training.match_weights import Config, backbone_changes, class_change, match, shorten
 from sturdy.training.module import DiffusionModule
 
-AVERAGE = "ema.model."  # the average that validates and draws, whichever kind of EMA it is
+AVERAGE = "ema.model."  # the average that validates and samples, whichever kind of EMA it is
+# Settings that give the same weights another meaning.
 MEANING = {
     "target": "the output layer must be learned anew",
     "schedule": "the same time is another level of noise",
@@ -38,7 +37,7 @@ class Source:
 
     Attributes:
         word: what the user called it.
-        state: its ``state.ckpt``.
+        state: path of its ``state.ckpt``.
         sha256: of that file.
     """
 
@@ -51,173 +50,171 @@ def find_source(word: str, runs: Path) -> Source:
     """Find the checkpoint that ``init_from=word`` means, and verify it; nothing is changed.
 
     Args:
-        word: a ``state.ckpt``, a checkpoint's directory, a run's directory or the name of a run in
-            ``runs``. Of a run it is the newest checkpoint that verifies.
+        word: a ``state.ckpt``, a checkpoint's directory, a run's directory or the name of a run. A
+            run means its newest checkpoint that verifies.
+        runs: the directory of all runs.
 
     Raises:
-        ValueError: if there is none, with what there is, or if it does not verify.
+        ValueError: there is none, or it does not verify.
     """
-    place = _place(word, runs)
+    place = _locate(word, runs)
     if isinstance(place, Path):
-        return Source(word, place, _verified(place, word))
+        return Source(word, place, _verified_hash(place, word))
     if place is None:
-        there = sorted(
-            path.parent.name for path in runs.glob("*/checkpoints") if Store(path).steps()
-        )
+        checkpoints = [path for path in runs.glob("*/checkpoints") if Store(path).steps()]
+        names = sorted(path.parent.name for path in checkpoints)
         raise ValueError(
             f"init_from={word} is not there. Give a run, its directory, a checkpoint's directory "
-            f"or its {STATE}; "
-            f"runs in {runs}: {shorten(there, 20) or 'none'}"
+            f"or its {STATE}; runs in {runs}: {shorten(names, 20) or 'none'}"
         )
     for step in reversed(place.steps()):
         try:
-            return Source(word, place.state(step), place.verify(step)["files"][STATE]["sha256"])
+            manifest = place.verify(step)
         except CorruptCheckpointError:
-            continue  # the next older one; who only reads leaves the broken one where it is
-    raise ValueError(
-        f"init_from={word}: no checkpoint in {place.directory} verifies; choose another"
-    )
+            continue  # use the next older one; a reader leaves the corrupt one in its place
+        return Source(word, place.state(step), manifest["files"][STATE]["sha256"])
+    raise ValueError(f"init_from={word}: no checkpoint in {place.directory} verifies")
 
 
 def init_from(module: DiffusionModule, source: Source) -> str:
-    """Start ``module`` and its averages from the averaged weights in ``source``; return what was
-    taken, for people.
+    """Start ``module`` and its averages from the averaged weights in ``source``.
+
+    Returns:
+        What was taken, for people.
 
     Raises:
-        ValueError: if they are of another network, naming the config keys that differ.
-        CheckpointLoadError: if the file holds more than tensors and primitives.
+        ValueError: they are of another network; the message names the config keys that differ.
+        CheckpointLoadError: the file holds more than tensors and primitives.
     """
     state = load_state(source.state)
-    given = {
-        k.removeprefix(AVERAGE): v
-        for k, v in state.get("state_dict", {}).items()
-        if k.startswith(AVERAGE)
-    }
+    given = {}
+    for name, tensor in state.get("state_dict", {}).items():
+        if name.startswith(AVERAGE):
+            given[name.removeprefix(AVERAGE)] = tensor
     if not given:
         raise ValueError(
             f"init_from={source.word}: {source.state} holds no averaged weights ({AVERAGE}*)"
         )
-    then, now = state.get("config") or {}, module.config or {}
-    if (theirs := _class(then)) and (ours := _class(now)) and theirs != ours:
+    then = state.get("config") or {}
+    now = module.config or {}
+    theirs = _backbone_class(then)
+    ours = _backbone_class(now)
+    if theirs and ours and theirs != ours:
         raise ValueError(
             f"init_from={source.word} is of another backbone, {theirs}; this run's is {ours}"
         )
     found = match(module.denoiser, given, then, now)
     if found.odd:
         keys = backbone_changes(then, now)
-        why = shorten(keys) if keys else f"its code builds other weights: {shorten(found.odd)}"
-        raise ValueError(f"init_from={source.word} holds another network: {why}")
+        reason = shorten(keys) if keys else f"its code builds other weights: {shorten(found.odd)}"
+        raise ValueError(f"init_from={source.word} holds another network: {reason}")
     for network in (module.denoiser, *module.ema.networks()):
         network.load_state_dict(found.weights)
     module.initial = {"path": str(source.state), "sha256": source.sha256}
-    taken, total = len(found.weights) - len(found.new), len(found.weights)
-    return "\n    ".join(
-        [
-            f"init_from={source.word} (step {state.get('global_step', '?')}, EMA weights): "
-            f"{'all' if taken == total else f'{taken} of'} {total} tensors taken",
-            *([change] if (change := class_change(then, now)) else []),
-            *([f"new here: {shorten(found.new)}"] if found.new else []),
-            *(
-                [f"not taken: {shorten(left)}"]
-                if (left := [k for k in found.left if k not in found.new])
-                else []
-            ),
-            *_differences(then, now),
-        ]
-    )
+
+    total = len(found.weights)
+    taken = total - len(found.new)
+    count = "all" if taken == total else f"{taken} of"
+    step = state.get("global_step", "?")
+    lines = [
+        f"init_from={source.word} (step {step}, EMA weights): {count} {total} tensors taken",
+        class_change(then, now),
+    ]
+    if found.new:
+        lines.append(f"new here: {shorten(found.new)}")
+    if left := [name for name in found.left if name not in found.new]:
+        lines.append(f"not taken: {shorten(left)}")
+    lines += _meaning_changes(then, now)
+    return "\n    ".join(line for line in lines if line)
 
 
-def other_weights(
+def differing_weights(
     began: Mapping[str, Any] | None, word: str | None, before: str | None, runs: Path
 ) -> str | None:
-    """Return why a run that began from ``began`` is not one with ``init_from=word``; None if it is.
+    """Return why a run that began from ``began`` is not one with ``init_from=word``, or None.
 
-    That file may have been moved, and it may be gone or no longer asked for. A run that is asked
-    for by its name may have gone on since.
+    The file may have been moved, may be gone, or may no longer be asked for. A run that is named
+    may have gone on since.
 
     Args:
         began: ``init_from`` of the checkpoint that is continued; None if it has none.
-        before: the config's ``init_from`` when that checkpoint was written.
+        word: ``init_from`` of this start.
+        before: ``init_from`` of the config when that checkpoint was written.
+        runs: the directory of all runs.
     """
-    if word is None or (
-        began is None and word == before
-    ):  # older versions did not write down what they took
+    # Older versions did not record what they took.
+    if word is None or (began is None and word == before):
         return None
     if began is None:
-        return f"init_from={word}, but this run did not begin from it: give the new run a name of its own (name=...)"
-    place = _place(word, runs)
-    run = isinstance(place, Store)
-    states = (
-        [place.state(step) for step in place.steps()]
-        if isinstance(place, Store)
-        else [place]
-        if place
-        else []
-    )
-    if not states or began["sha256"] in map(_recorded, states) or (run and word == before):
+        return (
+            f"init_from={word}, but this run did not begin from it: give the new run a name of its "
+            f"own (name=...)"
+        )
+    place = _locate(word, runs)
+    if place is None:
+        return None
+    if isinstance(place, Store):
+        if word == before:
+            return None
+        states = [place.state(step) for step in place.steps()]
+    else:
+        states = [place]
+    if not states or began["sha256"] in map(_recorded_hash, states):
         return None
     return (
         f"init_from={word} holds other weights than this run began from, which were those of "
-        f"{began['path']} "
-        f"(SHA-256 {began['sha256'][:12]})"
+        f"{began['path']} (SHA-256 {began['sha256'][:12]})"
     )
 
 
-def _place(word: str, runs: Path) -> Path | Store | None:
-    """Return the ``state.ckpt`` or the store of the run that ``word`` names; None if there is
-    neither.
-    """
+def _locate(word: str, runs: Path) -> Path | Store | None:
+    """Return the ``state.ckpt`` or the store that ``word`` names; None if there is neither."""
     for path in (Path(word).expanduser(), runs / word):
         if path.is_file():
             return path
         if (path / STATE).is_file():
             return path / STATE
-        if (store := Store(path / "checkpoints")).steps():
+        store = Store(path / "checkpoints")
+        if store.steps():
             return store
     return None
 
 
-def _verified(state: Path, word: str) -> str | None:
-    """Return the SHA-256 of ``state`` after it was checked against the manifest beside it, if there
-    is one.
-    """
+def _verified_hash(state: Path, word: str) -> str | None:
+    """Return the SHA-256 of ``state``, checked against the manifest beside it if there is one."""
     if not (state.parent / MANIFEST).exists():
-        return _recorded(state)
+        return content_hash(state)
     try:
         return read_manifest(state.parent)["files"][state.name]["sha256"]
-    except CorruptCheckpointError as reason:
+    except CorruptCheckpointError as error:
         raise ValueError(
-            f"init_from={word} does not verify: {reason}. Choose another checkpoint"
+            f"init_from={word} does not verify: {error}. Choose another checkpoint"
         ) from None
     except KeyError:
         raise ValueError(f"init_from={word}: {state.name} is not in its {MANIFEST}") from None
 
 
-def _recorded(state: Path) -> str | None:
-    """Return the SHA-256 of ``state`` as its manifest has it, or else computed; None if it cannot
-    be read.
-    """
+def _recorded_hash(state: Path) -> str | None:
+    """Return the SHA-256 of ``state`` from its manifest, or else computed; None if unreadable."""
     try:
-        return json.loads((state.parent / MANIFEST).read_bytes())["files"][state.name]["sha256"]
+        manifest = json.loads((state.parent / MANIFEST).read_bytes())
+        return manifest["files"][state.name]["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        with state.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+        return content_hash(state)
 
 
-def _class(config: Config) -> str:
+def _backbone_class(config: Config) -> str:
     return str(config.get("backbone", {}).get("_target_", "")).rpartition(".")[2]
 
 
-def _differences(then: Config, now: Config) -> Iterator[str]:
+def _meaning_changes(then: Config, now: Config) -> Iterator[str]:
     """Yield a line for each setting that gives the weights another meaning."""
     for key, meaning in MEANING.items():
-        theirs, ours = (_select(config, key) for config in (then, now))
+        theirs = _select(then, key)
+        ours = _select(now, key)
         if theirs is not None and ours is not None and theirs != ours:
-            yield f"its {key} is {_words(theirs)}, here {_words(ours)}: {meaning}"
+            before = _describe_part(theirs)
+            yield f"its {key} is {before}, here {_describe_part(ours)}: {meaning}"
 
 
 def _select(config: Any, key: str) -> Any:
@@ -226,14 +223,12 @@ def _select(config: Any, key: str) -> Any:
     return config
 
 
-def _words(value: Any) -> str:
-    """Return a config node as ``shifted(shift=3.0)``: its class in the words of the config groups,
-    and its options.
-    """
+def _describe_part(value: Any) -> str:
+    """Return a config node as ``shifted(shift=3.0)``, in the words of the config groups."""
     if not isinstance(value, Mapping):
         return str(value)
-    name = re.sub(
-        r"(?<=[a-z])(?=[A-Z])", "_", str(value.get("_target_", "")).rpartition(".")[2]
-    ).lower()
-    options = ", ".join(f"{k}={v}" for k, v in flatten(value).items() if k != "_target_")
-    return f"{name}({options})" if options else name
+    class_name = str(value.get("_target_", "")).rpartition(".")[2]
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", class_name).lower()
+    options = {k: v for k, v in flatten(value).items() if k != "_target_"}
+    arguments = ", ".join(f"{k}={v}" for k, v in options.items())
+    return f"{name}({arguments})" if options else name

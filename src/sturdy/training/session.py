@@ -1,0 +1,572 @@
+"""One process of one start of a run: find where to resume, build everything, say so.
+
+Every process of the run does all of this. Rank 0 finds, decides and writes for all of them.
+"""
+
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
+
+import lightning as L
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from exact_resume import distributed
+from exact_resume.attempt import configure_logging, describe_attempt
+from exact_resume.callbacks.watchdog import arm_start_watchdog
+from exact_resume.checkpoint.store import (
+    CheckpointLoadError,
+    CorruptCheckpointError,
+    NoValidCheckpointError,
+)
+from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
+from exact_resume.failures import is_out_of_memory
+from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
+from exact_resume.reduction import reduction_id
+from exact_resume.resume import (
+    MAX_REASONS,
+    Guarantee,
+    LastStart,
+    ResumePoint,
+    ResumeRefusedError,
+    Rules,
+    check_compatibility,
+    config_changes,
+    describe_guarantee,
+    is_restart,
+    resolve_checkpoint,
+    resolve_repeated,
+)
+from exact_resume.run import AlreadyRunningError, Run
+from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
+from exact_resume.skips import NonFiniteLossError, SkippedBatch
+from exact_resume.supervisor import die_with_parent, is_launched
+from sturdy.errors import EXIT_USAGE, ConfigError, as_config_error
+from sturdy.training.build import build_module
+from sturdy.training.ema_snapshots import path_of
+from sturdy.training.fingerprint import run_fingerprint
+from sturdy.training.init_from import differing_weights, find_source, init_from
+from sturdy.training.match_weights import class_change
+from sturdy.training.memory import describe_out_of_memory
+from sturdy.training.restart_config import FROM_DATA, find_previous_start, restore_config
+from sturdy.training.trainer import (
+    build_datamodule,
+    build_trainer,
+    check_accelerator,
+    dry_run_forward,
+    load_alignment_encoder,
+    make_gradient_reducer,
+    reduction_mode,
+    resolve_run_defaults,
+)
+
+STOPPED = ".stopped"  # in the run's directory: the newest step when the last signal came
+PACKAGES = ("exact_resume", "sturdy", "examples")  # whose log goes to the console
+HINT = "A run's directory is paths.runs/name: name=... gives a run another one."
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Session:
+    """One start of the run that ``cfg`` describes.
+
+    Use it as a context: it holds the run's lock inside.
+
+    Args:
+        cfg: the composed config; it is copied.
+        overrides: the words of the command.
+
+    Attributes:
+        run: the run's directory.
+        point: where the run is resumed; None for a fresh start.
+        module, data, trainer: built by ``prepare``.
+
+    Raises:
+        ResumeRefusedError: the run must not be entered like this; nothing was changed.
+        AlreadyRunningError: another process trains in its directory.
+        PeerLostError: another process of this run is gone.
+    """
+
+    module: Any
+    data: Any
+    trainer: L.Trainer
+
+    def __init__(self, cfg: DictConfig, overrides: list[str]) -> None:
+        self.cfg = cfg.copy()
+        self.overrides = overrides
+        self.ckpt_path_given = cfg.ckpt_path
+        self.run = Run(Path(cfg.paths.runs) / cfg.name)
+        self.point: ResumePoint | None = None
+        self.finished = False
+        self.is_restart = False
+        self.previous_data: str | None = None  # digest of the data that a restarted run began with
+        self.restored: list[str] = []  # what the restart has restored in the config, for people
+        self.lock: IO[str] | None = None
+        self.preemption = Preemption()
+
+    @property
+    def resume_path(self) -> Path | None:
+        """The ``state.ckpt`` to resume from."""
+        return self.point.state if self.point else None
+
+    def __enter__(self) -> Self:
+        """Meet the other processes, lock the run, and restore the config of a restart."""
+        # cuBLAS reads it when CUDA starts, and is not deterministic without it.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        die_with_parent()
+        self.preemption.listen(training=False)
+        self._arm_watchdog()
+        with as_config_error():
+            check_accelerator(self.cfg.trainer.accelerator)
+        distributed.init_process_group(self.cfg.trainer.accelerator)
+        with distributed.rank_zero_first(), as_config_error():
+            if distributed.rank() == 0:
+                self.lock = lock_run(self.run)
+        with as_config_error():
+            self.skips = self.run.skips()
+        self._resolve_repetition()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Release the lock of a run that ended well; that of any other dies with the process."""
+        if self.lock and error is None:
+            self.lock.close()
+
+    def prepare(self) -> bool:
+        """Find where the run is resumed, build everything and say so.
+
+        Returns:
+            Whether there is something to train.
+        """
+        if self.finished:
+            return False
+        self.point = distributed.run_on_rank_zero(self._resolve)
+        if self.point and distributed.run_on_rank_zero(self._is_finished):
+            if distributed.rank() == 0:
+                print("\n    ".join(self._describe_finished()), flush=True)
+            return False
+        with distributed.rank_zero_first():
+            resolve_run_defaults(self.cfg, self.point)
+        torch.set_num_threads(self.cfg.trainer.threads)
+        self._open_data()
+        config: dict[str, Any] = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
+        now = self._take_fingerprint(config)
+        guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
+        # Parts that do not go together are refused before anything is promised.
+        with distributed.rank_zero_first(), as_config_error():
+            self.module = build_module(config)
+            dry_run_forward(self.module, self.data.image_size)
+        attempt = distributed.run_on_rank_zero(self.run.next_attempt)
+        configure_logging(attempt, distributed.rank(), PACKAGES)
+        if distributed.rank() == 0:
+            describe_attempt(attempt, config, self.overrides, now)
+            self._announce(guarantee)
+        self._build_trainer(now, attempt)
+        distributed.run_on_rank_zero(lambda: self.run.archive_newer(self.point))
+        # A resume by another word than the given one happened before, and is not recorded again.
+        if distributed.rank() == 0 and self.cfg.ckpt_path == self.ckpt_path_given:
+            LastStart.at(self.ckpt_path_given, self.point).write(self.run.home)
+        # Several processes leave together or not at all.
+        self.preemption.listen(training=distributed.world_size() > 1)
+        return True
+
+    @contextmanager
+    def roll_back_on_nan(self) -> Iterator[None]:
+        """Train inside; after a loss that is not finite, skip its batch and prepare to go on.
+
+        Raises:
+            PreemptedError: a signal came; what was trained is saved.
+            FloatingPointError: too many batches were skipped.
+        """
+        try:
+            with self.trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
+                yield  # left when the last save is durable
+        except NonFiniteLossError as error:
+            skip = error.skip
+        except PreemptedError:
+            self._arm_watchdog()
+            # Leave together: a launcher takes the first process that leaves for dead.
+            distributed.all_reduce_max(0)
+            raise
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1 for it
+                step = self.trainer.global_step
+                raise PreemptedError(f"KeyboardInterrupt: stopped after step {step}") from None
+            raise
+        except RuntimeError as error:
+            if distributed.is_peer_failure(error):
+                message = "lost another process of this run"
+                raise distributed.PeerLostError(message) from error
+            raise
+        else:
+            self.finished = True
+            if distributed.rank() == 0:
+                step = self.trainer.global_step
+                log.info(f"finished at step {step}; everything is in {self.run.home}")
+            return
+        self._skip(skip)
+
+    def _skip(self, skip: SkippedBatch) -> None:
+        """Record ``skip``, and prepare to resume before it."""
+        del self.trainer, self.module, self.data
+        gc.collect()  # frees workers and device memory before the next trainer is built
+        with distributed.rank_zero_first():
+            self._record_skip(skip)
+        if number := distributed.all_reduce_max(self.preemption.signal or 0):
+            name = signal.Signals(number).name
+            raise PreemptedError(f"{name}: went back to the last checkpoint")
+        self.preemption.listen(training=False)
+        self._arm_watchdog()
+        self.cfg.ckpt_path = "auto" if self.cfg.ckpt_path in ("auto", None) else "last"
+
+    def _record_skip(self, skip: SkippedBatch) -> None:
+        """Record that ``skip`` is left out, or give up.
+
+        Raises:
+            FloatingPointError: ``callbacks.guard.max_skips`` batches were left out before.
+            SaveError: it cannot be recorded.
+        """
+        max_skips = self.cfg.callbacks.guard.max_skips
+        before = self.skips.entries
+        if len(before) >= max_skips:
+            lines = [f"    {s}\n        images {', '.join(s.images)}" for s in (*before, skip)]
+            report = "\n".join(lines)
+            raise FloatingPointError(
+                f"training diverged {len(lines)} times, and callbacks.guard.max_skips={max_skips} "
+                f"batches may be left out:\n{report}\nLook at these images. Or lower optimizer.lr "
+                f"or clip, and continue with ckpt_path=last and a larger callbacks.guard.max_skips"
+            )
+        if distributed.rank():
+            self.skips.entries.append(skip)
+            return
+        path = self.skips.path
+        try:
+            self.skips.add(skip)
+        except OSError as error:
+            raise SaveError(
+                f"{path} could not be written: {error}. Mend that and run the same command again"
+            ) from None
+        log.warning(
+            f"{skip}\nback to the last checkpoint; this batch is left out, {path} names its images"
+        )
+
+    def _arm_watchdog(self) -> None:
+        """Limit the time of the start, where a launcher starts this process again."""
+        if is_launched() and self.cfg.callbacks.get("watchdog"):
+            arm_start_watchdog(self.cfg.callbacks.watchdog.start)
+
+    def _resolve_repetition(self) -> None:
+        """Settle what a repeated command and a restart continue, before anything else is read."""
+        run = self.run
+        cfg = self.cfg
+        given = self.ckpt_path_given
+        self.is_restart = distributed.run_on_rank_zero(lambda: is_restart(cfg.as_begun))
+        cfg.ckpt_path = distributed.run_on_rank_zero(
+            lambda: resolve_repeated(given, run.home, run.store, restart=self.is_restart)
+        )
+        if not self.is_restart:
+            return
+        ignore = cfg.resume.ignore
+        previous = distributed.run_on_rank_zero(
+            lambda: find_previous_start(run.home, self.overrides, ignore=ignore)
+        )
+        if previous:
+            keep = [*ignore, *cfg.resume.rounding]
+            self.previous_data = previous.data
+            self.restored = restore_config(cfg, previous, keep=keep)
+
+    def _resolve(self) -> ResumePoint | None:
+        """Find the checkpoint to resume from, and remove what killed writers left."""
+        checkpoint = self.cfg.callbacks.checkpoint
+        store = self.run.store
+        with as_config_error():  # the disk may be away
+            store.sweep()
+            scores = self.run.metrics.column(checkpoint.monitor) | store.scores(checkpoint.monitor)
+            return resolve_checkpoint(store, self.cfg.ckpt_path, scores, checkpoint.mode)
+
+    def _stored_fingerprint(self) -> Mapping[str, Any]:
+        return self.point.manifest.get("fingerprint", {}) if self.point else {}
+
+    def _open_data(self) -> None:
+        """Open the data in every process, on the files that rank 0 listed."""
+        begun = None
+        if self.is_restart:
+            begun = self.previous_data or self._stored_fingerprint().get("data")
+        data: Any = None
+        with distributed.rank_zero_first(), as_config_error():
+            if distributed.rank() == 0:
+                data = build_datamodule(self.cfg, begun)
+        digest = distributed.run_on_rank_zero(lambda: data.digest)
+        if data is None:  # a file may have come to the folder since rank 0 listed it
+            with as_config_error():
+                data = build_datamodule(self.cfg, digest)
+        data.skips = [(skip.step - 1, skip.position, skip.size) for skip in self.skips.entries]
+        self.data = data
+
+    def _take_fingerprint(self, config: Mapping[str, Any]) -> Fingerprint:
+        """Take the fingerprint of this start, and check that all processes have the same one.
+
+        Raises:
+            ResumeRefusedError: a process has other code or data than rank 0.
+        """
+        cfg = self.cfg
+        mode = reduction_mode(cfg)
+        gradients = reduction_id(cfg.data.shards, distributed.world_size(), mode)
+        now = run_fingerprint(config, self.data.digest, gradients, ignore=cfg.resume.ignore)
+        everywhere = distributed.all_gather_object((now.code, now.data))
+        distributed.run_on_rank_zero(lambda: check_processes_agree(everywhere))
+        return now
+
+    def _check_compatibility(self, now: Fingerprint) -> Guarantee | None:
+        if self.point is None:
+            return None
+        data_changes: list[str] = []
+        data = self._stored_fingerprint().get("data", now.data)
+        if data != now.data:
+            data_changes = self.data.changes_since(data)
+        return check_compatibility(
+            self.point,
+            now,
+            resume_rules(self.cfg),
+            other_changes=self._other_changes(self.point),
+            data_changes=data_changes,
+        )
+
+    def _other_changes(self, point: ResumePoint) -> list[str]:
+        """Describe how classes and first weights differ from those of the run, one line each."""
+        config = self._stored_fingerprint().get("config", {})
+        stored_classes = [value for key, value in config.items() if key.startswith("classes.")]
+        classes = None
+        if config:
+            now = {"classes": list(self.cfg.classes)}
+            classes = class_change({"classes": stored_classes}, now)
+        weights = differing_weights(
+            point.manifest.get("init_from"),
+            self.cfg.init_from,
+            config.get("init_from"),
+            Path(self.cfg.paths.runs),
+        )
+        return [line for line in (classes, weights) if line]
+
+    def _announce(self, guarantee: Guarantee | None) -> None:
+        """Say what was understood of the data, and whether the run is fresh or resumed."""
+        for line in self.data.understood():
+            log.info(line)
+        if report := self.data.cache.report():
+            log.warning(report)
+        log.info(self._banner(guarantee))
+        for line in self.restored:
+            log.warning(f"the configuration was edited: {line}")
+        for line in self.data.notes:
+            log.warning(line)
+
+    def _banner(self, guarantee: Guarantee | None) -> str:
+        cfg = self.cfg
+        classes = len(self.data.classes) or "no"
+        title = f"{cfg.name}: {len(self.data.cache)} images, {classes} classes"
+        if distributed.world_size() > 1:
+            title += f", {distributed.world_size()} processes"
+        end = f"to step {cfg.trainer.max_steps}"
+        if self.point is None or guarantee is None:
+            return f"{title}; fresh, {end}"
+        promise = describe_guarantee(guarantee)
+        lines = [f"{title}; resumed from step {self.point.step}, {end} ({promise})"]
+        return "\n    ".join(lines + guarantee.reasons)
+
+    def _build_trainer(self, now: Fingerprint, attempt: Path) -> None:
+        """Build the trainer, and give the module the weights that it begins with."""
+        cfg = self.cfg
+
+        def initial_source() -> Any:
+            with as_config_error():
+                if cfg.init_from and not self.point:
+                    return find_source(str(cfg.init_from), Path(cfg.paths.runs))
+            return None
+
+        # Once for all processes: a run that is named may be training now.
+        source = distributed.run_on_rank_zero(initial_source)
+        with distributed.rank_zero_first(), as_config_error():
+            self.trainer = build_trainer(cfg, self.run, now, self.preemption, attempt)
+            if source:
+                summary = init_from(self.module, source)
+                if distributed.rank() == 0:
+                    log.info(summary)
+        cache = Path(cfg.paths.cache) / "evaluation"
+        load_alignment_encoder(self.module, self.data, self.point, cache)
+        self.module.sum = make_gradient_reducer(cfg, self.module)
+
+    def _is_finished(self) -> bool:
+        """Return whether nothing is left to do: no step, no validation, no images of the last."""
+        assert self.point is not None
+        last = self.cfg.trainer.max_steps
+        if self.point.step != last:
+            return self.point.step > last
+        is_validated = last in self.run.metrics.column("val/loss")
+        if last % self.cfg.trainer.val_check_interval == 0 and not is_validated:
+            return False
+        callbacks = self.cfg.callbacks
+        outputs = []
+        if runs_every_n_steps(callbacks.get("samples")):
+            outputs.append(Path(callbacks.samples.directory) / f"step-{last:08d}.png")
+        if runs_every_n_steps(callbacks.get("snapshots")):
+            outputs.append(path_of(Path(callbacks.snapshots.directory), last))
+        return all(path.exists() for path in outputs)
+
+    def _describe_finished(self) -> list[str]:
+        """Say that there is nothing to do, and how the config differs from the trained one."""
+        assert self.point is not None
+        cfg = self.cfg.copy()
+        max_steps = cfg.trainer.max_steps
+        lines = [
+            f"{cfg.name}: finished at step {self.point.step} (trainer.max_steps={max_steps}), "
+            f"nothing to do"
+        ]
+        stored = self._stored_fingerprint()
+        if not stored:
+            return lines
+        for key in FROM_DATA:
+            cfg[key] = stored.get("config", {}).get(key, cfg[key])
+        rules = resume_rules(cfg)
+        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from"]
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        now = fingerprint(config, stored.get("data", ""))
+        changes = config_changes(stored, now, Rules(ignore=ignore, added=rules.added))
+        if changes:
+            lines.append(
+                "it was trained with another configuration; to train this one, give it a name of "
+                "its own: name=..."
+            )
+        return lines + list(changes.values())[:MAX_REASONS]
+
+
+@dataclass
+class Outcome:
+    """How a start ended.
+
+    Attributes:
+        exit_code: as of ``sturdy.training.run.train``.
+    """
+
+    exit_code: int = 0
+
+
+@contextmanager
+def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
+    """Say in one line what the user can mend, instead of a traceback; the outcome has the code."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
+        print(f"error: {error}\n{HINT}", file=sys.stderr)
+        outcome.exit_code = EXIT_USAGE
+    except (CheckpointLoadError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        outcome.exit_code = EXIT_USAGE
+    except distributed.PeerLostError as error:
+        log.warning(f"process {distributed.rank()}: {error}")
+        outcome.exit_code = 1
+    except PreemptedError as stop:
+        if distributed.rank() == 0:
+            _report_preemption(cfg, stop)
+        outcome.exit_code = EXIT_RESUMABLE
+    except Exception as error:
+        log.debug("where it failed", exc_info=True)
+        if is_out_of_memory(error):
+            print(f"error: {describe_out_of_memory(error, cfg)}", file=sys.stderr)
+        elif not isinstance(
+            error, FloatingPointError | SaveError | CorruptCheckpointError | OSError
+        ):
+            raise
+        elif distributed.rank() == 0 or not isinstance(error, FloatingPointError):
+            print(f"error: {error}", file=sys.stderr)  # all ranks find the same divergence
+        outcome.exit_code = 1
+    finally:
+        distributed.destroy_process_group()
+
+
+def resume_rules(cfg: DictConfig) -> Rules:
+    """Return which changes of the config a resume accepts."""
+    return Rules(cfg.resume.ignore, cfg.resume.rounding, cfg.resume.added)
+
+
+def lock_run(run: Run) -> IO[str]:
+    """Lock the run; return the file that holds the lock.
+
+    Raises:
+        AlreadyRunningError: another process has it.
+        ConfigError: nothing can be written there.
+        OSError: for a failure that may pass, such as a network disk that is away.
+    """
+    try:
+        return run.lock()
+    except OSError as error:
+        if error.errno in TRANSIENT_ERRNOS:
+            raise
+        if error.errno is None:  # the message says everything
+            raise ConfigError(f"paths.runs: {error}") from error
+        raise ConfigError(
+            f"nothing can be written in paths.runs: {error}. Choose another place: paths.runs=..."
+        ) from error
+
+
+def check_processes_agree(everywhere: list[tuple[dict[str, str], str]]) -> None:
+    """Check that all processes, by rank, would train with the same code and data.
+
+    Raises:
+        ResumeRefusedError: one has other code or data than rank 0.
+    """
+    code, data = everywhere[0]
+    for rank, (its_code, its_data) in enumerate(everywhere):
+        names = code.keys() | its_code.keys()
+        changed = sorted(name for name in names if code.get(name) != its_code.get(name))
+        if changed:
+            shown = ", ".join(changed[:MAX_NAMES])
+            raise ResumeRefusedError(
+                f"process {rank} runs other code than process 0: {shown}; update it there"
+            )
+        if data != its_data:
+            raise ResumeRefusedError(
+                f"process {rank} has other data than process 0; see data.root and paths.cache there"
+            )
+
+
+def runs_every_n_steps(node: DictConfig | None) -> bool:
+    """Return whether a callback that does something every N steps is switched on."""
+    return bool(node and node.every_n_steps)
+
+
+def stopped_here_before(run: Run) -> bool:
+    """Return whether the last signal came at the same newest step; remember this one."""
+    mark = run.home / STOPPED
+    with suppress(OSError):
+        newest = str(max(run.newest_step(), 0))
+        before = mark.read_text() if mark.exists() else None
+        if run.home.is_dir():
+            mark.write_text(newest)
+        return before == newest
+    return False
+
+
+def _report_preemption(cfg: DictConfig, stop: PreemptedError) -> None:
+    say: Callable[[str], None] = log.info if log.hasHandlers() else print
+    way = "Use ckpt_path=auto" if cfg.ckpt_path is None else "Run the same command"
+    say(f"{stop}. {way} to continue.")
+    if stopped_here_before(Run(Path(cfg.paths.runs) / cfg.name)):
+        say(
+            "The start before this one was stopped at the same step: "
+            "they need more time than they are given."
+        )

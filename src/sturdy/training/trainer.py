@@ -1,0 +1,289 @@
+"""The parts of one start, built from its config: data, gradient reduction, and the Trainer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from exact_resume import distributed
+from exact_resume.callbacks.nan_guard import NanGuard
+from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
+from exact_resume.callbacks.record import Record
+from exact_resume.callbacks.watchdog import Watchdog
+from exact_resume.checkpoint.store import load_state
+from exact_resume.checkpoint.writer import StoreCheckpointIO
+from exact_resume.failures import tolerate_errors
+from exact_resume.fingerprint import Fingerprint
+from exact_resume.reduction import (
+    AllReduce,
+    GradientReducer,
+    fsdp_reduce,
+    is_tree,
+    no_reduce,
+    tree_all_reduce,
+)
+from exact_resume.resume import ResumePoint
+from exact_resume.run import Run
+from exact_resume.signals import Preemption
+from exact_resume.supervisor import is_launched
+from exact_resume.system import available_cpus
+from sturdy.cli.signatures import NON_TRAINER_KEYS
+from sturdy.errors import ConfigError, as_config_error
+from sturdy.training import optim, strategies
+from sturdy.training.callbacks.compile import Compile
+from sturdy.training.callbacks.progress import Progress
+from sturdy.training.module import DiffusionModule
+
+if TYPE_CHECKING:  # imported by those that are aligned
+    from sturdy.encoders.encoder import Encoder
+
+
+def check_accelerator(name: str) -> None:
+    """Raise ValueError if PyTorch finds no such device on this machine."""
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    available = {"cuda": has_cuda, "mps": has_mps, "gpu": has_cuda or has_mps}
+    if not available.get(name, True):
+        raise ValueError(
+            f"trainer.accelerator={name}: PyTorch {torch.__version__} finds none on this machine; "
+            f"use auto or cpu"
+        )
+
+
+def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
+    """Fill in what the first start decides and the run then keeps: shards, reduction, threads.
+
+    Keys that older versions lacked get the value that means what these versions did.
+
+    Raises:
+        ConfigError: the batch cannot be cut into equal shards for the processes.
+    """
+    stored: Mapping[str, Any] = {}
+    if point:
+        stored = point.manifest.get("fingerprint", {}).get("config", {})
+    processes = distributed.world_size()
+    shards = stored.get("data.shards", processes)
+    if cfg.data.shards is None:
+        cfg.data.shards = shards if shards % processes == 0 else processes
+    if cfg.data.shards % processes or cfg.data.batch_size % cfg.data.shards:
+        raise ConfigError(
+            f"data.batch_size={cfg.data.batch_size} cannot be cut into "
+            f"data.shards={cfg.data.shards} equal shards for {processes} processes: shards must "
+            f"divide the batch, and the number of processes the shards"
+        )
+    if cfg.reduction is None:
+        default = "allreduce" if cfg.data.shards == processes > 1 else "tree"
+        kept = stored.get("reduction") if shards == cfg.data.shards else None
+        cfg.reduction = kept or default
+    for key, older_value in cfg.resume.added.items():
+        if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
+            OmegaConf.update(cfg, key, older_value)
+    if cfg.trainer.threads is None:
+        share = max(1, available_cpus() // distributed.local_world_size())
+        cfg.trainer.threads = stored.get("trainer.threads") or share
+
+
+def reduction_mode(cfg: DictConfig) -> str:
+    """Return how gradients are summed over processes: ``tree``, ``allreduce`` or ``fsdp2``."""
+    if cfg.strategy._target_.endswith(".fsdp2"):
+        return "fsdp2"
+    if cfg.reduction == "tree" and is_tree(cfg.data.shards, distributed.world_size()):
+        return "tree"
+    return "allreduce"
+
+
+def make_gradient_reducer(cfg: DictConfig, module: DiffusionModule) -> GradientReducer:
+    """Return the function that sums gradients over processes, as ``reduction_mode`` says."""
+    if distributed.world_size() == 1:
+        return no_reduce
+    mode = reduction_mode(cfg)
+    if mode == "tree":
+        return tree_all_reduce
+    if mode == "fsdp2":
+        return fsdp_reduce
+    one_shard_each = cfg.data.shards == distributed.world_size()
+    return AllReduce(module.trained(), overlap=one_shard_each)
+
+
+def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
+    """Build and open the data module, and write its classes into the config for the backbone.
+
+    Args:
+        cfg: is changed.
+        begun: digest of the data that the run goes on with; None for the data that are there now.
+    """
+    data = instantiate(cfg.data)
+    data.rank = distributed.rank()
+    data.processes = distributed.world_size()
+    data.limit_val = cfg.trainer.limit_val_batches
+    data.open(begun)
+    cfg.classes = list(data.classes)
+    cfg.num_classes = len(data.classes)
+    cfg.num_conditions = data.conditions
+    cfg.prior = data.prior
+    return data
+
+
+def dry_run_forward(module: DiffusionModule, size: int) -> None:
+    """Send one image of ``size`` x ``size`` through the network, and build the optimizer once.
+
+    Raises:
+        ValueError: the image does not fit the backbone, or the optimizer refuses.
+    """
+    optim.try_out(module.make_optimizer, module)
+    with torch.no_grad():
+        module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
+
+
+def load_alignment_encoder(
+    module: DiffusionModule, data: Any, point: ResumePoint | None, folder: Path
+) -> None:
+    """Load the frozen encoder of an aligned module: from the checkpoint, or made by rank 0.
+
+    Args:
+        module: without an alignment, nothing is done.
+        data: open; an encoder can be made for its training images.
+        point: where the run is resumed.
+        folder: for encoders that take time to make.
+
+    Raises:
+        ConfigError: there is no encoder, or it does not fit the backbone.
+    """
+    alignment = module.alignment
+    if alignment is None:
+        return
+
+    def state() -> dict[str, Tensor]:
+        with as_config_error():
+            if point:
+                return stored_encoder(point)
+            return make_encoder(alignment.encoder, data, folder)
+
+    encoder = distributed.run_on_rank_zero(state)
+    with distributed.rank_zero_first(), as_config_error(), torch.no_grad():
+        alignment.encoder.load_state_dict(encoder)
+        image = torch.zeros(1, 3, data.image_size, data.image_size)
+        with alignment.inside(module.denoiser.backbone) as inner:
+            module.denoiser(image, torch.full((1,), 0.5), None)
+        alignment(*inner, image)
+
+
+def stored_encoder(point: ResumePoint) -> dict[str, Tensor]:
+    """Return the encoder's state from a checkpoint; raise ValueError if it has none."""
+    prefix = "alignment.encoder."
+    weights = load_state(point.state)["state_dict"]
+    state = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not state:
+        raise ValueError(
+            f"{point.state} is of a run that began without alignment, which cannot be added to it: "
+            f"leave it out with alignment=none, or start another run from these weights with "
+            f"name=... init_from={point.state.parent}"
+        )
+    return state
+
+
+def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tensor]:
+    """Return the state of ``encoder``, prepared for the training images of ``data``."""
+    from sturdy.progress import ProgressPrinter
+
+    images = data.val_dataloader().dataset  # the held-out images come first, then the others
+    end = min(data.held_out + encoder.most, len(data.cache))
+    positions = np.arange(data.held_out, end)
+    batch = images[positions]
+    first = images.split(np.arange(8)).tolist()  # tells folds apart
+    key = (data.digest, data.image_size, len(positions), data.held_out, first)
+    progress = ProgressPrinter("the encoder of alignment")
+    encoder.prepare(
+        batch.image, batch.label, len(data.classes), data=key, folder=folder, tell=progress
+    )
+    return encoder.state_dict()
+
+
+def build_trainer(
+    cfg: DictConfig, run: Run, now: Fingerprint, preemption: Preemption, attempt: Path
+) -> L.Trainer:
+    """Build Lightning's Trainer, with everything that this project fixes about it."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
+    settings |= strategies.processes()
+    settings["limit_val_batches"] = 1.0  # the data module applies the limit
+    trainer: L.Trainer = instantiate(
+        settings,
+        strategy=instantiate(cfg.strategy),
+        callbacks=build_callbacks(cfg, run, preemption, attempt),
+        logger=[run.metrics, *build_loggers(cfg)],
+        plugins=[
+            StoreCheckpointIO(run.store, lambda checkpoint: checkpoint_metadata(checkpoint, now)),
+            distributed.cluster_environment() or LightningEnvironment(),
+        ],
+        max_epochs=-1,
+        check_val_every_n_epoch=None,  # validation is by step
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    strategies.keep_quiet(trainer)
+    strategies.end_always(trainer)
+    return trainer
+
+
+def checkpoint_metadata(checkpoint: Mapping[str, Any], now: Fingerprint) -> dict[str, Any]:
+    """Return what goes into the manifest of ``checkpoint`` beside its step."""
+    metadata = {
+        "position": checkpoint["ImageData"]["position"],
+        "fingerprint": now.as_dict(),
+    }
+    if "init_from" in checkpoint:
+        metadata["init_from"] = checkpoint["init_from"]
+    return metadata
+
+
+def build_callbacks(
+    cfg: DictConfig, run: Run, preemption: Preemption, attempt: Path
+) -> list[Callback]:
+    """Build the callbacks, in the order in which they are called.
+
+    Processes agree on a signal first, then the watchdog and the NaN guard look at the step, then
+    everything that may take its time.
+    """
+    first: list[Callback] = [AgreeOnSignal(preemption)]
+    others: list[Callback] = [Record(run.metrics), SaveOnSignal(preemption)]
+    guards: dict[type, Callback] = {}
+    for name, node in cfg.callbacks.items():
+        if not node or (name == "progress" and distributed.rank() > 0):
+            continue
+        callback = instantiate(node, _convert_="all")
+        if isinstance(callback, Watchdog | NanGuard):
+            guards[type(callback)] = callback
+        else:
+            others.append(tolerate_errors(callback) if isinstance(callback, Progress) else callback)
+    if cfg.trainer.compile:
+        others.append(Compile())
+    watchdog = guards.get(Watchdog)
+    if isinstance(watchdog, Watchdog):
+        watchdog.directory = attempt
+        watchdog.armed = is_launched()
+    first += [guards[kind] for kind in (Watchdog, NanGuard) if kind in guards]
+    return first + others
+
+
+def build_loggers(cfg: DictConfig) -> list[Any]:
+    """Build the loggers beside ``metrics.csv``; only rank 0 has any."""
+    if distributed.rank() > 0:
+        return []
+    loggers = []
+    for node in (cfg.logger or {}).values():
+        if node:
+            logger = tolerate_errors(instantiate(node, _convert_="all"))
+            logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+            loggers.append(logger)
+    return loggers
