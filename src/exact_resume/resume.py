@@ -137,7 +137,7 @@ def resolve_checkpoint(
         return None
     if ckpt_path == "best":
         return _find_best(store, scores, mode)
-    state = _find_named(store, ckpt_path, "auto, last, best, null")
+    state = _find_named(store, str(ckpt_path), "auto, last, best, null")
     return _resume_point(state, _verified_manifest(state, ckpt_path))
 
 

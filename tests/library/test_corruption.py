@@ -25,7 +25,7 @@ from exact_resume.checkpoint.store import (
 )
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.fingerprint import fingerprint
-from exact_resume.resume import ResumeRefusedError, check_compatibility, resolve_checkpoint
+from exact_resume.resume import ResumeRefusedError, Rules, check_compatibility, resolve_checkpoint
 from sturdy.training.init_from import find_source, init_from
 
 CONFIG = {"seed": 0, "trainer": {"deterministic": True, "threads": 1}}
@@ -322,10 +322,7 @@ def test_what_is_not_known_here_is_no_hindrance(store):
         ),
     )
     entry = resolve_checkpoint(store, "auto", {}, "min")
-    assert (
-        check_compatibility(entry, fingerprint(CONFIG, "digest"), ignore=(), rounding=()).level
-        == "bitwise"
-    )
+    assert check_compatibility(entry, fingerprint(CONFIG, "digest"), Rules()).level == "bitwise"
 
 
 @pytest.mark.parametrize(
@@ -345,14 +342,10 @@ def test_a_fingerprint_without_its_trajectory_is_refused_unless_named_on_purpose
     reseal(store, 9, change)
     now = fingerprint(CONFIG, "digest")
     with pytest.raises(ResumeRefusedError) as error:
-        check_compatibility(
-            resolve_checkpoint(store, "auto", {}, "min"), now, ignore=(), rounding=()
-        )
+        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), now, Rules())
     assert reason in str(error.value)
     assert "ckpt_path=last" in str(error.value)
-    guarantee = check_compatibility(
-        resolve_checkpoint(store, "last", {}, "min"), now, ignore=(), rounding=()
-    )
+    guarantee = check_compatibility(resolve_checkpoint(store, "last", {}, "min"), now, Rules())
     assert guarantee.level == "refused"
     assert any(reason in line for line in guarantee.reasons)
 
@@ -360,6 +353,6 @@ def test_a_fingerprint_without_its_trajectory_is_refused_unless_named_on_purpose
 def test_a_fingerprint_without_its_stack_promises_the_same_samples(store):
     reseal(store, 9, lambda manifest: manifest["fingerprint"].pop("stack"))
     entry = resolve_checkpoint(store, "auto", {}, "min")
-    guarantee = check_compatibility(entry, fingerprint(CONFIG, "digest"), ignore=(), rounding=())
+    guarantee = check_compatibility(entry, fingerprint(CONFIG, "digest"), Rules())
     assert guarantee.level == "same samples"
     assert f"torch: nothing -> {torch.__version__}" in guarantee.reasons

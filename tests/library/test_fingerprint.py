@@ -7,7 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from exact_resume.fingerprint import compare, file_hashes, fingerprint, flatten
+from exact_resume.fingerprint import file_hashes, fingerprint, flatten
+from exact_resume.resume import Rules, compare_fingerprints
 from runs import ROOT
 
 LISTS = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "train.yaml").resume)
@@ -34,7 +35,7 @@ def changed(config, key, value):
 
 def judge(then, now):
     stored = json.loads(json.dumps(then.as_dict()))  # as a manifest gives it back
-    return compare(stored, now, **LISTS)
+    return compare_fingerprints(stored, now, Rules(**LISTS))
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +104,10 @@ def test_all_else_is_the_trajectory(key, value, reason, then):
 def test_other_data_is_another_trajectory_and_what_changed_is_said(then):
     now = fingerprint(CONFIG, "e" * 64)
     assert judge(then, now).reasons == ["the data changed: digest dddddddddddd -> eeeeeeeeeeee"]
-    told = compare(
+    told = compare_fingerprints(
         then.as_dict(),
         now,
-        **LISTS,
+        Rules(**LISTS),
         data_changes=["13 images are new (a.jpg)", "1 is gone (b.jpg)"],
     )
     assert told.reasons == ["the data changed: 13 images are new (a.jpg); 1 is gone (b.jpg)"]
@@ -136,7 +137,7 @@ def test_a_run_of_an_older_version_is_continued_with_the_same_samples(then):
     stored = then.as_dict() | {"source": {"backbone/dit.py": "0"}}
     for later in ("code", "files"):
         del stored[later]
-    guarantee = compare(stored, then, **LISTS)
+    guarantee = compare_fingerprints(stored, then, Rules(**LISTS))
     assert guarantee.level == "same samples"
     assert "an older version of this project wrote the checkpoint" in guarantee.reasons[0]
 
@@ -145,9 +146,11 @@ def test_a_key_that_came_later_has_the_value_that_older_runs_had(then):
     lists = LISTS | {"added": {"data.split": "count"}}
     for value, level in (("count", "bitwise"), ("content", "refused")):
         now = fingerprint(changed(CONFIG, "data.split", value), "d" * 64)
-        assert compare(then.as_dict(), now, **lists).level == level
+        assert compare_fingerprints(then.as_dict(), now, Rules(**lists)).level == level
     now = fingerprint(changed(CONFIG, "data.split", "content"), "d" * 64)
-    assert compare(then.as_dict(), now, **lists).reasons == ["data.split: 'count' -> 'content'"]
+    assert compare_fingerprints(then.as_dict(), now, Rules(**lists)).reasons == [
+        "data.split: 'count' -> 'content'"
+    ]
 
 
 def test_files_count_by_content_and_never_by_path(tmp_path):

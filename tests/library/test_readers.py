@@ -22,7 +22,7 @@ from exact_resume.checkpoint.store import (
 )
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.resume import ResumeRefusedError, read_resume_point, resolve_checkpoint
-from exact_resume.scores import scores_of
+from exact_resume.resume import monitored_scores as scores_of
 from sturdy.training.build import load_module
 from sturdy.training.init_from import find_source
 

@@ -18,7 +18,7 @@ from runs import ROOT, SMALL, differences, kill_at, train
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
 from sturdy.training.build import build_module
 from sturdy.training.ema import PowerEMA
-from sturdy.training.init_from import find_source, init_from, other_weights
+from sturdy.training.init_from import find_source, init_from, differing_weights
 from sturdy.training.match_weights import class_change, match
 from sturdy.training.module import DiffusionModule
 
@@ -277,7 +277,7 @@ def test_what_a_run_began_from_counts_by_its_content(tmp_path):
     began = {"path": str(path / STATE), "sha256": find_source(str(path), tmp_path).sha256}
 
     def refused(word, before="base", began=began):
-        return other_weights(began, word, before, tmp_path)
+        return differing_weights(began, word, before, tmp_path)
 
     shutil.copytree(path, tmp_path / "moved")
     for word in (None, "base", str(path), str(tmp_path / "moved"), "gone"):

@@ -5,12 +5,8 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
-from sturdy.training.restart_config import (
-    PreviousStart,
-    find_previous_start,
-    is_restart,
-    restore_config,
-)
+from exact_resume.resume import is_restart
+from sturdy.training.restart_config import PreviousStart, find_previous_start, restore_config
 
 IGNORE = ["trainer.max_steps", "ckpt_path", "paths"]
 CONFIG = {

@@ -131,16 +131,6 @@ def test_a_runs_own_config_is_run_to_the_letter(friend, tmp_path):
             trust.check(file, given, names)
 
 
-def test_beside_its_attempts_a_run_has_other_numbers_and_no_other_classes(friend):
-    runs, _ = friend
-    file, trust = runs / "sweep" / "run" / "sampling.yaml", Trust(runs=runs)
-    trust.check_recipe(file, {"sampler": {"_target_": "friend.Net", "width": 5}}, ["sampler"])
-    word = r"\. If you trust friend, say so: trust=\[friend\]"
-    for target, answer in {"friend.Outer": word, "friend.make": word, "os.system": ""}.items():
-        with pytest.raises(ValueError, match=f"is not run{answer}$"):
-            trust.check_recipe(file, {"sampler": {"_target_": target}}, ["sampler"])
-
-
 @pytest.mark.parametrize("word", ["os", "subprocess.Popen", "my package", "", 3, True, "a..b"])
 def test_a_word_that_is_no_package_is_refused(word):
     with pytest.raises(ValueError, match=r"^trust: "):

@@ -11,6 +11,7 @@ from exact_resume.fingerprint import fingerprint
 from exact_resume.resume import (
     LastStart,
     ResumeRefusedError,
+    Rules,
     check_compatibility,
     resolve_checkpoint,
     resolve_repeated,
@@ -23,7 +24,7 @@ CONFIG = {
     "name": "a",
     "data": {"shards": 1},
 }
-LISTS = {"ignore": ["name"], "rounding": ["data.shards"]}
+RULES = Rules(ignore=["name"], rounding=["data.shards"])
 NAN, INF = float("nan"), float("inf")
 
 
@@ -72,7 +73,7 @@ def test_null_leaves_a_run_that_has_checkpoints_alone(store):
     text = refusal(store, None)
     assert f"{store.directory} has checkpoints up to step 9" in text
     assert "ckpt_path=auto" in text
-    assert "name=..." in text
+    assert "directory of its own" in text
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_foreign_file_has_its_own_step_and_no_guarantee(store, now, tmp_path):
     torch.save({"global_step": 123, "state_dict": {}}, path)
     entry = resolve_checkpoint(store, str(path), {}, "min")
     assert (entry.step, dict(entry.manifest)) == (123, {})
-    guarantee = check_compatibility(entry, now, **LISTS)
+    guarantee = check_compatibility(entry, now, RULES)
     assert guarantee.level == "refused"
     assert "its origin is unknown" in guarantee.reasons[0]
     torch.save({"state_dict": {}}, path)
@@ -168,7 +169,7 @@ def test_none_verifies_is_never_a_fresh_start(store):
 
 def test_the_same_run_is_continued_bitwise(store, now):
     assert (
-        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), now, **LISTS).level
+        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), now, RULES).level
         == "bitwise"
     )
 
@@ -176,21 +177,21 @@ def test_the_same_run_is_continued_bitwise(store, now):
 def test_a_changed_trajectory_is_refused_with_the_difference_unless_named_on_purpose(store, now):
     other = fingerprint(CONFIG | {"optimizer": {"lr": 0.5}, "name": "b"}, "digest of the data")
     with pytest.raises(ResumeRefusedError) as error:
-        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), other, **LISTS)
+        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), other, RULES)
     text = str(error.value)
     assert "optimizer.lr: 0.001 -> 0.5" in text
     assert "name:" not in text
     assert str(store.path(9)) in text
     assert "ckpt_path=last" in text
     for word in ("last", str(store.path(9))):
-        guarantee = check_compatibility(resolve_checkpoint(store, word, {}, "min"), other, **LISTS)
+        guarantee = check_compatibility(resolve_checkpoint(store, word, {}, "min"), other, RULES)
         assert (guarantee.level, guarantee.reasons) == ("refused", ["optimizer.lr: 0.001 -> 0.5"])
 
 
 def test_a_long_difference_is_cut(store, now):
     other = dataclasses.replace(now, config=now.config | {f"key{i:02}": 0 for i in range(50)})
     with pytest.raises(ResumeRefusedError) as error:
-        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), other, **LISTS)
+        check_compatibility(resolve_checkpoint(store, "auto", {}, "min"), other, RULES)
     assert str(error.value).count(": nothing -> 0") == 20
     assert "... and 30 more" in str(error.value)
 
@@ -204,7 +205,7 @@ def enter(store, ckpt_path):
     entry = resolve_checkpoint(store, ckpt_path, {3: 0.5, 6: 0.1}, "min")
     if entry:
         store.abandon(entry.step, store.directory.parent / "abandoned")
-    LastStart.of(ckpt_path, entry).write(store.directory.parent)
+    LastStart.at(ckpt_path, entry).write(store.directory.parent)
 
 
 def repeated(store, ckpt_path, *, restart=False):
@@ -247,7 +248,7 @@ def test_a_path_is_the_same_however_it_is_written_and_not_when_another_checkpoin
 
 def test_what_was_killed_before_it_had_a_checkpoint_of_its_own_enters_again(store, tmp_path):
     elsewhere = Store(tmp_path / "other")
-    LastStart.of(
+    LastStart.at(
         str(store.path(9)), resolve_checkpoint(store, str(store.path(9)), {}, "min")
     ).write(tmp_path)
     assert resolve_repeated(str(store.path(9)), tmp_path, elsewhere, restart=True) == str(
@@ -256,7 +257,7 @@ def test_what_was_killed_before_it_had_a_checkpoint_of_its_own_enters_again(stor
 
 
 def test_null_is_continued_by_a_restart_only(store):
-    LastStart.of(None, None).write(store.directory.parent)
+    LastStart.at(None, None).write(store.directory.parent)
     assert repeated(store, None, restart=True) == "auto"
     assert repeated(store, None) is None
 

@@ -1,0 +1,233 @@
+"""Make the training of any LightningModule unlosable.
+
+    training = ExactTraining("runs/digits", seed=0, config={"lr": 1e-3})
+    trainer = L.Trainer(max_steps=400, **training.trainer_options())
+    data = PositionData(train_set, val_set, batch_size=64)
+    sys.exit(training.fit(trainer, module, data))
+
+Kill it at any instant and run the same command again: the weights come out bit for bit the same, on
+the same stack and with the same number of processes.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from exact_resume import distributed
+from exact_resume.attempt import configure_logging, describe_attempt
+from exact_resume.callbacks.checkpoint import Checkpoint
+from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
+from exact_resume.callbacks.record import Record
+from exact_resume.checkpoint.writer import StoreCheckpointIO
+from exact_resume.code_hash import code_hashes, file_hash, imports
+from exact_resume.data import PositionData
+from exact_resume.fingerprint import PACKAGES, Fingerprint, fingerprint
+from exact_resume.randomness import reseed
+from exact_resume.resume import (
+    LastStart,
+    ResumePoint,
+    Rules,
+    check_compatibility,
+    describe_guarantee,
+    monitored_scores,
+    resolve_checkpoint,
+    resolve_repeated,
+)
+from exact_resume.run import Run
+from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
+
+
+class Reseed(Callback):
+    """Seed the default generators before every batch, as a function of (seed, batch, rank).
+
+    So dropout, and whatever else draws from them, has no state to save.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.batch = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin with the first batch after the resume point."""
+        self.batch = trainer.global_step * trainer.accumulate_grad_batches
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Seed the forward pass of this batch."""
+        reseed(self.seed, "batch", self.batch, trainer.global_rank)
+        self.batch += 1
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Seed the validation of this batch, the same way at every validation."""
+        reseed(self.seed, "validation", dataloader_idx, batch_idx, trainer.global_rank)
+
+
+class ExactTraining:
+    """One unlosable training in the directory ``home``.
+
+    Args:
+        home: the run's directory; it holds the checkpoints and the record.
+        seed: of everything random in the forward pass.
+        config: everything that makes the trajectory, as nested primitives: a change is refused.
+        rules: changes of the config that are accepted nevertheless.
+        checkpoint: when a checkpoint is written, and which are kept.
+        packages: loggers whose messages go to the console and to the attempt's log.
+    """
+
+    def __init__(
+        self,
+        home: str | Path,
+        *,
+        seed: int = 0,
+        config: Mapping[str, Any] | None = None,
+        rules: Rules | None = None,
+        checkpoint: Checkpoint | None = None,
+        packages: Sequence[str] = ("exact_resume",),
+    ) -> None:
+        self.run = Run(home)
+        self.seed = seed
+        self.config = dict(config or {})
+        self.rules = rules or Rules()
+        self.checkpoint = checkpoint or Checkpoint()
+        self.packages = packages
+        self.preemption = Preemption()
+        self.now: Fingerprint | None = None
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Return the options of ``lightning.Trainer`` that exact resume needs.
+
+        The trainer's own ``max_steps``, ``val_check_interval`` (in steps), ``devices``,
+        ``precision``, ``gradient_clip_val`` and so on are free. Further callbacks go after these:
+        ``callbacks=[*options.pop("callbacks"), MyCallback()]``.
+        """
+        return {
+            "callbacks": [
+                AgreeOnSignal(self.preemption),
+                Reseed(self.seed),
+                Record(self.run.metrics),
+                SaveOnSignal(self.preemption),
+                self.checkpoint,
+            ],
+            "logger": self.run.metrics,
+            "plugins": [StoreCheckpointIO(self.run.store, self._metadata)],
+            "deterministic": True,
+            "max_epochs": -1,
+            "check_val_every_n_epoch": None,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        }
+
+    def fit(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        data: PositionData,
+        ckpt_path: str | None = "auto",
+    ) -> int:
+        """Start the training, or continue it from the newest verified checkpoint.
+
+        Args:
+            trainer: made with ``trainer_options()``.
+            module: its initial weights must be a function of a seed.
+            data: the stream of samples.
+            ckpt_path: ``auto``, ``last``, ``best``, a step, a path, or None to start afresh.
+
+        Returns:
+            0 if it is finished, 75 if a signal stopped it and the same command continues it.
+
+        Raises:
+            ResumeRefusedError: the trajectory changed; nothing was changed.
+            AlreadyRunningError: another process trains in this directory.
+            NoValidCheckpointError: there are checkpoints, and none of them verifies.
+        """
+        self.preemption.listen(training=False)
+        lock = self.run.lock() if distributed.rank() == 0 else None
+        word = resolve_repeated(ckpt_path, self.run.home, self.run.store, restart=False)
+        point = self._resolve(word)
+        if point and point.step >= trainer.max_steps:
+            print(f"{self.run.home}: finished at step {point.step}, nothing to do", flush=True)
+            return 0
+        self.now = self._take_fingerprint(module, data)
+        banner = f"{self.run.home}: fresh, to step {trainer.max_steps}"
+        if point:
+            guarantee = check_compatibility(point, self.now, self.rules)
+            reasons = "".join(f"\n    {reason}" for reason in guarantee.reasons)
+            banner = (
+                f"{self.run.home}: resumed from step {point.step}, to step {trainer.max_steps} "
+                f"({describe_guarantee(guarantee)}){reasons}"
+            )
+        attempt = self.run.next_attempt()
+        configure_logging(attempt, distributed.rank(), self.packages)
+        describe_attempt(attempt, self.config, sys.argv[1:], self.now)
+        print(banner, flush=True)
+        self.run.archive_newer(point)
+        if word == ckpt_path:
+            LastStart.at(ckpt_path, point).write(self.run.home)
+        try:
+            with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
+                path = point.state if point else None
+                trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        except PreemptedError as stop:
+            print(f"{stop}. Run the same command to continue.", flush=True)
+            return EXIT_RESUMABLE
+        print(f"{self.run.home}: finished at step {trainer.global_step}", flush=True)
+        if lock:
+            lock.close()
+        return 0
+
+    def _resolve(self, word: str | None) -> ResumePoint | None:
+        store = self.run.store
+        store.sweep()
+        monitor = self.checkpoint.monitor or ""
+        _, _, older = monitored_scores(self.run.home, store)
+        scores = older | self.run.metrics.column(monitor) | store.scores(monitor)
+        return resolve_checkpoint(store, word, scores, self.checkpoint.mode)
+
+    def _take_fingerprint(self, module: L.LightningModule, data: PositionData) -> Fingerprint:
+        """Identify this training by its config, its data and the code that it runs."""
+        config = {
+            **self.config,
+            "seed": self.seed,
+            "data": {"batch_size": data.batch_size, "seed": data.seed},
+            "trainer": {"deterministic": True},
+        }
+        classes = [type(module), type(data.train)]
+        return fingerprint(
+            config,
+            data.digest,
+            f"Lightning's own over {distributed.world_size()} processes",
+            code=hash_code(classes),
+        )
+
+    def _metadata(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert self.now is not None
+        position = checkpoint["PositionData"]["position"]
+        return {"position": position, "fingerprint": self.now.as_dict()}
+
+
+def hash_code(classes: Sequence[type]) -> dict[str, str]:
+    """Hash the modules that ``classes`` are defined in, and the modules that these import."""
+    roots = ["exact_resume.data", "exact_resume.training"]
+    hashes: dict[str, str] = {}
+    for cls in classes:
+        if cls.__module__ != "__main__":
+            roots.append(f"{cls.__module__}.{cls.__qualname__}")
+            continue
+        script = Path(str(sys.modules["__main__"].__file__))
+        spec = spec_from_file_location("__main__", script)
+        if spec:
+            hashes["__main__"] = file_hash(script)
+            roots += imports(spec)
+    return hashes | code_hashes(roots, leave_out=["exact_resume*"], known=PACKAGES)

@@ -1,0 +1,140 @@
+"""A stock Lightning project, made unlosable in a few lines, is killed and ends in the same bits."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from exact_resume.checkpoint.compare import diff_checkpoints, first_divergence
+from exact_resume.checkpoint.store import Store, load_state
+from exact_resume.metrics import MetricsCSV
+from runs import ROOT
+
+SCRIPT = ROOT / "examples" / "plain_lightning" / "train.py"
+STEPS = 400
+
+# The same project without the lines of exact_resume: Lightning's own checkpoints and resume.
+STOCK = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+from train import Classifier, spirals
+
+L.seed_everything(0)
+home = sys.argv[1]
+saver = ModelCheckpoint(home, filename="{step}", every_n_train_steps=50, save_last=True)
+trainer = L.Trainer(
+    accelerator="cpu", max_steps=400, callbacks=[saver], logger=False, enable_progress_bar=False,
+    deterministic=True, enable_model_summary=False,
+)
+loader = DataLoader(spirals(4000, 1), batch_size=32, shuffle=True)
+trainer.fit(Classifier(), loader, ckpt_path="last")
+"""
+
+
+def start(home: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), str(home)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(home: Path) -> str:
+    process = start(home)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def last_step(home: Path) -> int:
+    metrics = home / "metrics.csv"
+    if not metrics.exists():
+        return 0
+    lines = metrics.read_text().splitlines()[1:]
+    return max((int(line.split(",")[0]) for line in lines[:-1]), default=0)
+
+
+def kill_after(home: Path, steps: int) -> None:
+    """Start, and SIGKILL when the record has ``steps`` steps more, or at the end."""
+    process = start(home)
+    goal = last_step(home) + steps
+    while process.poll() is None and last_step(home) < goal:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def assert_same_bits(one: Path, two: Path) -> None:
+    states = []
+    for home in (one, two):
+        store = Store(home / "checkpoints")
+        assert store.steps()[-1] == STEPS
+        states.append(load_state(store.state(STEPS)))
+    assert diff_checkpoints(*states) == []
+    rows = [MetricsCSV(home / "metrics.csv").rows() for home in (one, two)]
+    assert first_divergence(*rows) is None
+    assert states[0]["optimizer_states"][0]["state"], "there is something to compare"
+
+
+def campaign(tmp_path: Path, kills: int) -> None:
+    finish(tmp_path / "undisturbed")
+    rng = random.Random(0)
+    for _ in range(kills):
+        kill_after(tmp_path / "killed", rng.randrange(10, 50))
+    assert "resumed from step" in finish(tmp_path / "killed")
+    assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed")
+
+
+def test_it_ends_in_the_same_bits_after_two_kills(tmp_path: Path) -> None:
+    campaign(tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_it_ends_in_the_same_bits_after_ten_kills(tmp_path: Path) -> None:
+    campaign(tmp_path, 10)
+
+
+def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
+    home = tmp_path / "run"
+    process = start(home)
+    while process.poll() is None and last_step(home) < 60:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "Run the same command to continue" in output
+    other = (
+        "import sys; sys.argv = ['x']; sys.path.insert(0, sys.argv.pop() and "
+        f"{str(SCRIPT.parent)!r}); import train; train.Classifier.__init__.__defaults__ = (1e-2,); "
+        f"train.main({str(home)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "lr: 0.003 -> 0.01" in done.stderr
+
+
+def test_control_without_the_lines_of_exact_resume_the_bits_differ(tmp_path: Path) -> None:
+    for name in ("undisturbed", "killed"):
+        home = tmp_path / name
+        command = [sys.executable, "-c", STOCK, str(home), str(SCRIPT.parent)]
+        if name == "killed":
+            process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            while process.poll() is None and not (home / "step=150.ckpt").exists():
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    ends = []
+    for name in ("undisturbed", "killed"):
+        state = torch.load(tmp_path / name / "last.ckpt", weights_only=True)
+        assert state["global_step"] == STEPS
+        ends.append(state["state_dict"])
+    assert any(not torch.equal(a, b) for a, b in zip(*map(dict.values, ends), strict=True))
