@@ -242,7 +242,7 @@ def compare_fingerprints(
     then = {"config": {}, "data": "nothing", "stack": {}, "files": {}} | dict(then)
     changes = config_changes(then, now, rules)
     refusals = list(other_changes)
-    rounding = []
+    rounding: list[str] = []
     for key, line in changes.items():
         (rounding if matches(key, rules.rounding) else refusals).append(line)
     if then["data"] != now.data:
@@ -428,9 +428,11 @@ def _steps_by_score(store: Store, scores: Mapping[int, float], mode: str) -> lis
 def _newest_config(store: Store) -> Mapping[str, Any]:
     for step in reversed(store.steps()):
         try:
-            return store.manifest(step).get("fingerprint", {}).get("config", {})
+            manifest = store.manifest(step)
         except (CorruptCheckpointError, NoValidCheckpointError, OSError):
             continue
+        config: Mapping[str, Any] = manifest.get("fingerprint", {}).get("config", {})
+        return config
     return {}
 
 

@@ -55,5 +55,5 @@ def test_a_billion_images_cost_nothing():
 
 
 def test_no_images_is_an_error():
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError, match="at least one sample"):
         FeistelPermutation(0, seed=0)
