@@ -1,4 +1,6 @@
-"""A stock Lightning project made unlosable: python examples/plain_lightning/train.py
+"""A stock Lightning project, made unlosable in a few lines.
+
+    python examples/plain_lightning/train.py
 
 A small classifier of two spirals, with dropout, Adam and a learning-rate schedule. Kill it at any
 instant and run it again: it ends in the same bits. The lines marked "exact_resume" make it so.

@@ -3,8 +3,8 @@
     sample at position p = dataset[permutation of epoch p // n, at p % n]
 
 Everything random about a sample, such as its augmentation, is drawn after Python's, NumPy's and
-PyTorch's generators were seeded from (seed, position). So neither the number of workers nor what they
-had prefetched when the process died changes a sample.
+PyTorch's generators were seeded from (seed, position). So neither the number of workers nor what
+they had prefetched when the process died changes a sample.
 """
 
 import random

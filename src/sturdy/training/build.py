@@ -73,7 +73,7 @@ def load_module(
     Raises:
         ValueError: the file holds no config of this project, its weights are of another network
             than this code builds, a part cannot be built, or it names code that is not trusted.
-            ``DiffusionModule.load_from_checkpoint(path, **modules)`` runs no code of a file's choice.
+            ``DiffusionModule.load_from_checkpoint(path, **modules)`` runs no code that it names.
     """
     if state is None:
         state = load_state(Path(path))
