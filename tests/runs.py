@@ -19,7 +19,7 @@ from exact_resume.checkpoint.store import Store, load_state
 ROOT = Path(__file__).resolve().parents[1]
 # There is one such server a process: nobody else may tell it what to import.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sturdy.training.run", "examples.cars.source", "sturdy.backbone"])
+SERVER.set_forkserver_preload(["sturdy.training.session", "examples.cars.source", "sturdy.backbone"])
 COMMON = [
     "trainer=cpu",
     "trainer.threads=1",

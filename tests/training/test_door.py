@@ -66,7 +66,7 @@ def test_mistakes_and_help_import_neither_torch_nor_lightning():
             line.rsplit("|", 1)[-1].strip() for line in lines if line.startswith("import time:")
         }
         assert "hydra" in imported
-        assert not imported & {"torch", "lightning", "sturdy.training.run"}
+        assert not imported & {"torch", "lightning", "sturdy.training.session"}
 
 
 GROUPS = ("data", "debug", "experiment", "logger", "trainer")
@@ -185,7 +185,7 @@ REFUSALS = {
     ],
     "name=other trainer.limit_val_batches=2.5": [
         "trainer.limit_val_batches=2.5 must be",
-        "a share up to 1.0",
+        "a fraction up to 1.0",
     ],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],

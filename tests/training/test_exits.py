@@ -23,8 +23,9 @@ from exact_resume.callbacks.record import Record
 from exact_resume.checkpoint.compare import diff_checkpoints, first_divergence
 from exact_resume.checkpoint.store import Store, load_state
 from exact_resume.checkpoint.writer import SaveError
-from exact_resume.failures import is_out_of_memory, out_of_memory, tolerate_errors
+from exact_resume.failures import is_out_of_memory, tolerate_errors
 from exact_resume.metrics import MetricsCSV
+from exact_resume.run import Run
 from exact_resume.signals import SIGNALS, PreemptedError, Preemption
 from exact_resume.streams import Lossy
 from runs import command, differences, train
@@ -32,6 +33,7 @@ from sturdy.diffusion.sampler import Euler
 from sturdy.errors import ConfigError
 from sturdy.sampling.grid_callback import SampleGrids
 from sturdy.training.callbacks.progress import Progress
+from sturdy.training.memory import describe_out_of_memory
 from sturdy.training.session import lock_run, stopped_here_before
 
 
@@ -197,7 +199,7 @@ def test_a_grid_that_fails_and_a_logger_that_fails_change_nothing(fit, tmp_path,
             raise ConnectionError("no server")
 
     (tmp_path / "file").write_text("in the place of a directory")
-    caplog.set_level("WARNING", "sturdy")
+    caplog.set_level("WARNING", "exact_resume")
     broken = samples(tmp_path / "never")
     broken.draw = lambda module: 1 / 0
     loggers = [tolerate_errors(Server(tmp_path / "csv"))]
@@ -205,7 +207,7 @@ def test_a_grid_that_fails_and_a_logger_that_fails_change_nothing(fit, tmp_path,
     assert same(tmp_path, "whole", "poor")
     assert Server.calls == 1
     said = sorted(
-        record.message.split(" failed, ")[0] for record in caplog.records if record.name == "sturdy"
+        record.message.split(" failed, ")[0] for record in caplog.records if record.name.startswith("exact_resume")
     )
     assert said == [
         "Server, which is not called again,",
@@ -232,11 +234,11 @@ def test_a_grid_spares_neither_memory_nor_a_signal(fit, tmp_path, error):
 def test_progress_that_fails_is_not_called_again(fit, tmp_path, caplog):
     progress = tolerate_errors(Progress(line_every=0))
     progress.window = None  # until the training starts
-    caplog.set_level("WARNING", "sturdy")
+    caplog.set_level("WARNING", "exact_resume")
     module = make()
     module.log = lambda *args, **kwargs: None  # no val/loss
     assert fit("run", progress, module=module) is None
-    assert [record.message for record in caplog.records if record.name == "sturdy"] == [
+    assert [record.message for record in caplog.records if record.name.startswith("exact_resume")] == [
         "Progress, which is not called again, failed, and training goes on: KeyError: 'val/loss'"
     ]
 
@@ -296,7 +298,7 @@ def test_no_right_to_write_is_a_mistake_that_names_the_key(number, tmp_path):
         os.seteuid(65534)
     try:
         with pytest.raises(ConfigError, match=r"paths\.runs") as refused:
-            lock_home(place / "run")
+            lock_run(Run(place / "run"))
     finally:
         if root:
             os.seteuid(0)
@@ -304,11 +306,11 @@ def test_no_right_to_write_is_a_mistake_that_names_the_key(number, tmp_path):
 
 
 def test_who_is_stopped_twice_without_a_step_in_between_is_told(tmp_path):
-    assert not stopped_here_before(tmp_path / "nothing there")
-    found = [stopped_here_before(tmp_path)]
-    found.append(stopped_here_before(tmp_path))
+    assert not stopped_here_before(Run(tmp_path / "nothing there"))
+    found = [stopped_here_before(Run(tmp_path))]
+    found.append(stopped_here_before(Run(tmp_path)))
     Store(tmp_path / "checkpoints").commit(5, {})
-    found += [stopped_here_before(tmp_path), stopped_here_before(tmp_path)]
+    found += [stopped_here_before(Run(tmp_path)), stopped_here_before(Run(tmp_path))]
     assert found == [False, True, False, True]
 
 
@@ -337,17 +339,17 @@ def test_out_of_memory_says_what_helps():
         torch.empty(2**60)
     assert is_out_of_memory(real.value)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
-    said = str(out_of_memory(real.value, cfg))
+    said = str(describe_out_of_memory(real.value, cfg))
     assert said.startswith("out of memory: ")
     assert "data.shards=4 (now 2)" in said
     assert "backbone.checkpoint=true" in said
     assert "data.batch_size (now 12)" in said
     cfg.data.shards = cfg.data.batch_size = 3
-    assert "data.shards" not in str(out_of_memory(real.value, cfg)), "it cannot be cut any smaller"
+    assert "data.shards" not in str(describe_out_of_memory(real.value, cfg)), "it cannot be cut any smaller"
 
 
 def test_a_training_in_another_thread_hears_no_signal_and_says_so(fit, tmp_path, caplog):
-    caplog.set_level("WARNING", "sturdy")
+    caplog.set_level("WARNING", "exact_resume")
     result = []
     thread = threading.Thread(target=lambda: result.append(fit("thread")))
     thread.start()

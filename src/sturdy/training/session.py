@@ -32,6 +32,7 @@ from exact_resume.failures import is_out_of_memory
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
 from exact_resume.reduction import reduction_id
 from exact_resume.resume import (
+    DATA_CHANGED,
     MAX_REASONS,
     Guarantee,
     LastStart,
@@ -71,6 +72,7 @@ from sturdy.training.trainer import (
 STOPPED = ".stopped"  # in the run's directory: the newest step when the last signal came
 PACKAGES = ("exact_resume", "sturdy", "examples")  # whose log goes to the console
 HINT = "A run's directory is paths.runs/name: name=... gives a run another one."
+DATA_HINT = "as_begun=true goes on with the images that it began with, where they are in the cache."
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -472,6 +474,8 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
         yield outcome
     except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
         print(f"error: {error}\n{HINT}", file=sys.stderr)
+        if DATA_CHANGED in str(error):
+            print(DATA_HINT, file=sys.stderr)
         outcome.exit_code = EXIT_USAGE
     except (CheckpointLoadError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
