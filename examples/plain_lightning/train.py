@@ -21,8 +21,9 @@ from exact_resume import Checkpoint, ExactTraining, PositionData  # exact_resume
 class Classifier(L.LightningModule):
     """A network of two hidden layers that tells two spirals apart."""
 
-    def __init__(self, lr: float = 3e-3) -> None:
+    def __init__(self, max_steps: int = 400, lr: float = 3e-3) -> None:
         super().__init__()
+        self.max_steps = max_steps
         self.lr = lr
         self.network = nn.Sequential(
             nn.Linear(2, 64),
@@ -49,7 +50,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> dict[str, object]:
         """Return Adam with a cosine schedule by step."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=400)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.max_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
@@ -69,9 +70,9 @@ def spirals(n: int, seed: int) -> TensorDataset:
 def main(home: str = "runs/spirals", max_steps: int = 400) -> int:
     """Train, or continue; return the exit code."""
     L.seed_everything(0, verbose=False)
-    module = Classifier()
+    module = Classifier(max_steps)
     training = ExactTraining(  # exact_resume
-        home, config={"lr": module.lr}, checkpoint=Checkpoint(every_n_train_steps=50)
+        home, config={"lr": module.lr, "max_steps": max_steps}, checkpoint=Checkpoint(every_n_train_steps=50)
     )
     data = PositionData(spirals(4000, 1), spirals(400, 2), batch_size=32)  # exact_resume
     trainer = L.Trainer(
@@ -85,4 +86,5 @@ def main(home: str = "runs/spirals", max_steps: int = 400) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    home = sys.argv[1] if len(sys.argv) > 1 else "runs/spirals"
+    sys.exit(main(home, int(sys.argv[2]) if len(sys.argv) > 2 else 400))

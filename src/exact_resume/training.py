@@ -9,6 +9,7 @@ Kill it at any instant and run the same command again: the weights come out bit 
 the same stack and with the same number of processes.
 """
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import spec_from_file_location
@@ -111,6 +112,8 @@ class ExactTraining:
         ``precision``, ``gradient_clip_val`` and so on are free. Further callbacks go after these:
         ``callbacks=[*options.pop("callbacks"), MyCallback()]``.
         """
+        for library in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(library).setLevel(logging.WARNING)
         return {
             "callbacks": [
                 AgreeOnSignal(self.preemption),

@@ -39,14 +39,14 @@ trainer.fit(Classifier(), loader, ckpt_path="last")
 """
 
 
-def start(home: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), str(home)]
+def start(home: Path, steps: int = STEPS) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), str(home), str(steps)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(home: Path) -> str:
-    process = start(home)
-    output, _ = process.communicate(timeout=120)
+def finish(home: Path, steps: int = STEPS) -> str:
+    process = start(home, steps)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 
@@ -59,44 +59,45 @@ def last_step(home: Path) -> int:
     return max((int(line.split(",")[0]) for line in lines[:-1]), default=0)
 
 
-def kill_after(home: Path, steps: int) -> None:
-    """Start, and SIGKILL when the record has ``steps`` steps more, or at the end."""
-    process = start(home)
-    goal = last_step(home) + steps
+def kill_after(home: Path, more: int, steps: int) -> None:
+    """Start, and SIGKILL when the record has ``more`` steps more; it must not be finished."""
+    process = start(home, steps)
+    goal = last_step(home) + more
     while process.poll() is None and last_step(home) < goal:
         time.sleep(0.005)
+    assert process.poll() is None, "it finished before it was killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
-def assert_same_bits(one: Path, two: Path) -> None:
+def assert_same_bits(one: Path, two: Path, steps: int) -> None:
     states = []
     for home in (one, two):
         store = Store(home / "checkpoints")
-        assert store.steps()[-1] == STEPS
-        states.append(load_state(store.state(STEPS)))
+        assert store.steps()[-1] == steps
+        states.append(load_state(store.state(steps)))
     assert diff_checkpoints(*states) == []
     rows = [MetricsCSV(home / "metrics.csv").rows() for home in (one, two)]
     assert first_divergence(*rows) is None
     assert states[0]["optimizer_states"][0]["state"], "there is something to compare"
 
 
-def campaign(tmp_path: Path, kills: int) -> None:
-    finish(tmp_path / "undisturbed")
+def campaign(tmp_path: Path, kills: int, steps: int) -> None:
+    finish(tmp_path / "undisturbed", steps)
     rng = random.Random(0)
     for _ in range(kills):
-        kill_after(tmp_path / "killed", rng.randrange(10, 50))
-    assert "resumed from step" in finish(tmp_path / "killed")
-    assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed")
+        kill_after(tmp_path / "killed", rng.randrange(20, 120), steps)
+    assert "resumed from step" in finish(tmp_path / "killed", steps)
+    assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed", steps)
 
 
 def test_it_ends_in_the_same_bits_after_two_kills(tmp_path: Path) -> None:
-    campaign(tmp_path, 2)
+    campaign(tmp_path, 2, 1000)
 
 
 @pytest.mark.slow
 def test_it_ends_in_the_same_bits_after_ten_kills(tmp_path: Path) -> None:
-    campaign(tmp_path, 10)
+    campaign(tmp_path, 10, 3000)
 
 
 def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
     assert "Run the same command to continue" in output
     other = (
         "import sys; sys.argv = ['x']; sys.path.insert(0, sys.argv.pop() and "
-        f"{str(SCRIPT.parent)!r}); import train; train.Classifier.__init__.__defaults__ = (1e-2,); "
+        f"{str(SCRIPT.parent)!r}); import train; train.Classifier.__init__.__defaults__ = (400, 1e-2); "
         f"train.main({str(home)!r})"
     )
     done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)

@@ -49,11 +49,10 @@ class SaveOnSignal(Callback):
         if self.preemption.deaf and distributed.rank() == 0:
             log.warning("training is not in the main thread, so signals are not heard: save often")
         self.preemption.listen(training=True)
-        # Only validation and sampling evaluate the average, and between two steps: it can be left
-        # at any layer.
-        pl_module.ema.model.backbone.register_forward_pre_hook(
-            lambda *_: self.leave(trainer, distributed.all_reduce_max(self.preemption.signal or 0))
-        )
+        if hasattr(pl_module, "ema"):
+            pl_module.ema.model.backbone.register_forward_pre_hook(
+                lambda *_: self.leave(trainer, distributed.all_reduce_max(self.preemption.signal or 0))
+            )
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.done = trainer.global_step

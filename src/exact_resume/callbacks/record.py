@@ -82,7 +82,8 @@ class Record(Callback):
             return
         *_, (last, _) = self.pending
         for step, outputs in self.pending:
-            values = {f"train/{k}": float(v) for k, v in outputs.items()}
+            scalars = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
+            values = {f"train/{k}": float(v) for k, v in scalars.items()}
             if step == last:
                 values["train/images_per_second"] = self.images / (time.perf_counter() - self.since)
             self.write(trainer, step, values)
