@@ -47,7 +47,7 @@ def archive_newer_checkpoints(
         for file in later:
             make_directory(there / file.parent.name)
             file.rename(there / file.parent.name / file.name)
-        store.abandon(last, there)
+        store.move_newer(last, there)
         log.info("checkpoints newer than step %d were moved to %s: %s", max(last, 0), there, newer)
     for file in later:
         file.unlink(missing_ok=True)

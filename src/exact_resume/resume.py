@@ -27,7 +27,7 @@ from exact_resume.checkpoint.store import (
     Store,
     load_state,
     read_checkpoint,
-    read_manifest,
+    verify_checkpoint,
     step_dirname,
 )
 from exact_resume.files import atomic_write
@@ -82,7 +82,7 @@ def resolve_checkpoint(
                 )
             return None
         case "auto" | "last":
-            if manifest := store.last(heal=True):
+            if manifest := store.last(quarantine=True):
                 step = manifest["step"]
                 return ResumePoint(
                     store.state(step), step, manifest, on_purpose=ckpt_path == "last"
@@ -121,8 +121,8 @@ def read_resume_point(run: Path, ckpt_path: str | int | None) -> tuple[ResumePoi
     """
     store = Store(run / "checkpoints")
     if ckpt_path in ("last", "auto", "best"):
-        found = store.first(
-            lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1], store.read
+        found = store.first_valid(
+            lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1], read_checkpoint
         )
         if found is None:
             raise ResumeRefusedError(_nothing(store, str(ckpt_path)))
@@ -244,7 +244,7 @@ def _vouched(state: Path, ckpt_path: object) -> dict[str, Any]:
     if not (state.parent / MANIFEST).exists():
         return {}
     try:
-        manifest = read_manifest(state.parent)
+        manifest = verify_checkpoint(state.parent)
         if state.name not in manifest["files"]:
             raise CorruptCheckpointError(f"{state.name} is not in its {MANIFEST}")
     except CorruptCheckpointError as reason:

@@ -203,7 +203,7 @@ def enter(store, ckpt_path):
     """Enter the run as training does, which moves newer checkpoints away."""
     entry = resolve_checkpoint(store, ckpt_path, {3: 0.5, 6: 0.1}, "min")
     if entry:
-        store.abandon(entry.step, store.directory.parent / "abandoned")
+        store.move_newer(entry.step, store.directory.parent / "abandoned")
     LastStart.of(ckpt_path, entry).write(store.directory.parent)
 
 

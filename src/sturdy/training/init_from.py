@@ -18,7 +18,7 @@ from exact_resume.checkpoint.store import (
     CorruptCheckpointError,
     Store,
     load_state,
-    read_manifest,
+    verify_checkpoint,
 )
 from exact_resume.fingerprint import flatten
 from sturdy.training.match_weights import Config, backbone_changes, class_change, match, shorten
@@ -184,7 +184,7 @@ def _verified(state: Path, word: str) -> str | None:
     if not (state.parent / MANIFEST).exists():
         return _recorded(state)
     try:
-        return read_manifest(state.parent)["files"][state.name]["sha256"]
+        return verify_checkpoint(state.parent)["files"][state.name]["sha256"]
     except CorruptCheckpointError as reason:
         raise ValueError(
             f"init_from={word} does not verify: {reason}. Choose another checkpoint"

@@ -302,7 +302,7 @@ def start_or_resume(
     def find() -> ResumePoint | None:
         monitor = cfg.callbacks.checkpoint
         with as_config_error():  # a disk that is away
-            store.sweep()
+            store.remove_stale_temp()
             scores = metrics.column(monitor.monitor) | store.scores(monitor.monitor)
             return resolve_checkpoint(store, cfg.ckpt_path, scores, monitor.mode)
 
