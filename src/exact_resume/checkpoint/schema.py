@@ -11,13 +11,16 @@ To add a value to the checkpoint, declare it once, in the module that writes it:
 
 and write it in ``on_save_checkpoint(checkpoint)``: ``checkpoint["queue"] = self.queue``.
 
-Only the top level is declared. What lies below an entry belongs to whoever writes the entry.
+Only the top level is declared; the writer of an entry decides what lies below it. Everything is a
+tensor or a primitive, at any depth, so that loading never executes code.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
+
+from torch import Tensor
 
 FORMAT = 2  # raised when a name inside a checkpoint changes; see checkpoint/renames.py
 
@@ -156,6 +159,29 @@ def check_declared(content: Mapping[str, Any], table: Mapping[str, Entry] = STAT
                 f"the entry {name!r} of the checkpoint is a {type(value).__name__}, but it is "
                 f"declared as {_type_name(entry)}"
             )
+
+
+def assert_primitive(value: Any, where: str) -> None:
+    """Check that ``value`` holds only tensors and primitives.
+
+    Args:
+        value: anything, at any depth of mappings, lists, tuples and sets.
+        where: the name of ``value``, for the message.
+
+    Raises:
+        TypeError: naming the first value that is neither.
+    """
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            assert_primitive(k, f"a key of {where}")
+            assert_primitive(v, f"{where}[{k!r}]")
+    elif isinstance(value, list | tuple | set):
+        for i, v in enumerate(value):
+            assert_primitive(v, f"{where}[{i}]")
+    elif not isinstance(value, Tensor | str | bytes | int | float | bool | None):
+        raise TypeError(
+            f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only"
+        )
 
 
 def missing_entries(

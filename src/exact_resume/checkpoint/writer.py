@@ -30,12 +30,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from exact_resume.checkpoint import schema
-from exact_resume.checkpoint.store import (
-    CheckpointLoadError,
-    Store,
-    assert_primitive,
-    load_state,
-)
+from exact_resume.checkpoint.reading import CheckpointLoadError, load_state
+from exact_resume.checkpoint.store import Store
 from exact_resume.files import fsync_directory
 from exact_resume.signals import EXIT_INTERRUPTED
 
@@ -180,7 +176,7 @@ class StoreCheckpointIO(CheckpointIO):
         metadata = dict(self.metadata(checkpoint))
         schema.check_declared(state)
         schema.check_declared(metadata, schema.MANIFEST_ENTRIES)
-        assert_primitive(state, "the checkpoint")
+        schema.assert_primitive(state, "the checkpoint")
         if self.thread is None:
             self._save(state, metadata)
             return
