@@ -21,7 +21,6 @@ from typing import IO, Any, TypeVar
 
 import torch
 
-from exact_resume.checkpoint import schema
 from exact_resume.checkpoint.reading import (
     MANIFEST,
     STATE,
@@ -36,10 +35,11 @@ from exact_resume.checkpoint.reading import (
     step_dirname,
     verify_checkpoint,
 )
-from exact_resume.checkpoint.schema import assert_primitive
+from exact_resume.checkpoint.schema import FORMAT, assert_primitive
 from exact_resume.files import atomic_write, fsync_directory, make_directory, open_durable
 
 __all__ = [
+    "FORMAT",
     "MANIFEST",
     "QUARANTINE",
     "SCORE",
@@ -151,7 +151,7 @@ class Store:
                 hashing = HashingWriter(file)
                 torch.save(dict(state), hashing)  # type: ignore[arg-type]
             files = {STATE: {"bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}}
-            manifest = {"format": schema.FORMAT, "step": step, "files": files, "time": time.time()}
+            manifest = {"format": FORMAT, "step": step, "files": files, "time": time.time()}
             manifest = json.loads(json.dumps(manifest | metadata))  # as it will be read again
             manifest |= {"sha256": manifest_hash(manifest)}
             with open_durable(temporary / MANIFEST) as file:

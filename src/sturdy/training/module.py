@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from exact_resume.checkpoint.store import CheckpointLoadError
+from exact_resume.checkpoint.store import FORMAT, CheckpointLoadError
 from exact_resume.distributed import all_gather_object, rank, world_size
 from exact_resume.randomness import Draws, key, reseed
 from exact_resume.reduction import GradientReducer, TreeSum, no_reduce
@@ -176,7 +176,7 @@ class DiffusionModule(L.LightningModule):
         checkpoint["optimizer_states"] = [
             state_by_name(s, names) for s in checkpoint["optimizer_states"]
         ]
-        checkpoint["config"] = self.config
+        checkpoint |= {"config": self.config, "format": FORMAT}
         if self.initial:
             checkpoint["init_from"] = self.initial
 
