@@ -128,7 +128,7 @@ class Bench:
                 Store(self.directory / "checkpoints"), lambda state: {}
             ) as writer:
                 if reserve:  # as training does after its first step
-                    writer.reserve(self.state)
+                    writer.preallocate(self.state)
                     self.wait(writer)
                 self.ours(name, writer)
             answer.send({name: seconds[-1] for name, seconds in self.seconds.items()})
@@ -142,7 +142,7 @@ class Bench:
 
     def wait(self, writer: StoreCheckpointIO) -> None:
         """Until the writer has nothing to do."""
-        while writer.free.qsize() < 2:
+        while writer.free_buffers.qsize() < 2:
             time.sleep(0.001)
 
     def run(self) -> None:
@@ -168,7 +168,7 @@ class Bench:
             with StoreCheckpointIO(
                 Store(self.directory / "checkpoints"), lambda state: {}
             ) as writer:
-                writer.reserve(self.state)
+                writer.preallocate(self.state)
                 self.wait(writer)
                 for _ in range(2):
                     self.ours(LATER, writer)

@@ -87,7 +87,7 @@ def test_where_the_system_cannot_tell_all_cpus_are_counted(monkeypatch):
 def test_windows_is_told_what_to_use(script, tmp_path):
     done = on(WINDOWS, tmp_path, [sys.executable, str(ROOT / script), "run=x"])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: Sturdy Diffusion needs Linux or macOS; on Windows use WSL\n"
+    assert done.stderr == "error: this project needs Linux or macOS; on Windows use WSL\n"
 
 
 def test_runs_where_files_cannot_be_locked(tmp_path):

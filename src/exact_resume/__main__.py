@@ -1,5 +1,9 @@
-"""What a run's store holds, without touching it: python -m exact_resume status runs/cars, or verify
-runs/cars.
+"""Show the checkpoints of a run, or verify them; nothing is changed.
+
+    python -m exact_resume status runs/NAME     a table, and what the run's command would do now
+    python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
+
+Exit code: 0 if all checkpoints verify, 1 if one does not or there is none, 2 for a wrong command.
 """
 
 import math
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 
 from exact_resume.checkpoint.store import (
+    QUARANTINE,
     CorruptCheckpointError,
     NoValidCheckpointError,
     Store,
@@ -24,16 +29,15 @@ from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
 
 USAGE = "usage: python -m exact_resume status|verify runs/NAME"
 ROW = "{:>10}  {:>7}  {:>11}  {:8}  {:>10}  {}"
+MAX_REASONS = 10
 
 
-def main(words: list[str]) -> int:
-    """0 if all is well, 1 if a checkpoint does not verify or there is none, 2 for a mistake in the
-    command.
-    """
-    if len(words) != 2 or words[0] not in ("status", "verify"):
+def main(arguments: list[str]) -> int:
+    """Run the command; return the exit code."""
+    if len(arguments) != 2 or arguments[0] not in ("status", "verify"):
         print(USAGE, file=sys.stderr)
         return 2
-    run = Path(words[1])
+    command, run = arguments[0], Path(arguments[1])
     if not run.is_dir():
         print(
             f"error: {run} is not there; give the directory of a run, such as runs/cars",
@@ -41,126 +45,131 @@ def main(words: list[str]) -> int:
         )
         return 2
     store = Store(run / "checkpoints")
-    whole, broken = check(store)
-    if words[0] == "verify":
-        complain(broken)
-        print(f"{len(whole)} of {len(whole) + len(broken)} checkpoints verify")
+    valid, corrupt = verify_all(store)
+    if command == "verify":
+        print_corrupt(corrupt)
+        print(f"{len(valid)} of {len(valid) + len(corrupt)} checkpoints verify")
     else:
-        table(run, store, whole, broken)
-        complain(broken)
-        outlook(run, whole)
-    return 1 if broken or not whole else 0
+        print_table(run, store, valid, corrupt)
+        print_corrupt(corrupt)
+        print_outlook(run, valid)
+    return 0 if valid and not corrupt else 1
 
 
-def check(store: Store) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
-    """By step, the manifests of the checkpoints that verify, and what is wrong with the others."""
-    whole, broken = {}, {}
+def verify_all(store: Store) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """Return the manifests of the valid checkpoints, and what is wrong with the others, by step."""
+    valid = {}
+    corrupt = {}
     for step in store.steps():
         try:
-            whole[step] = store.verify(step)
+            valid[step] = store.verify(step)
         except (CorruptCheckpointError, NoValidCheckpointError, OSError) as reason:
-            if store.path(step).exists():  # or a live run has pruned it meanwhile
-                broken[step] = str(reason)
-    return whole, broken
+            if store.path(step).exists():  # else a live run has deleted it meanwhile
+                corrupt[step] = str(reason)
+    return valid, corrupt
 
 
-def complain(broken: Mapping[int, str]) -> None:
-    """Say what is wrong with each checkpoint that does not verify."""
-    for step, reason in broken.items():
-        tell(f"{step_dirname(step)} does not verify: {reason}")
+def print_corrupt(corrupt: Mapping[int, str]) -> None:
+    """Print what is wrong with each checkpoint that does not verify."""
+    for step, reason in corrupt.items():
+        print_wrapped(f"{step_dirname(step)} does not verify: {reason}")
 
 
-def table(
-    run: Path, store: Store, whole: Mapping[int, dict[str, Any]], broken: Mapping[int, str]
+def print_table(
+    run: Path, store: Store, valid: Mapping[int, dict[str, Any]], corrupt: Mapping[int, str]
 ) -> None:
-    """A line a checkpoint: age, size, score, and whether it is the newest or the best."""
-    last = max(whole, default=None)
-    monitor, mode, found = monitored_scores(run, store)
-    scores, sign = (
-        {step: score for step, score in found.items() if math.isfinite(score)},
-        1 if mode == "min" else -1,
-    )
-    best = min(whole.keys() & scores.keys(), key=lambda step: sign * scores[step], default=None)
-    if whole or broken:
-        print(ROW.format("step", "age", "size", "verified", monitor, "").rstrip())
-    for step in sorted(whole.keys() | broken.keys()):
-        age = _age(time.time() - whole[step]["time"]) if "time" in whole.get(step, {}) else ""
-        size = _size(store.path(step))
-        score = f"{scores[step]:.5g}" if step in scores else ""
-        marks = ", ".join(mark for mark, at in (("last", last), ("best", best)) if step == at)
-        print(
-            ROW.format(
-                step, age, f"{size / 1e6:,.1f} MB", "yes" if step in whole else "NO", score, marks
-            ).rstrip()
+    """Print a line for each checkpoint: age, size, score, and which is the last or the best."""
+    steps = sorted(valid.keys() | corrupt.keys())
+    if not steps:
+        return
+    monitor, mode, all_scores = monitored_scores(run, store)
+    scores = {step: score for step, score in all_scores.items() if math.isfinite(score)}
+    sign = 1 if mode == "min" else -1
+    best = min(valid.keys() & scores.keys(), key=lambda step: sign * scores[step], default=None)
+    marks = {"last": max(valid, default=None), "best": best}
+    print(ROW.format("step", "age", "size", "verified", monitor, "").rstrip())
+    for step in steps:
+        written = valid.get(step, {}).get("time")
+        row = ROW.format(
+            step,
+            _format_age(time.time() - written) if written else "",
+            f"{_size(store.path(step)) / 1e6:,.1f} MB",
+            "yes" if step in valid else "NO",
+            f"{scores[step]:.5g}" if step in scores else "",
+            ", ".join(mark for mark, marked in marks.items() if marked == step),
         )
+        print(row.rstrip())
 
 
-def outlook(run: Path, whole: Mapping[int, dict[str, Any]]) -> None:
-    """What was put aside, and what the run's command would do, if its config and data are
-    unchanged.
-    """
-    quarantine, abandoned = run / "checkpoints" / "quarantine", run / "abandoned"
-    for place, what in ((quarantine, "did not verify"), (abandoned, "branches that were left")):
-        if names := sorted(p.name for p in place.glob("*") if p.is_dir()):
-            tell(f"{place} ({what}): {', '.join(names)}")
-    if (skips := run / "skips.jsonl").is_file():
-        tell(f"batches that are left out: {len(skips.read_bytes().splitlines())}, in {skips}")
-    step = max(whole, default=None)
-    if step is not None:
-        finished = step >= (_config(whole[step]).get("trainer.max_steps") or math.inf)
-        tell(f"finished at step {step}" if finished else _promise(step, whole[step]))
+def print_outlook(run: Path, valid: Mapping[int, dict[str, Any]]) -> None:
+    """Print what was set aside, and what the run's command would do if nothing else changed."""
+    quarantine = run / "checkpoints" / QUARANTINE
+    set_aside = {quarantine: "did not verify", run / "abandoned": "replaced by another branch"}
+    for directory, what in set_aside.items():
+        names = sorted(path.name for path in directory.glob("*") if path.is_dir())
+        if names:
+            print_wrapped(f"{directory} ({what}): {', '.join(names)}")
+    skips = run / "skips.jsonl"
+    if skips.is_file():
+        print_wrapped(f"skipped batches: {len(skips.read_bytes().splitlines())}, in {skips}")
+    if valid:
+        step = max(valid)
+        print_wrapped(_describe_resume(step, valid[step]))
     elif any((run / "checkpoints").glob("step-*")) or any(quarantine.glob("step-*")):
-        tell(
-            "nothing verifies, so nothing would be resumed; to start over, give the run a new name "
-            "(name=...)"
+        print_wrapped(
+            "no checkpoint verifies, so the run cannot continue; to start over, use a new directory"
         )
     else:
-        tell(f"{run} has no checkpoint; the same command would start afresh")
+        print_wrapped(f"{run} has no checkpoint; the same command would start afresh")
 
 
-def tell(text: str) -> None:
-    """Print ``text`` in lines of at most 80 characters, paths left whole."""
-    print(
-        textwrap.fill(
-            text, 80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-        )
+def print_wrapped(text: str) -> None:
+    """Print ``text`` in lines of at most 80 characters, without breaking paths."""
+    lines = textwrap.wrap(
+        text, 80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
+    print("\n".join(lines))
 
 
-def _config(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    return manifest.get("fingerprint", {}).get("config", {})
+def _describe_resume(step: int, manifest: Mapping[str, Any]) -> str:
+    """Return what the same command would do with the checkpoint of ``step``.
 
-
-def _promise(step: int, manifest: Mapping[str, Any]) -> str:
-    """What resuming from ``step`` would promise, for the config that it was written with."""
-    config = _config(manifest)
-    torch.set_num_threads(
-        config.get("trainer.threads") or torch.get_num_threads()
-    )  # as the run would
+    Config and data are taken as unchanged; code, versions and machine are compared.
+    """
     then = {"config": {}, "data": "", "stack": {}} | manifest.get("fingerprint", {})
-    here = describe_stack() | {
-        k: v for k, v in then["stack"].items() if k == "gradients"
-    }  # that is of the processes to come
-    code = code_hashes(
-        then.get("code", ()), leave_out=["*"]
-    )  # of the same modules, whatever imports them now
-    now = Fingerprint(dict(config), then["data"], code, here)
+    config = then["config"]
+    if 0 < (config.get("trainer.max_steps") or -1) <= step:
+        return f"finished at step {step}"
+    torch.set_num_threads(config.get("trainer.threads") or torch.get_num_threads())
+    stack = describe_stack()
+    if "gradients" in then["stack"]:  # it depends on the processes, which are not running here
+        stack["gradients"] = then["stack"]["gradients"]
+    # Hash the modules of the checkpoint again, and none that they import today.
+    code = code_hashes(then.get("code", ()), leave_out=["*"])
+    now = Fingerprint(dict(config), then["data"], code, stack)
     guarantee = compare_fingerprints(then, now, Rules())
-    reasons = "; ".join(guarantee.reasons[:10]) + ("; ..." if len(guarantee.reasons) > 10 else "")
+    reasons = "; ".join(guarantee.reasons[:MAX_REASONS])
+    if len(guarantee.reasons) > MAX_REASONS:
+        reasons += "; ..."
     if guarantee.level == "refused":
-        return f"the same command would refuse to resume from step {step}, and ckpt_path=last would do it: {reasons}"
-    return f"the same command would resume from step {step}, {guarantee.level}{': ' if reasons else ''}{reasons}"
+        return (
+            f"the same command would refuse to resume from step {step}, and ckpt_path=last would "
+            f"do it: {reasons}"
+        )
+    return f"the same command would resume from step {step}, {guarantee.level}" + (
+        f": {reasons}" if reasons else ""
+    )
 
 
 def _size(directory: Path) -> int:
-    """Bytes of the files in ``directory``; a live run may delete it meanwhile."""
+    """Return the bytes of the files in ``directory``; 0 if a live run deletes it meanwhile."""
     try:
-        return sum(p.stat().st_size for p in directory.glob("*") if p.is_file())
+        return sum(path.stat().st_size for path in directory.glob("*") if path.is_file())
     except FileNotFoundError:
         return 0
 
 
-def _age(seconds: float) -> str:
+def _format_age(seconds: float) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"

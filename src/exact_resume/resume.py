@@ -37,8 +37,8 @@ from exact_resume.checkpoint.store import (
     Store,
     load_state,
     read_checkpoint,
-    read_manifest,
     step_dirname,
+    verify_checkpoint,
 )
 from exact_resume.files import atomic_write
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, matches
@@ -125,7 +125,7 @@ def resolve_checkpoint(
         _refuse_fresh_start_over(store)
         return None
     if ckpt_path in ("auto", "last"):
-        manifest = store.last(heal=True)
+        manifest = store.last(quarantine=True)
         if manifest is not None:
             step = manifest["step"]
             return ResumePoint(store.state(step), step, manifest, explicit=ckpt_path == "last")
@@ -411,7 +411,7 @@ def _read_first(run: Path, store: Store, word: str) -> tuple[ResumePoint, dict[s
             return _steps_by_score(store, scores, mode)
         return store.steps()[::-1]
 
-    found = store.first(preferred_steps, store.read)
+    found = store.first_valid(preferred_steps, read_checkpoint)
     if found is None:
         raise ResumeRefusedError(_describe_missing(store, word))
     manifest, content = found
@@ -456,7 +456,7 @@ def _verified_manifest(state: Path, ckpt_path: object) -> dict[str, Any]:
     if not (state.parent / MANIFEST).exists():
         return {}
     try:
-        manifest = read_manifest(state.parent)
+        manifest = verify_checkpoint(state.parent)
         if state.name not in manifest["files"]:
             raise CorruptCheckpointError(f"{state.name} is not in its {MANIFEST}")
     except CorruptCheckpointError as error:

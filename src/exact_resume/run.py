@@ -125,7 +125,7 @@ class Run:
             for file in newer_files:
                 make_directory(archive / file.parent.name)
                 file.rename(archive / file.parent.name / file.name)
-            self.store.abandon(last, archive)
+            self.store.move_newer(last, archive)
             log.info(
                 "checkpoints newer than step %d were moved to %s: %s",
                 max(last, 0),

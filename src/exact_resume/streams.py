@@ -1,42 +1,43 @@
-"""Standard output and error that nobody need read: a reader that goes away, or a full disk, ends no
-run.
-"""
+"""Standard output and error that never end a run: their reader may go away, the disk be full."""
 
 import io
 import sys
 from typing import Any
 
 
-class Lossy(io.FileIO):
-    """A file descriptor that takes everything; what cannot be written now is dropped."""
+class LossyFile(io.FileIO):
+    """A file descriptor that accepts all data, and drops what cannot be written now."""
 
     def write(self, data: Any) -> int:
+        """Write ``data`` if possible; return its size in any case."""
         try:
             written = super().write(data)
-        except OSError:  # the pipe's reader or the terminal is gone, the disk is full
+        except OSError:  # the reader of the pipe or the terminal is gone, or the disk is full
             written = None
-        return (
-            len(data) if written is None else written
-        )  # None, too, if a pipe that must not block is full
+        if written is None:  # also if a non-blocking pipe is full
+            return len(data)
+        return written
 
 
-def outlive_readers() -> None:
-    """Make ``sys.stdout`` and ``sys.stderr`` lossy where they write to a file descriptor."""
+def make_streams_lossy() -> None:
+    """Replace ``sys.stdout`` and ``sys.stderr`` by lossy streams.
+
+    A stream without a file descriptor, such as a notebook's or a test's, stays as it is.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, io.TextIOWrapper) or not isinstance(
-            getattr(stream.buffer, "raw", stream.buffer), io.FileIO
-        ):
-            continue  # a notebook's, or a test's
-        raw = Lossy(stream.fileno(), "wb", closefd=False)
-        buffer: Any = (
-            raw if isinstance(stream.buffer, io.FileIO) else io.BufferedWriter(raw)
-        )  # python -u has no buffer
-        lossy = io.TextIOWrapper(
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        raw = getattr(stream.buffer, "raw", stream.buffer)  # python -u has no buffer
+        if not isinstance(raw, io.FileIO):
+            continue
+        lossy: Any = LossyFile(stream.fileno(), "wb", closefd=False)
+        buffer = lossy if raw is stream.buffer else io.BufferedWriter(lossy)
+        wrapper = io.TextIOWrapper(
             buffer,
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
-        setattr(sys, name, lossy)
+        setattr(sys, name, wrapper)

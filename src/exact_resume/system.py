@@ -1,6 +1,4 @@
-"""The operating system: whether it is one that the project runs on, and how many CPUs it gives to
-this process.
-"""
+"""The operating system: whether it can run the project, and the CPUs that it gives to a process."""
 
 import os
 
@@ -10,19 +8,21 @@ class UnsupportedSystemError(Exception):
 
 
 def check_system() -> None:
-    """Raise UnsupportedSystemError where there are neither locks nor signals of POSIX."""
+    """Check that the system has the locks and signals of POSIX.
+
+    Raises:
+        UnsupportedSystemError: if it has not.
+    """
     try:
         import fcntl  # noqa: F401
     except ImportError:
         raise UnsupportedSystemError(
-            "Sturdy Diffusion needs Linux or macOS; on Windows use WSL"
+            "this project needs Linux or macOS; on Windows use WSL"
         ) from None
 
 
 def available_cpus() -> int:
-    """Count the CPUs that this process may use; where the system cannot tell (macOS), all of
-    them.
-    """
+    """Return the number of CPUs that this process may use; all of them on macOS."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

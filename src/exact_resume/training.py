@@ -192,7 +192,7 @@ class ExactTraining:
 
     def _resolve(self, word: str | None) -> ResumePoint | None:
         store = self.run.store
-        store.sweep()
+        store.remove_stale_temp()
         monitor = self.checkpoint.monitor or ""
         _, _, older = monitored_scores(self.run.home, store)
         scores = older | self.run.metrics.column(monitor) | store.scores(monitor)

@@ -3,7 +3,7 @@
 Importing this module lets ``exact_resume`` read the checkpoints of these versions.
 """
 
-from exact_resume.checkpoint.schema import RENAMED, Renamed
+from exact_resume.checkpoint.renames import RENAMED, Renamed
 
 RENAMED[1] = Renamed(
     targets={

@@ -19,8 +19,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from exact_resume.attempt import CONFIG
-from exact_resume.checkpoint.schema import modern_config
-from exact_resume.checkpoint.store import FORMAT
+from exact_resume.checkpoint.renames import rename_config
 
 PROJECT = (
     "examples.cars",
@@ -113,7 +112,7 @@ class Trust:
                 except Exception:  # a broken YAML raises whatever it likes, and says nothing
                     continue
                 if isinstance(config, dict):
-                    yield modern_config(config, 1, FORMAT)  # type: ignore[arg-type]
+                    yield rename_config(config, 1)  # type: ignore[arg-type]
 
 
 def find_untrusted_targets(node: Any, packages: Iterable[str] = ()) -> Iterator[str]:

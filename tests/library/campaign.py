@@ -44,13 +44,13 @@ def live(home: Path, ckpt_path: str = "auto") -> None:
         Store(home / "checkpoints"),
         os.open(home / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT),
     )
-    store.sweep()
+    store.remove_stale_temp()
     entry = resolve_checkpoint(store, ckpt_path, {}, "min")
     state = load_state(entry.state) if entry else state_at(0)
     step, weights = state["global_step"], state["state_dict"]["weights"]
     os.write(journal, f"enter {step}\n".encode())
     if entry:
-        store.abandon(step, home / "abandoned" / f"{len(list(home.glob('abandoned/*'))):03}")
+        store.move_newer(step, home / "abandoned" / f"{len(list(home.glob('abandoned/*'))):03}")
     for now in range(step + 1, LAST + 1):
         weights = advance(weights, now)
         if now % EVERY == 0:

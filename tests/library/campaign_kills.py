@@ -18,7 +18,7 @@ import campaign
 import pytest
 
 from exact_resume import files
-from exact_resume.checkpoint import store
+from exact_resume.checkpoint import reading, store
 
 FORK = multiprocessing.get_context("fork")
 PR_SET_PTRACER = 0x59616D61  # linux/prctl.h; where Yama guards processes, a brother may then trace
@@ -29,7 +29,7 @@ class ByLine:
     run.
     """
 
-    files = (store.__file__, files.__file__, shutil.__file__, campaign.__file__)
+    files = (store.__file__, reading.__file__, files.__file__, shutil.__file__, campaign.__file__)
 
     def points(self, home: Path, ckpt_path: str) -> list[int]:
         ours, theirs = FORK.Pipe()

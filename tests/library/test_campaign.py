@@ -76,7 +76,7 @@ def look_without_permission(directory, answer):
     if os.geteuid() == 0:
         os.seteuid(65534)
     try:
-        answer.send(Store(Path("checkpoints")).last(heal=True))
+        answer.send(Store(Path("checkpoints")).last(quarantine=True))
     except Exception as error:
         answer.send(error)
 

@@ -239,7 +239,7 @@ def test_strays_and_times_to_come_change_nothing(store):
         os.utime(path, (time.time() + 10**7,) * 2)
     os.utime(store.path(3), (time.time() + 10**7,) * 2)
     assert falls_back(store, 9, [])
-    store.sweep()
+    store.remove_stale_temp()
     store.prune({3, 6})
     assert store.steps() == [3, 6, 9]
     assert (store.path(9) / "notes.txt").exists()

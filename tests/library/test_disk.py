@@ -33,11 +33,13 @@ MB = 1 << 20
 
 def save(writer, step):
     weights = torch.full((MB // 4,), float(step))  # a megabyte
-    writer.save_checkpoint({"global_step": step, "weights": weights}, writer.store.state(step))
+    writer.save_checkpoint(
+        {"global_step": step, "state_dict": {"w": weights}}, writer.store.state(step)
+    )
 
 
-def save_in_background(store, *steps, pauses=(), before_commit=lambda: None):
-    with StoreCheckpointIO(store, lambda checkpoint: {}, pauses=pauses) as writer:
+def save_in_background(store, *steps, retry_delays=(), before_commit=lambda: None):
+    with StoreCheckpointIO(store, lambda checkpoint: {}, retry_delays=retry_delays) as writer:
         writer.before_commit = before_commit
         for step in steps:
             save(writer, step)
@@ -49,9 +51,8 @@ def whole(store):
     """
     for step in store.steps():
         store.verify(step)
-        assert torch.equal(
-            load_state(store.state(step))["weights"], torch.full((MB // 4,), float(step))
-        )
+        weights = load_state(store.state(step))["state_dict"]["w"]
+        assert torch.equal(weights, torch.full((MB // 4,), float(step)))
     assert len([*store.directory.iterdir()]) == len(store.steps())
     return store.steps()
 
@@ -92,7 +93,7 @@ def test_a_full_disk(disk):
     with pytest.raises(
         SaveError, match=r"No space left on device.*are whole; mend the cause and run"
     ):
-        save_in_background(store, 2, 3, pauses=(0, 0))
+        save_in_background(store, 2, 3, retry_delays=(0, 0))
     assert whole(store) == [1]
     filler.unlink()
     save_in_background(store, 2)
@@ -103,7 +104,7 @@ def test_a_full_disk_on_which_room_is_made(disk, caplog):
     store = Store(disk / "checkpoints")
     save_in_background(store, 1)
     filler = full(disk, leave=MB // 2)
-    with StoreCheckpointIO(store, lambda checkpoint: {}, pauses=(0.05,) * 1000) as writer:
+    with StoreCheckpointIO(store, lambda checkpoint: {}, retry_delays=(0.05,) * 1000) as writer:
         save(writer, 2)
         while "trying again" not in caplog.text:
             time.sleep(0.001)
@@ -117,7 +118,7 @@ def test_a_read_only_file_system(disk):
     save_in_background(store, 1)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(SaveError, match="Read-only file system"):
-        save_in_background(store, 2, pauses=(3600,))
+        save_in_background(store, 2, retry_delays=(3600,))
     assert whole(store) == [1]
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     save_in_background(store, 2)
@@ -199,8 +200,8 @@ def child(action, *options, limit=0):
 
 
 def test_a_limit_on_the_size_of_files(store):
-    _, error, _ = child(lambda: save_in_background(store, 2, pauses=(3600,)), limit=MB // 2)
-    assert "SaveFailed" in error
+    _, error, _ = child(lambda: save_in_background(store, 2, retry_delays=(3600,)), limit=MB // 2)
+    assert "SaveError" in error
     assert "File too large" in error
     assert whole(store) == [1]
 
@@ -210,7 +211,7 @@ def test_an_error_of_one_fsync_is_tried_again(when, store):
     """Of the run's directory, the state, the manifest, their directory, and, after the rename, that
     of all.
     """
-    action = lambda: save_in_background(store, 2, pauses=(0,))  # noqa: E731
+    action = lambda: save_in_background(store, 2, retry_delays=(0,))  # noqa: E731
     _, error, lines = child(
         action, "-e", "trace=fsync", "-e", f"inject=fsync:error=EIO:when={when}"
     )
@@ -233,8 +234,8 @@ def test_an_error_that_stays_ends_the_run_with_its_name(call, number, reason, st
     options = ["-e", f"trace={call}", "-e", f"inject={call}:error={number}:when=1+"]
     if call == "write":  # the child's answer is one, too
         options += ["-P", f"{store.directory}/.step-00000002.{{pid}}/state.ckpt"]
-    _, error, lines = child(lambda: save_in_background(store, 2, 3, pauses=(0, 0)), *options)
-    assert error.startswith("SaveFailed")
+    _, error, lines = child(lambda: save_in_background(store, 2, 3, retry_delays=(0, 0)), *options)
+    assert error.startswith("SaveError")
     assert reason in error
     assert sum("INJECTED" in line for line in lines) >= 3
     assert whole(store) == [1]

@@ -17,8 +17,8 @@ from exact_resume.checkpoint.store import (
     NoValidCheckpointError,
     Store,
     load_state,
-    read_manifest,
     step_dirname,
+    verify_checkpoint,
 )
 from exact_resume.files import make_directory
 
@@ -60,15 +60,15 @@ def prune(*keep):
 
 
 def abandon(after):
-    return lambda root: store_in(root).abandon(after, root / RUN / "abandoned" / "001")
+    return lambda root: store_in(root).move_newer(after, root / RUN / "abandoned" / "001")
 
 
 def last(root):
-    return store_in(root).last(heal=True)
+    return store_in(root).last(quarantine=True)
 
 
 def sweep(root):
-    return store_in(root).sweep()
+    return store_in(root).remove_stale_temp()
 
 
 def break_6(root):
@@ -159,7 +159,7 @@ def fault(root: Path, at_least: int, at_most: int, never_lost: tuple[int, ...]) 
     if lost:
         return f"steps {lost} are nowhere"
     try:
-        manifest = store.last(heal=True)
+        manifest = store.last(quarantine=True)
     except NoValidCheckpointError as error:
         return str(error)
     step = manifest["step"] if manifest else 0
@@ -167,14 +167,14 @@ def fault(root: Path, at_least: int, at_most: int, never_lost: tuple[int, ...]) 
         return f"last is {step} and not in {at_least, at_most}"
     if step and not torch.equal(load_state(store.state(step))["weights"], state(step)["weights"]):
         return f"step {step} has other weights"
-    store.sweep()
+    store.remove_stale_temp()
     commit(step + 1)(root)
     return None if last(root)["step"] == step + 1 else "a later save is not found"
 
 
 def whole(checkpoint: Path) -> bool:
     try:
-        return bool(read_manifest(checkpoint))
+        return bool(verify_checkpoint(checkpoint))
     except CorruptCheckpointError:
         return False
 

@@ -19,6 +19,7 @@ from exact_resume.checkpoint.store import (
     NoValidCheckpointError,
     Store,
     load_state,
+    read_checkpoint,
 )
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.resume import ResumeRefusedError, read_resume_point, resolve_checkpoint
@@ -42,7 +43,7 @@ def run(tmp_path):
             {"global_step": step, "w": torch.full((500,), float(step))},
             fingerprint={"config": CONFIG},
         )
-        store.keep_score(step, "val/acc", score)
+        store.write_score(step, "val/acc", score)
     return tmp_path / "run"
 
 
@@ -189,18 +190,19 @@ def test_one_that_is_deleted_before_it_is_read_is_no_broken_one(tmp_path, caplog
     store, tried = Store(tmp_path / "checkpoints"), []
     store.commit(1, {"global_step": 1})
 
-    def read(step):
+    def read(directory):
         if not tried:  # a live run saves, and deletes what was listed
             store.commit(2, {"global_step": 2})
             store.prune(set())
-        tried.append(step)
-        return store.read(step)
+        tried.append(directory)
+        return read_checkpoint(directory)
 
-    manifest, state = store.first(lambda: store.steps()[::-1], read)
-    assert (tried, manifest["step"], state) == ([1, 2], 2, {"global_step": 2})
+    manifest, state = store.first_valid(lambda: store.steps()[::-1], read)
+    assert (manifest["step"], state["global_step"]) == (2, 2)
+    assert tried == [store.path(1), store.path(2)]
     assert caplog.text == ""
     with pytest.raises(CorruptCheckpointError, match="No such file"):
-        store.read(1)
+        read_checkpoint(store.path(1))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_broken_score_is_none_and_the_record_is_asked(run):
     )  # the last line is cut short
     assert scores_of(run, store)[2].keys() == {3, 9}
     assert found(run, "best") == 3
-    store.sweep()
+    store.remove_stale_temp()
     assert sorted(os.listdir(store.path(9))) == [MANIFEST, SCORE, STATE]
 
 
@@ -286,5 +288,5 @@ def test_an_older_checkpoint_without_the_file_is_scored_by_the_record(run, capsy
     row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["6"])
     assert row.endswith("0.2  best")
     assert (
-        json.loads((run / "checkpoints" / "step-00000006" / MANIFEST).read_bytes())["format"] == 1
+        json.loads((run / "checkpoints" / "step-00000006" / MANIFEST).read_bytes())["format"] == 2
     )

@@ -34,8 +34,10 @@ def make(name, config=CONFIG, steps=(3, 6, 9)):
     store = Store(os.path.join(name, "checkpoints"))
     for step in steps:
         weights = {"weights": torch.full((250_000,), float(step))}
-        facts = {"fingerprint": fingerprint(config, "digest").as_dict(), "time": time.time() - 7300}
-        store.commit(step, {"global_step": step} | weights, **facts)
+        then = fingerprint(config, "digest").as_dict()
+        store.commit(
+            step, {"global_step": step} | weights, fingerprint=then, time=time.time() - 7300
+        )
     with open(os.path.join(name, "metrics.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows(
@@ -145,24 +147,24 @@ def test_nothing_verifies(run, capsys):
     for moved in (False, True):
         code, out, _ = said(capsys, "status", "runs/a")
         assert code == 1
-        assert "nothing verifies, so nothing would be resumed" in out
-        assert "name=..." in out
+        assert "no checkpoint verifies, so the run cannot continue" in out
+        assert "use a new directory" in " ".join(out.split())
         assert ("did not verify" in out) == moved
         with pytest.raises(store_module.NoValidCheckpointError):
-            run.last(heal=True)
+            run.last(quarantine=True)
     assert said(capsys, "verify", "runs/a")[:2] == (1, "0 of 0 checkpoints verify\n")
 
 
 def test_what_was_put_aside_is_told(run, capsys, tmp_path):
     flip(run, 9)
-    run.last(heal=True)
-    run.abandon(3, tmp_path / "runs" / "a" / "abandoned" / "001")
+    run.last(quarantine=True)
+    run.move_newer(3, tmp_path / "runs" / "a" / "abandoned" / "001")
     (tmp_path / "runs" / "a" / "skips.jsonl").write_text("{}\n{}\n")
     code, out, _ = said(capsys, "status", "runs/a")
     assert code == 0
     assert "runs/a/checkpoints/quarantine (did not verify): step-00000009." in " ".join(out.split())
-    assert "runs/a/abandoned (branches that were left): 001" in out
-    assert "batches that are left out: 2, in runs/a/skips.jsonl" in out
+    assert "runs/a/abandoned (replaced by another branch): 001" in out
+    assert "skipped batches: 2, in runs/a/skips.jsonl" in out
     assert "would resume from step 3, bitwise" in out
 
 

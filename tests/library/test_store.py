@@ -47,7 +47,7 @@ def store(tmp_path):
 def test_a_checkpoint_of_a_newer_version_is_left_where_it_is(store):
     seal(store.path(9), format=99)
     with pytest.raises(
-        NoValidCheckpointError, match="format 99, of a newer version; update sturdy"
+        NoValidCheckpointError, match="format 99, of a newer version; update the code"
     ):
         store.last()
     assert store.steps() == [3, 6, 9]
@@ -122,7 +122,7 @@ def test_what_does_not_verify_is_put_aside_with_its_reason_and_the_older_one_use
     inflict(store.path(9))
     with pytest.raises(CorruptCheckpointError, match=reason):
         store.verify(9)
-    assert store.last(heal=True)["step"] == 6
+    assert store.last(quarantine=True)["step"] == 6
     assert store.steps() == [3, 6]
     (text,) = (store.directory / "quarantine").glob("step-00000009.*.reason.txt")
     assert reason in text.read_text()
@@ -159,10 +159,10 @@ def test_prune_keeps_what_it_is_told_and_always_the_newest(store):
 
 def test_abandoned_checkpoints_are_moved_whole(store, tmp_path):
     there = tmp_path / "abandoned" / "001"
-    assert store.abandon(3, there) == [9, 6]
+    assert store.move_newer(3, there) == [9, 6]
     assert store.steps() == [3]
     assert Store(there).verify(9)["step"] == 9
-    assert store.abandon(3, tmp_path / "abandoned" / "002") == []
+    assert store.move_newer(3, tmp_path / "abandoned" / "002") == []
     assert not (tmp_path / "abandoned" / "002").exists()
 
 
@@ -198,7 +198,7 @@ def test_sigkill_in_a_commit_leaves_only_whole_checkpoints(tmp_path):
         weights = load_state(store.state(newest[-1]))["weights"]
         assert torch.equal(weights, torch.full((500_000,), float(newest[-1])))
         strays += sum(p.name.startswith(".") for p in store.directory.iterdir())
-        store.sweep()
+        store.remove_stale_temp()
         assert all(p.name.startswith("step-") for p in store.directory.iterdir())
         assert store.last() == last
     assert strays, "no kill fell into a commit"

@@ -29,10 +29,10 @@ class Gated(Store):
         super().__init__(directory)
         self.begun, self.gate = threading.Semaphore(0), threading.Semaphore(0)
 
-    def commit(self, step, state, **facts):
+    def commit(self, step, state, **metadata):
         self.begun.release()
         self.gate.acquire()
-        return super().commit(step, state, **facts)
+        return super().commit(step, state, **metadata)
 
 
 class Failing(Store):
@@ -42,18 +42,18 @@ class Failing(Store):
         super().__init__(directory)
         self.errors = list(errors)
 
-    def commit(self, step, state, **facts):
+    def commit(self, step, state, **metadata):
         if self.errors:
             raise self.errors.pop(0)
-        return super().commit(step, state, **facts)
+        return super().commit(step, state, **metadata)
 
 
 class Unsynced(Store):
     """A disk whose first commit fails after the rename, in the sync of the directory."""
 
-    def commit(self, step, state, **facts):
+    def commit(self, step, state, **metadata):
         first = not self.steps()
-        path = super().commit(step, state, **facts)
+        path = super().commit(step, state, **metadata)
         if first:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return path
@@ -96,7 +96,7 @@ def test_a_save_is_the_state_when_it_was_asked_for(tmp_path):
 def test_control_without_the_copy_a_later_change_is_saved(tmp_path):
     store, weights = Gated(tmp_path), torch.zeros(10)
     writer = io(store)
-    for buffers in writer.free.queue:
+    for buffers in writer.free_buffers.queue:
         buffers.copy = lambda state: state
     with writer:
         save(writer, 1, weights)
@@ -113,35 +113,38 @@ def test_every_kind_of_tensor_comes_back_with_bits_and_layout(tmp_path):
     optimizer.step()
     state = {
         "global_step": 1,
-        "state_dict": layer.state_dict(),
         "optimizer_states": [optimizer.state_dict()],
-        "shared": [base, base, base[2], base.T, base[::2, 1:5], base.view(48)],
-        "layouts": [
-            torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-            torch.ones(3, 1).expand(3, 4),
-        ],
-        "scalars": [torch.tensor(3.5), torch.tensor(7), torch.tensor(True), torch.empty(0, 4)],
-        "types": [
-            base.bfloat16(),
-            base.double(),
-            base.to(torch.complex64),
-            base.half(),
-            torch.arange(9),
-        ],
-        "bits": torch.tensor([0x7FC00001, -0x80000000, 1], dtype=torch.int32).view(
-            torch.float32
-        ),  # NaN, -0, denormal
-        "rest": {"names": ["a", None, (1, 2.5, True)], "set": {1, 2}, 3: b"bytes"},
+        "state_dict": {
+            **layer.state_dict(),
+            "shared": [base, base, base[2], base.T, base[::2, 1:5], base.view(48)],
+            "layouts": [
+                torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+                torch.ones(3, 1).expand(3, 4),
+            ],
+            "scalars": [torch.tensor(3.5), torch.tensor(7), torch.tensor(True), torch.empty(0, 4)],
+            "types": [
+                base.bfloat16(),
+                base.double(),
+                base.to(torch.complex64),
+                base.half(),
+                torch.arange(9),
+            ],
+            "bits": torch.tensor([0x7FC00001, -0x80000000, 1], dtype=torch.int32).view(
+                torch.float32
+            ),  # NaN, -0, denormal
+            "rest": {"names": ["a", None, (1, 2.5, True)], "set": {1, 2}, 3: b"bytes"},
+        },
     }
     for _ in range(2):  # into new buffers, and into used ones
         store = Store(tmp_path / str(_))
         with io(store) as writer:
             writer.save_checkpoint(state, store.state(1))
         loaded = load_state(store.state(1))
-        assert diff_checkpoints(state, loaded, parts=state) == []
-        assert loaded["rest"] == state["rest"]
-        assert loaded["layouts"][0].stride() == state["layouts"][0].stride()
-        assert loaded["shared"][3].stride() == base.T.stride()
+        assert diff_checkpoints(state, loaded) == []
+        weights = loaded["state_dict"]
+        assert weights["rest"] == state["state_dict"]["rest"]
+        assert weights["layouts"][0].stride() == state["state_dict"]["layouts"][0].stride()
+        assert weights["shared"][3].stride() == base.T.stride()
     assert loaded["optimizer_states"][0]["state"][0]["step"] == torch.tensor(1.0)
 
 
@@ -163,15 +166,15 @@ def test_saves_that_do_not_overlap_need_one_copy(tmp_path):
     with io(Store(tmp_path)) as writer:
         for step in (1, 2, 3):
             save(writer, step)
-            while writer.free.qsize() < 2:
+            while writer.free_buffers.qsize() < 2:
                 time.sleep(0.001)
-    assert sorted(len(buffers.pool) for buffers in writer.free.queue) == [0, 1]
+    assert sorted(len(buffers.pool) for buffers in writer.free_buffers.queue) == [0, 1]
 
 
 def pointers(writer):
     return {
         x.data_ptr()
-        for buffers in writer.free.queue
+        for buffers in writer.free_buffers.queue
         for pool in buffers.pool.values()
         for x in pool
     }
@@ -180,8 +183,8 @@ def pointers(writer):
 def test_memory_can_be_allocated_before_the_first_save(tmp_path):
     store = Store(tmp_path)
     with io(store) as writer:
-        writer.reserve([torch.zeros(1000), torch.zeros(5)])
-        while writer.free.qsize() < 2:
+        writer.preallocate([torch.zeros(1000), torch.zeros(5)])
+        while writer.free_buffers.qsize() < 2:
             time.sleep(0.001)
         reserved = pointers(writer)
         save(writer, 1)
@@ -218,7 +221,7 @@ def test_what_may_pass_is_tried_again(number, tmp_path, caplog):
     buried = RuntimeError("unexpected pos 64 vs 0")
     buried.__context__ = disk
     store = Failing(tmp_path, disk, buried)
-    with io(store, pauses=(0, 0)) as writer:
+    with io(store, retry_delays=(0, 0)) as writer:
         save(writer, 1)
     assert store.steps() == [1]
     assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2
@@ -227,7 +230,7 @@ def test_what_may_pass_is_tried_again(number, tmp_path, caplog):
 
 def test_a_name_that_was_not_durable_is_synced_again(tmp_path, caplog):
     store = Unsynced(tmp_path)
-    with io(store, pauses=(0,)) as writer:
+    with io(store, retry_delays=(0,)) as writer:
         save(writer, 1)
     assert store.last()["step"] == 1
     assert "Input/output error; trying again" in caplog.text
@@ -244,7 +247,7 @@ def test_a_name_that_was_not_durable_is_synced_again(tmp_path, caplog):
 )
 def test_what_does_not_pass_stops_the_training(errors, reason, tmp_path, caplog):
     store = Failing(tmp_path)
-    writer = io(store, pauses=(0, 0))
+    writer = io(store, retry_delays=(0, 0))
     message = rf"could not be written: .*{reason}.*older ones in .* are whole; mend the cause"
     with pytest.raises(SaveError, match=message), writer:  # noqa: PT012
         save(writer, 1)
@@ -313,7 +316,7 @@ def test_what_cannot_be_deleted_does_not_stop_the_run(tmp_path, caplog):
     with writer:
         for step in (1, 2, 3):
             save(writer, step)
-    assert "step 2 is saved, but what need not be kept could not be deleted" in caplog.text
+    assert "step 2 is saved, but old files could not be deleted" in caplog.text
     assert store.steps()[-1] == 3
     assert all(store.verify(step) for step in store.steps())
 
@@ -347,19 +350,20 @@ TEAMS = """
 import os, sys
 import torch
 from exact_resume.checkpoint.store import Store
-from exact_resume.checkpoint.writer import Buffers, StoreIO
+from exact_resume.checkpoint.writer import HostBuffers, StoreCheckpointIO
 
 if sys.argv[2] == "copied":  # by torch, in the writer
-    Buffers.reserve = Buffers.copy
+    HostBuffers.preallocate = HostBuffers.copy
 torch.set_num_threads(2)
 weights = torch.zeros(4, 1_000_000) + 1  # opens the team of this thread
 alone = len(os.listdir("/proc/self/task"))
-with StoreIO(Store(sys.argv[1]), lambda checkpoint: {}) as io:
+with StoreCheckpointIO(Store(sys.argv[1]), lambda checkpoint: {}) as io:
     for step in (1, 2):
-        io.reserve({"weights": weights})
-        io.save_checkpoint({"global_step": step, "weights": weights}, io.store.state(step))
-        buffers = [io.free.get(), io.free.get()]  # so all work is done
-        [io.free.put(b) for b in buffers]
+        io.preallocate({"weights": weights})
+        state = {"global_step": step, "state_dict": {"weights": weights}}
+        io.save_checkpoint(state, io.store.state(step))
+        buffers = [io.free_buffers.get(), io.free_buffers.get()]  # so all work is done
+        [io.free_buffers.put(b) for b in buffers]
     print(len(os.listdir("/proc/self/task")) - alone)
 """
 
@@ -379,14 +383,14 @@ def test_the_writer_is_one_thread_beside_a_team_of_openmp(how, threads, tmp_path
 LEAVE = """
 import json, os, signal, sys, threading, time
 import torch
-from exact_resume.signals import Preempted, Preemption
+from exact_resume.signals import PreemptedError, Preemption
 from exact_resume.checkpoint.store import Store
-from exact_resume.checkpoint.writer import StoreIO
+from exact_resume.checkpoint.writer import StoreCheckpointIO
 
 class Slow(Store):
-    def commit(self, step, state, **facts):
+    def commit(self, step, state, **metadata):
         time.sleep(seconds)
-        return super().commit(step, state, **facts)
+        return super().commit(step, state, **metadata)
 
 for name, (how, seconds, size) in json.loads(sys.argv[2]).items():
     if not (child := os.fork()):
@@ -398,9 +402,10 @@ else:
 store = Slow(sys.argv[1] + "/" + name)
 preemption = Preemption()
 preemption.listen(training=True)
-with StoreIO(store, lambda checkpoint: {}) as io:
+with StoreCheckpointIO(store, lambda checkpoint: {}) as io:
     for step in (1, 2):
-        io.save_checkpoint({"global_step": step, "weights": torch.zeros(size)}, store.state(step))
+        state = {"global_step": step, "state_dict": {"weights": torch.zeros(size)}}
+        io.save_checkpoint(state, store.state(step))
     if how == "raise":
         raise ArithmeticError
     if how == "preempted":

@@ -36,7 +36,7 @@ def run(directory, scores, *, steps=9, entry=None, facts=VALIDATED, **settings):
         num_sanity_val_steps=0,
         log_every_n_steps=2,
     )
-    t.strategy.checkpoint_io.facts = lambda checkpoint: facts
+    t.strategy.checkpoint_io.metadata = lambda checkpoint: facts
     start = int(entry.parent.name.removeprefix("step-")) if entry else 0
     validation = DataLoader([batch(0)], batch_size=None)
     t.fit(

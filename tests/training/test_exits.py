@@ -27,7 +27,7 @@ from exact_resume.failures import is_out_of_memory, tolerate_errors
 from exact_resume.metrics import MetricsCSV
 from exact_resume.run import Run
 from exact_resume.signals import SIGNALS, PreemptedError, Preemption
-from exact_resume.streams import Lossy
+from exact_resume.streams import LossyFile
 from runs import command, differences, train
 from sturdy.diffusion.sampler import Euler
 from sturdy.errors import ConfigError
@@ -249,14 +249,14 @@ def test_a_stream_without_a_reader_takes_everything():
     os.close(reader)
     with pytest.raises(BrokenPipeError):
         os.write(writer, b"control")
-    assert Lossy(writer, "wb").write(b"abc") == 3
+    assert LossyFile(writer, "wb").write(b"abc") == 3
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    full = Lossy(writer, "wb")
+    full = LossyFile(writer, "wb")
     assert [full.write(b"x" * 100_000) for _ in range(3)][1:] == [100_000, 100_000]
     os.close(reader)
     if os.path.exists("/dev/full"):
-        assert Lossy(os.open("/dev/full", os.O_WRONLY), "wb").write(b"abc") == 3
+        assert LossyFile(os.open("/dev/full", os.O_WRONLY), "wb").write(b"abc") == 3
 
 
 def test_a_run_outlives_its_reader_and_a_question(tmp_path):

@@ -18,7 +18,7 @@ from runs import ROOT, SMALL, differences, kill_at, train
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
 from sturdy.training.build import build_module
 from sturdy.training.ema import PowerEMA
-from sturdy.training.init_from import find_source, init_from, differing_weights
+from sturdy.training.init_from import differing_weights, find_source, init_from
 from sturdy.training.match_weights import class_change, match
 from sturdy.training.module import DiffusionModule
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exact_resume.run import Run
 from exact_resume.checkpoint.store import Store
-from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.metrics import MetricsCSV
 from exact_resume.replay import recorded_rows
 from exact_resume.resume import ResumePoint
+from exact_resume.run import AlreadyRunningError, Run
 from mirrors import frames, metrics, segment, segment_file, tensorboard_metrics, wandb_metrics
 from sturdy.evaluation.record import figures, mirrors_of, record
 from sturdy.training.loggers.evaluations import keep

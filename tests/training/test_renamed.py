@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_module import fit, make, save
 
-from exact_resume.checkpoint import store
-from exact_resume.checkpoint.schema import RENAMED, Renamed, modern
+from exact_resume.checkpoint import schema
+from exact_resume.checkpoint.renames import RENAMED, Renamed, rename_state
 from exact_resume.checkpoint.store import load_state
 
 OLD = Renamed(
@@ -18,8 +18,8 @@ OLD = Renamed(
 @pytest.fixture
 def second_format(monkeypatch):
     """Today's format is the second, and some names are others than in the first."""
-    monkeypatch.setitem(RENAMED, store.FORMAT, OLD)
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setitem(RENAMED, schema.FORMAT, OLD)
+    monkeypatch.setattr(schema, "FORMAT", schema.FORMAT + 1)
 
 
 def aged(path, tmp_path):
@@ -52,8 +52,8 @@ def test_a_run_goes_on_from_names_that_are_no_longer_used(tmp_path, monkeypatch)
     old = aged(save(fit(make(), tmp_path / "half", steps=2)[0]), tmp_path / "old")
     with pytest.raises(ValueError, match=r"is of another network .*inlet"):  # a control
         fit(make(), tmp_path / "control", steps=4, entry=old)
-    monkeypatch.setitem(RENAMED, store.FORMAT, OLD)
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setitem(RENAMED, schema.FORMAT, OLD)
+    monkeypatch.setattr(schema, "FORMAT", schema.FORMAT + 1)
     fit(again, tmp_path / "again", steps=4, entry=old)
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
 
@@ -73,7 +73,7 @@ def test_what_the_config_names_is_renamed_too():
         "config": config,
         "state_dict": {"ema.model.backbone.inlet.bias": 1, "ema.model.backbone.inlets": 2},
     }
-    found = modern(state, 2)
+    found = rename_state(state | {"format": schema.FORMAT - 1})
     assert found["config"] == {
         "backbone": {
             "_target_": "sturdy.backbone.dit.DiT",
@@ -87,11 +87,11 @@ def test_what_the_config_names_is_renamed_too():
         "ema.model.backbone.into.bias": 1,
         "ema.model.backbone.inlets": 2,
     }
-    assert found["format"] == 2
-    assert modern(found, 2) is found
+    assert found["format"] == schema.FORMAT
+    assert rename_state(found) is found
     assert config["gone"] == 1, "the caller's is left alone"
 
 
 def test_today_nothing_is_renamed():
-    state = {"state_dict": {"a": torch.ones(1)}, "format": store.FORMAT}
-    assert modern(state, store.FORMAT) is state
+    state = {"state_dict": {"a": torch.ones(1)}, "format": schema.FORMAT}
+    assert rename_state(state) is state

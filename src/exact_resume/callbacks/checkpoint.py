@@ -96,7 +96,7 @@ class Checkpoint(ModelCheckpoint):
             and trainer.strategy.lightning_restore_optimizer
         ):
             # Only now the optimizer has its state.
-            self.io.reserve(
+            self.io.preallocate(
                 [
                     trainer.lightning_module.state_dict(),
                     *(o.state_dict() for o in trainer.optimizers),
@@ -184,7 +184,7 @@ class Checkpoint(ModelCheckpoint):
         for step in self.store.steps():
             if step in self.scores and step not in self.kept_scores:
                 try:
-                    self.store.keep_score(step, self.monitor or "", self.scores[step])
+                    self.store.write_score(step, self.monitor or "", self.scores[step])
                     self.kept_scores.add(step)
                 except (
                     OSError

@@ -1,34 +1,35 @@
-"""Two checkpoints or two records, bit by bit: what differs, by name."""
+"""Compare two checkpoints or two records bit by bit, and name what differs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PARTS = (
-    "state_dict",
-    "optimizer_states",
-    "global_step",
-)  # what training computed; the rest is told, not computed
+from exact_resume.checkpoint.schema import compared_entries
+
+ABSENT = object()  # equals nothing else, not even None
 
 
 def diff_checkpoints(
-    a: Mapping[str, Any], b: Mapping[str, Any], parts: Iterable[str] = PARTS
+    a: Mapping[str, Any], b: Mapping[str, Any], parts: Iterable[str] | None = None
 ) -> list[str]:
-    """Names of the tensors and numbers under ``parts`` that differ between two ``state.ckpt``, or
-    are in one only.
+    """Return the sorted names of the tensors and numbers that differ, or that only one has.
+
+    Args:
+        a: the content of a ``state.ckpt``.
+        b: the content of another.
+        parts: the entries to compare; without it, those that the schema marks as compared.
     """
-    left, right = (_flatten({part: state.get(part) for part in parts}) for state in (a, b))
-    return sorted(
-        k for k in left.keys() | right.keys() if not _same(left.get(k, ...), right.get(k, ...))
-    )
+    parts = [*(compared_entries() if parts is None else parts)]
+    left = dict(_flatten({part: a.get(part) for part in parts}))
+    right = dict(_flatten({part: b.get(part) for part in parts}))
+    names = left.keys() | right.keys()
+    return sorted(k for k in names if not _same(left.get(k, ABSENT), right.get(k, ABSENT)))
 
 
 def mismatched_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Return the sorted names of weights that only one of two networks has, or that have another
-    shape.
-    """
+    """Return the sorted names of weights that only one network has, or with another shape."""
     names = own.keys() | given.keys()
     return sorted(
         k for k in names if k not in own or k not in given or own[k].shape != given[k].shape
@@ -36,45 +37,53 @@ def mismatched_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> 
 
 
 def shape_mismatches(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Return the first five of ``mismatched_names``, for people; '' if there are none."""
+    """Return the first five of ``mismatched_names`` as text; '' if there are none."""
     return ", ".join(mismatched_names(own, given)[:5])
 
 
 def first_divergence(
     a: Iterable[Mapping[str, str]], b: Iterable[Mapping[str, str]]
 ) -> tuple[int, str] | None:
-    """The first step at which two records differ, and in which column; None if they are equal.
+    """Return the first step at which two records differ, and the column; None if they are equal.
 
-    Throughput is left out: it is a property of the hour. Rows of one step are taken together, in
-        any order.
+    Rows of one step are taken together, in any order. Throughput is ignored: it depends on the
+    machine.
     """
-    left, right = _values(a), _values(b)
-    odd = [k for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
-    return min(odd, default=None)
+    left = _cells(a)
+    right = _cells(b)
+    different = [k for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
+    return min(different, default=None)
 
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(_bits(a), _bits(b)))
-    return type(a) is type(b) and a == b
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+    return type(a) is type(b) and bool(a == b)
 
 
 def _bits(x: Tensor) -> Tensor:
-    """As bytes, so that NaN equals itself and -0 differs from 0."""
+    """Return the bytes of ``x``, so that NaN equals itself and -0 differs from 0."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        return {k: leaf for key, v in items for k, leaf in _flatten(v, f"{prefix}/{key}").items()}
-    return {prefix.removeprefix("/"): value}
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings and lists, each with its path, such as ``a/0/b``."""
+    if isinstance(value, Mapping):
+        items = [*value.items()]
+    elif isinstance(value, list | tuple):
+        items = [*enumerate(value)]
+    else:
+        yield prefix, value
+        return
+    for key, child in items:
+        yield from _flatten(child, f"{prefix}/{key}" if prefix else str(key))
 
 
-def _values(rows: Iterable[Mapping[str, str]]) -> dict[tuple[int, str], str]:
-    return {
-        (int(row["step"]), name): value
-        for row in rows
-        for name, value in row.items()
-        if value and name != "step" and not name.endswith("per_second")
-    }
+def _cells(rows: Iterable[Mapping[str, str]]) -> dict[tuple[int, str], str]:
+    """Return the values of a record by step and column."""
+    cells = {}
+    for row in rows:
+        for column, value in row.items():
+            if value and column != "step" and not column.endswith("per_second"):
+                cells[int(row["step"]), column] = value
+    return cells

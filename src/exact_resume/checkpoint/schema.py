@@ -1,137 +1,238 @@
-"""What older versions called weights and code, and what these are called today.
+"""The schema of a checkpoint: the one list of what ``state.ckpt`` and ``manifest.json`` contain.
 
-A state of format f is read with ``RENAMED[f]``, then with ``RENAMED[f + 1]``, up to the format that
-is written today. An application that renames a weight, a config key or a class raises
-``store.FORMAT`` and adds a row to ``RENAMED``.
+    save      refuses an entry that is not declared here, or that has another type
+    load      names a required entry that is missing
+    compare   compares the entries that are marked as compared, bit by bit
+    docs      show ``markdown_table()``
+
+To add a value to the checkpoint, declare it once, in the module that writes it:
+
+    schema.declare(Entry("queue", list, "samples that wait", written_by="MyCallback"))
+
+and write it in ``on_save_checkpoint(checkpoint)``: ``checkpoint["queue"] = self.queue``.
+
+Only the top level is declared; the writer of an entry decides what lies below it. Everything is a
+tensor or a primitive, at any depth, so that loading never executes code.
 """
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
-from exact_resume.fingerprint import flatten
+from torch import Tensor
+
+FORMAT = 2  # raised when a name inside a checkpoint changes; see checkpoint/renames.py
+
+
+class SchemaError(ValueError):
+    """A checkpoint to be saved has an entry that the schema does not declare like this."""
 
 
 @dataclass(frozen=True)
-class Renamed:
-    """What changed its name after one format.
+class Entry:
+    """One entry at the top level of a checkpoint.
 
     Attributes:
-        weights: consecutive parts of a weight's dotted name, such as ``backbone.stem``; wherever
-            they stand in it.
-        targets: the beginning of a ``_target_``, such as ``sturdy.backbone.dit``.
-        keys: a dotted key of the config, with all below it.
-        convert: what else changed in a nested config; it is given a copy and returns the new
-            config.
+        name: the key.
+        type: of the value, after ``isinstance``.
+        meaning: in a few words, for the documentation.
+        written_by: who puts it there.
+        required: whether a run cannot continue without it.
+        compared: whether it is part of the trajectory, so that two runs of the same trajectory must
+            have the same bits in it.
     """
 
-    weights: Mapping[str, str] = field(default_factory=dict)
-    targets: Mapping[str, str] = field(default_factory=dict)
-    keys: Mapping[str, str] = field(default_factory=dict)
-    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    name: str
+    type: type | UnionType
+    meaning: str
+    written_by: str
+    required: bool = False
+    compared: bool = False
 
 
-RENAMED: dict[int, Renamed] = {}  # filled by the application
+def _by_name(*entries: Entry) -> dict[str, Entry]:
+    return {entry.name: entry for entry in entries}
 
 
-def modern(state: dict[str, Any], today: int) -> dict[str, Any]:
-    """Return a checkpoint's state under today's names; ``state`` itself where nothing was renamed
-    since.
+# Lightning stores the state of a data module and of a precision plugin under the name of its
+# class, such as ``ImageData``. These two entries declare all such names.
+# fmt: off
+DATA_MODULE = Entry(
+    "<class of the data module>", dict, written_by="LightningDataModule.state_dict",
+    meaning="where the data goes on: optimizer steps done and the position of the next sample")
+PRECISION = Entry(
+    "<class of the precision plugin>", dict, written_by="Lightning",
+    meaning="the scale of the loss in half precision")
+
+STATE_ENTRIES = _by_name(
+    Entry("state_dict", dict, written_by="Lightning", required=True, compared=True,
+          meaning="weights and averages by name"),
+    Entry("optimizer_states", list, written_by="Lightning", required=True, compared=True,
+          meaning="the state of each optimizer"),
+    Entry("global_step", int, written_by="Lightning", required=True, compared=True,
+          meaning="optimizer steps done"),
+    Entry("lr_schedulers", list, written_by="Lightning", required=True, compared=True,
+          meaning="the state of each learning rate scheduler"),
+    Entry("loops", dict, written_by="Lightning", required=True,
+          meaning="progress of Lightning's loops"),
+    Entry("pytorch-lightning_version", str, written_by="Lightning", required=True,
+          meaning="the version that wrote the file; Lightning migrates older ones"),
+    Entry("epoch", int, written_by="Lightning",
+          meaning="epochs done; an endless epoch counts as one"),
+    Entry("callbacks", dict, written_by="Lightning",
+          meaning="the state of each callback"),
+    DATA_MODULE,
+    PRECISION,
+    Entry("hyper_parameters", dict, written_by="save_hyperparameters",
+          meaning="arguments of the module"),
+    Entry("hparams_name", str, written_by="save_hyperparameters",
+          meaning="the argument of the module that holds them"),
+    Entry("datamodule_hyper_parameters", dict, written_by="save_hyperparameters",
+          meaning="arguments of the data module"),
+    Entry("datamodule_hparams_name", str, written_by="save_hyperparameters",
+          meaning="the argument of the data module that holds them"),
+    Entry("averaging_state", dict, written_by="Lightning's WeightAveraging", compared=True,
+          meaning="the progress of weight averaging"),
+    Entry("current_model_state", dict, written_by="Lightning's WeightAveraging", compared=True,
+          meaning="the weights that are being averaged"),
+    Entry("format", int, written_by="StoreCheckpointIO",
+          meaning="the version of the names in this file"),
+    Entry("config", dict | None, written_by="the application",
+          meaning="the resolved config; the module can be rebuilt from it"),
+    Entry("init_from", dict, written_by="the application",
+          meaning="path and SHA-256 of the checkpoint that the run began from"),
+)
+
+MANIFEST_ENTRIES = _by_name(
+    Entry("format", int, written_by="Store.commit", required=True,
+          meaning="as in state.ckpt"),
+    Entry("step", int, written_by="Store.commit", required=True,
+          meaning="optimizer steps done"),
+    Entry("files", dict, written_by="Store.commit", required=True,
+          meaning="bytes and SHA-256 of each file"),
+    Entry("sha256", str, written_by="Store.commit", required=True,
+          meaning="hash of the other entries of the manifest"),
+    Entry("time", float, written_by="Store.commit",
+          meaning="when the checkpoint was written, in seconds since 1970"),
+    Entry("position", int, written_by="the application",
+          meaning="samples handed out"),
+    Entry("fingerprint", dict, written_by="the application",
+          meaning="config, data, code, files and stack: what makes two runs the same trajectory"),
+    Entry("init_from", dict, written_by="the application",
+          meaning="as in state.ckpt"),
+)
+# fmt: on
+
+
+def declare(entry: Entry, table: dict[str, Entry] = STATE_ENTRIES) -> None:
+    """Add ``entry`` to the schema, so that it may be saved.
 
     Args:
-        state: what ``state.ckpt`` holds. Without an entry ``format`` it is of format 1.
-        today: the format that is written now.
+        entry: to add; adding it twice is no error.
+        table: ``STATE_ENTRIES`` for a value in ``state.ckpt``, ``MANIFEST_ENTRIES`` for one in
+            ``manifest.json``.
+
+    Raises:
+        SchemaError: if another entry has this name.
     """
-    for version in range(state.get("format", 1), today):
-        state = _renamed(state, RENAMED.get(version, Renamed())) | {"format": version + 1}
-    return state
+    if table.setdefault(entry.name, entry) != entry:
+        raise SchemaError(f"{entry.name!r} is declared already, as {table[entry.name]}")
 
 
-def modern_config(config: Mapping[str, Any], version: int, today: int) -> dict[str, Any]:
-    """Return a nested config that was written in format ``version`` under the names of format
-    ``today``.
+def check_declared(content: Mapping[str, Any], table: Mapping[str, Entry] = STATE_ENTRIES) -> None:
+    """Check that every entry of ``content`` is declared in ``table``, with this type.
+
+    Raises:
+        SchemaError: naming the first one that is not, and how to declare it.
     """
-    for step in range(version, today):
-        config = _config(config, RENAMED.get(step, Renamed()))
-    return dict(config)
+    for name, value in content.items():
+        entry = table.get(name) or _entry_of_class(name)
+        if entry is None:
+            raise SchemaError(
+                f"the checkpoint has an entry {name!r} that its schema does not declare. Add "
+                f"one line to the module that writes it: exact_resume.checkpoint.schema.declare("
+                f"Entry({name!r}, {type(value).__name__}, 'its meaning', written_by='its writer'))"
+            )
+        if not isinstance(value, entry.type):
+            raise SchemaError(
+                f"the entry {name!r} of the checkpoint is a {type(value).__name__}, but it is "
+                f"declared as {_type_name(entry)}"
+            )
 
 
-def modern_flat_config(config: Mapping[str, Any], version: int, today: int) -> dict[str, Any]:
-    """Do the same for a config with dotted keys."""
-    if version == today:
-        return dict(config)
-    nested: dict[str, Any] = {}
-    for key, value in config.items():
-        *above, last = key.split(".")
-        node = nested
-        for part in above:
-            node = node.setdefault(part, {})
-        node[last] = value
-    return flatten(modern_config(nested, version, today))
+def assert_primitive(value: Any, where: str) -> None:
+    """Check that ``value`` holds only tensors and primitives.
+
+    Args:
+        value: anything, at any depth of mappings, lists, tuples and sets.
+        where: the name of ``value``, for the message.
+
+    Raises:
+        TypeError: naming the first value that is neither.
+    """
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            assert_primitive(k, f"a key of {where}")
+            assert_primitive(v, f"{where}[{k!r}]")
+    elif isinstance(value, list | tuple | set):
+        for i, v in enumerate(value):
+            assert_primitive(v, f"{where}[{i}]")
+    elif not isinstance(value, Tensor | str | bytes | int | float | bool | None):
+        raise TypeError(
+            f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only"
+        )
 
 
-def _renamed(state: Mapping[str, Any], names: Renamed) -> dict[str, Any]:
-    state = dict(state)
-    if "state_dict" in state:
-        state["state_dict"] = {_weight(k, names): v for k, v in state["state_dict"].items()}
-    if "optimizer_states" in state:
-        state["optimizer_states"] = [_optimizer(one, names) for one in state["optimizer_states"]]
-    if isinstance(state.get("config"), Mapping):
-        state["config"] = _config(state["config"], names)
-    return state
+def missing_entries(
+    content: Mapping[str, Any], table: Mapping[str, Entry] = STATE_ENTRIES
+) -> list[str]:
+    """Return the names of the required entries that ``content`` lacks."""
+    return [entry.name for entry in table.values() if entry.required and entry.name not in content]
 
 
-def _optimizer(state: Mapping[str, Any], names: Renamed) -> dict[str, Any]:
-    """Rename the parameters of an optimizer's state that is kept by name."""
-    groups = [
-        group | {"params": [_weight(name, names) for name in group["params"]]}
-        for group in state["param_groups"]
+def compared_entries() -> list[str]:
+    """Return the names of the entries that are compared bit by bit."""
+    return [entry.name for entry in STATE_ENTRIES.values() if entry.compared]
+
+
+def markdown_table(table: Mapping[str, Entry] = STATE_ENTRIES) -> str:
+    """Return the entries of ``table`` as a Markdown table, for the documentation."""
+    lines = [
+        "| entry | type | meaning | written by | required | compared |",
+        "|---|---|---|---|---|---|",
     ]
-    return {
-        "state": {_weight(k, names): v for k, v in state["state"].items()},
-        "param_groups": groups,
-    }
+    for entry in table.values():
+        required = "yes" if entry.required else ""
+        compared = "yes" if entry.compared else ""
+        lines.append(
+            f"| `{entry.name}` | {_type_name(entry)} | {entry.meaning} | {entry.written_by} "
+            f"| {required} | {compared} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
-def _weight(name: str, names: Renamed) -> str:
-    for old, new in names.weights.items():
-        name = f".{name}.".replace(f".{old}.", f".{new}.").strip(".")
-    return name
+def _entry_of_class(name: str) -> Entry | None:
+    """Return the entry that declares the state of the class ``name``; None if there is none."""
+    # Imported here: only a process that saves needs Lightning, and it has imported it already.
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.plugins import Precision
+
+    if name in _subclass_names(LightningDataModule):
+        return DATA_MODULE
+    if name in _subclass_names(Precision):
+        return PRECISION
+    return None
 
 
-def _config(config: Mapping[str, Any], names: Renamed) -> dict[str, Any]:
-    moved: dict[str, Any] = deepcopy(dict(config))
-    for old, new in names.keys.items():
-        *above, last = old.split(".")
-        node = moved
-        for key in above:
-            node = node.get(key) or {}
-        if last not in node:
-            continue
-        value = node.pop(last)
-        *above, last = new.split(".")
-        node = moved
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    moved = _targets(moved, names)
-    return names.convert(moved) if names.convert else moved
+def _subclass_names(base: type) -> Iterator[str]:
+    subclasses: list[type] = base.__subclasses__()
+    for subclass in subclasses:
+        yield subclass.__qualname__
+        yield from _subclass_names(subclass)
 
 
-def _targets(node: Any, names: Renamed) -> Any:
-    if isinstance(node, list | tuple):
-        return type(node)([_targets(value, names) for value in node])
-    if not isinstance(node, dict):
-        return node
-    return {
-        k: _target(str(v), names) if k == "_target_" else _targets(v, names)
-        for k, v in node.items()
-    }
-
-
-def _target(target: str, names: Renamed) -> str:
-    for old, new in names.targets.items():
-        if target == old or target.startswith(old + "."):
-            target = new + target.removeprefix(old)
-    return target
+def _type_name(entry: Entry) -> str:
+    if isinstance(entry.type, type):
+        return entry.type.__name__
+    return str(entry.type).replace(" | ", " or ")  # a bar would end a cell of the table

@@ -44,12 +44,12 @@ def run_script(config: Path, task: str) -> None:
         task: called with the config and the list of overrides; returns the exit code.
     """
     _or_exit(check_system)
-    from exact_resume.streams import outlive_readers
+    from exact_resume.streams import make_streams_lossy
     from exact_resume.supervisor import (
         DUMP_STACKS_SIGNAL,  # only now, as other systems lack the signal
     )
 
-    outlive_readers()
+    make_streams_lossy()
     if (
         signal.getsignal(DUMP_STACKS_SIGNAL) is signal.SIG_DFL
     ):  # a question to all scripts, and not the end of them

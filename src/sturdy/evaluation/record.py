@@ -13,9 +13,9 @@ from typing import Any
 
 from hydra.utils import instantiate
 
-from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.replay import ReplayLogger, recorded_rows
 from exact_resume.resume import ResumePoint
+from exact_resume.run import AlreadyRunningError, Run
 from sturdy.sampling.config import TRUST_NONE
 from sturdy.training.loggers.evaluations import keep
 from sturdy.trust import Trust

@@ -16,7 +16,7 @@ from exact_resume.checkpoint.store import (
     CorruptCheckpointError,
     Store,
     load_state,
-    read_manifest,
+    verify_checkpoint,
 )
 from exact_resume.fingerprint import content_hash, flatten
 from sturdy.training.match_weights import Config, backbone_changes, class_change, match, shorten
@@ -185,7 +185,7 @@ def _verified_hash(state: Path, word: str) -> str | None:
     if not (state.parent / MANIFEST).exists():
         return content_hash(state)
     try:
-        return read_manifest(state.parent)["files"][state.name]["sha256"]
+        return verify_checkpoint(state.parent)["files"][state.name]["sha256"]
     except CorruptCheckpointError as error:
         raise ValueError(
             f"init_from={word} does not verify: {error}. Choose another checkpoint"

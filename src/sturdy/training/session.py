@@ -296,7 +296,7 @@ class Session:
         checkpoint = self.cfg.callbacks.checkpoint
         store = self.run.store
         with as_config_error():  # the disk may be away
-            store.sweep()
+            store.remove_stale_temp()
             scores = self.run.metrics.column(checkpoint.monitor) | store.scores(checkpoint.monitor)
             return resolve_checkpoint(store, self.cfg.ckpt_path, scores, checkpoint.mode)
 
