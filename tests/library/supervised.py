@@ -29,7 +29,7 @@ def step(n):
 
 def save():
     preemption = Preemption()
-    preemption.listen(training=True)
+    preemption.install(training=True)
     note("ready")
     while not preemption.signal:
         time.sleep(0.01)

@@ -239,10 +239,10 @@ def test_what_became_of_them_after_a_signal_is_not_hidden(start):
 
 IGNORED = """
 import signal
-from exact_resume.supervisor import listening
-with listening() as heard:
+from exact_resume.supervisor import capture_signals
+with capture_signals() as received:
     signal.raise_signal(signal.SIGHUP)
-    print(heard)
+    print(received)
 """
 
 
@@ -282,5 +282,5 @@ def test_nobody_outlives_a_killed_supervisor(start):
 def test_a_parent_that_died_before_is_noticed(variables, code):
     asks = "from exact_resume.supervisor import die_with_parent; die_with_parent()"
     environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
-    environment |= {"STURDY_SUPERVISOR": "1", **variables}
+    environment |= {"EXACT_RESUME_SUPERVISOR_PID": "1", **variables}
     assert subprocess.run([sys.executable, "-c", asks], env=environment).returncode == code

@@ -379,7 +379,7 @@ def test_the_writer_is_one_thread_beside_a_team_of_openmp(how, threads, tmp_path
 LEAVE = """
 import json, os, signal, sys, threading, time
 import torch
-from exact_resume.signals import Preempted, Preemption
+from exact_resume.signals import PreemptedError, Preemption
 from exact_resume.checkpoint.store import Store
 from exact_resume.checkpoint.writer import StoreIO
 
@@ -397,7 +397,7 @@ else:
 
 store = Slow(sys.argv[1] + "/" + name)
 preemption = Preemption()
-preemption.listen(training=True)
+preemption.install(training=True)
 with StoreIO(store, lambda checkpoint: {}) as io:
     for step in (1, 2):
         io.save_checkpoint({"global_step": step, "weights": torch.zeros(size)}, store.state(step))

@@ -140,7 +140,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # before CUDA starts; else cuBLAS is not deterministic
     preemption = Preemption()
-    preemption.listen(training=False)
+    preemption.install(training=False)
     arm_watchdog(cfg)
     with as_config_error():
         check_accelerator(cfg.trainer.accelerator)
@@ -186,7 +186,7 @@ def run(cfg: DictConfig, overrides: list[str]) -> int:
             skip_batch(skip, skips, cfg.callbacks.guard.max_skips)
         if number := distributed.all_reduce_max(preemption.signal or 0):
             raise PreemptedError(f"{signal.Signals(number).name}: went back to the last checkpoint")
-        preemption.listen(training=False)
+        preemption.install(training=False)
         arm_watchdog(cfg)
         cfg.ckpt_path = ckpt_path_after_restart(cfg.ckpt_path)
 
@@ -390,7 +390,7 @@ def start_or_resume(
         distributed.rank() == 0 and cfg.ckpt_path == start.asked
     ):  # else it was entered by that word before
         LastStart.of(start.asked, entry).write(home)
-    preemption.listen(training=distributed.world_size() > 1)  # several leave together or not at all
+    preemption.install(training=distributed.world_size() > 1)  # several leave together or not at all
     try:
         # left when the last save is durable
         with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
