@@ -34,6 +34,7 @@ LEAVE_OUT = (
     "exact_resume.failures",
     "exact_resume.files",
     "exact_resume.fingerprint",
+    "exact_resume.lightning_internals",
     "exact_resume.lock",
     "exact_resume.metrics",
     "exact_resume.replay",

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from exact_resume import distributed
+from exact_resume import distributed, lightning_internals
 from exact_resume.callbacks.nan_guard import NanGuard
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
@@ -259,7 +259,7 @@ def build_trainer(
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     trainer: L.Trainer = instantiate(
-        settings | strategies.processes() | {"limit_val_batches": 1.0},
+        settings | strategies.trainer_devices() | {"limit_val_batches": 1.0},
         strategy=instantiate(cfg.strategy),
         callbacks=callbacks,
         logger=[metrics, *mirrors],
@@ -274,6 +274,6 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    strategies.keep_quiet(trainer)
-    strategies.end_always(trainer)
+    lightning_internals.disable_signal_handling(trainer)
+    lightning_internals.always_run_fit_loop(trainer)
     return trainer
