@@ -43,7 +43,7 @@ def main(cfg, overrides):
     if cfg.wait and not (home / "saved").exists():
         preemption = Preemption()
         if cfg.wait != "deaf":
-            preemption.listen(training=True)
+            preemption.install(training=True)
         (home / "pid.new").write_text(f"{os.getpid()} {os.getppid()}")
         (home / "pid.new").rename(home / "pid")
         end = time.monotonic() + 100  # it outlives no test for long

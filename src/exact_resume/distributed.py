@@ -1,115 +1,119 @@
-"""The processes that compute one run together: rank 0 decides and writes, and what one has heard
-all know.
+"""The processes that compute one run together: rank 0 decides and writes, and tells the others.
 
-A launcher (our supervisor, torchrun, srun) tells each process its rank; without one there is a
-single process, and nothing here does anything. What is agreed on travels between CPUs, so that no
-step waits for a GPU.
+A launcher (``exact_resume.supervisor``, torchrun or srun) tells each process its rank. Without one
+there is a single process, and nothing here does anything. Messages travel between CPUs, so that no
+step waits for a GPU. Every function that communicates must be called by all ranks.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed.rendezvous import rendezvous
 
 from exact_resume.signals import EXIT_RESUMABLE
 from exact_resume.supervisor import is_launched
 
 T = TypeVar("T")
-LONG = timedelta(
-    days=7
-)  # a process may wait for one that decodes images; what hangs is found by the watchdog
+# A process may wait long for one that decodes images; the watchdog finds what hangs.
+TIMEOUT = timedelta(days=7)
+
+# Parts of the messages of errors that have no type of their own.
+PEER_FAILURE_MESSAGES = (
+    "gloo/transport",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+)
 
 
 class PeerLostError(Exception):
-    """Another process of this run is gone; the launcher ends this one, too, and starts all of them
-    again.
-    """
+    """Another process of this run is gone; the launcher ends this one, too, and restarts all."""
 
 
 def init_process_group(accelerator: str = "cpu") -> None:
-    """Meet the other processes that the launcher has started; alone, do nothing."""
+    """Connect to the other processes that the launcher has started; alone, do nothing.
+
+    Args:
+        accelerator: As of Lightning's Trainer; with GPUs, their tensors are sent by NCCL.
+    """
     launcher = cluster_environment()
     if launcher is None or launcher.world_size() == 1 or dist.is_initialized():
         return
-    gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
-    n, w = launcher.global_rank(), launcher.world_size()
+    on_gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
+    this_rank = launcher.global_rank()
+    processes = launcher.world_size()
+    address = f"tcp://{launcher.main_address}:{launcher.main_port}"
     with peer_errors():
-        store, *_ = next(
-            dist.rendezvous(
-                f"tcp://{launcher.main_address}:{launcher.main_port}", n, w, timeout=LONG
-            )
-        )
+        store, *_ = next(rendezvous(address, this_rank, processes, timeout=TIMEOUT))
+        own_store = dist.PrefixStore(store_prefix(processes), store)  # type: ignore[attr-defined]
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            store=dist.PrefixStore(store_prefix(w), store),
-            rank=n,
-            world_size=w,
-            timeout=LONG,
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=own_store,
+            rank=this_rank,
+            world_size=processes,
+            timeout=TIMEOUT,
         )
 
 
 def store_prefix(processes: int) -> str:
-    """Name the place in the launcher's store where all processes of this start, and of no other,
-    leave their addresses.
+    """Return the name under which the processes of this start find each other in the store.
 
-    torchrun's store lives as long as torchrun, and has the addresses of the start before, so its
-    number of restarts tells them apart. But each torchrun counts only the failures of its own
-    processes. So with several machines their numbers differ, and there (docs/running.md) the store
-    is made anew by rank 0 at every start.
+    The store of torchrun lives as long as torchrun and still has the addresses of the start before,
+    so the number of restarts tells the starts apart. But each torchrun counts only the failures of
+    its own processes, so on several machines these numbers differ. There (docs/running.md) rank 0
+    opens a new store at every start, as it does under ``supervise``.
     """
-    new = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
-    return f"start {0 if new else os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {processes}"
+    new_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
+    start = "0" if new_store else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"start {start} of {processes}"
 
 
 def destroy_process_group() -> None:
-    """Part from the others, if there are any."""
+    """Disconnect from the other processes, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """What the launcher tells about this process; None where there is none."""
+    """Return what the launcher says about this process; None without a launcher."""
     if not is_launched():
         return None
-    return (
-        TorchElasticEnvironment()
-        if TorchElasticEnvironment.detect()
-        else SLURMEnvironment(auto_requeue=False)
-    )
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def rank() -> int:
-    """Of this process; 0 decides."""
+    """Return the number of this process; 0 decides."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     if world_size() == 1:
         return 1
-    return int(
-        os.environ.get("LOCAL_WORLD_SIZE")
-        or world_size() // int(os.environ.get("SLURM_NNODES", "1"))
-    )
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return world_size() // int(os.environ.get("SLURM_NNODES", "1"))
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 goes first, and the others when it is through; where it fails they leave quietly."""
+    """Run the block on rank 0, then on the others; if rank 0 raises, the others exit with 75."""
     if rank():
         wait_for_rank_zero()
     try:
@@ -117,62 +121,62 @@ def rank_zero_first() -> Iterator[None]:
     except BaseException:
         if rank() == 0:
             with suppress(PeerLostError):
-                _tell(False)
+                _broadcast_success(False)
         raise
     if rank() == 0:
-        _tell(True)
+        _broadcast_success(True)
 
 
 def wait_for_rank_zero() -> None:
-    """Wait until rank 0 is through with what it does ``ahead``.
+    """Wait until rank 0 leaves its block of ``rank_zero_first``.
 
     Raises:
-        SystemExit: if it failed; it has said why.
+        SystemExit: With code 75, if rank 0 raised an error there. It reports the error itself.
     """
-    if not _tell(None):
+    if not _broadcast_success(None):
         raise SystemExit(EXIT_RESUMABLE)
 
 
 def run_on_rank_zero(action: Callable[[], T]) -> T:
-    """Do ``action`` in rank 0 only; what it returns, everywhere. Where it raises, the others leave
-    quietly.
+    """Call ``action`` on rank 0 only, and return its result on all ranks.
+
+    If it raises an error on rank 0, the others exit with code 75.
     """
     if world_size() == 1:
         return action()
-    told: list[T | None] = [None]
+    box: list[Any] = [None]
     with rank_zero_first():
         if rank() == 0:
-            told = [action()]
+            box = [action()]
     with peer_errors():
-        dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[return-value]
+        dist.broadcast_object_list(box)
+    result: T = box[0]
+    return result
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest ``number`` that any process has; all must ask."""
+    """Return the largest ``number`` of all ranks."""
     if world_size() == 1:
         return int(number)
-    told = torch.tensor(int(number))
+    largest = torch.tensor(int(number))
     with peer_errors():
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-    return int(told)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def all_gather_object(value: T) -> list[T]:
-    """What each process has, by rank."""
+    """Return the ``value`` of each rank, by rank."""
     if world_size() == 1:
         return [value]
-    told: list[T | None] = [None] * world_size()
+    values: list[Any] = [None] * world_size()
     with peer_errors():
-        dist.all_gather_object(told, value)
-    return told  # type: ignore[return-value]
+        dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager
 def peer_errors() -> Iterator[None]:
-    """Turn the many ways in which a collective tells that a process is gone into
-    ``PeerLostError``.
-    """
+    """Raise ``PeerLostError`` in place of the many errors by which a collective reports a loss."""
     try:
         yield
     except RuntimeError as error:
@@ -182,24 +186,18 @@ def peer_errors() -> Iterator[None]:
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether ``error`` tells that another process is gone."""
-    words = (
-        "gloo/transport",
-        "NCCL",
-        "Connection closed by peer",
-        "Connection reset",
-        "Broken pipe",
-    )
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    """Return whether ``error`` says that another process is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(m in message for m in PEER_FAILURE_MESSAGES)
 
 
-def _tell(good: bool | None) -> bool:
-    """Rank 0 tells all others whether it was ``good``."""
+def _broadcast_success(success: bool | None) -> bool:
+    """Return on all ranks whether rank 0 had ``success``; the others pass None."""
     if world_size() == 1:
         return True
-    told = [good]
+    box = [success]
     with peer_errors():
-        dist.broadcast_object_list(told)
-    return bool(told[0])
+        dist.broadcast_object_list(box)
+    return bool(box[0])

@@ -1,12 +1,11 @@
-"""How shard gradients are summed: on one fixed binary tree, inside a process and then across
-processes.
+"""How the gradients of shards are summed: on one fixed binary tree, within and across processes.
 
     ((g0 + g1) + (g2 + g3)) + ((g4 + g5) + (g6 + g7))
 
 Floating-point addition is not associative, so the shape of the sum is part of the result. On this
-tree every aligned power-of-two run of shards is a subtree: a process sums its own, and then
-partners at distance 1, 2, 4, ... sum each other's. So the bits do not depend on the number of
-processes. An all-reduce is faster across many processes, and its bits do.
+tree every aligned power-of-two run of shards is a subtree: a process sums its own shards, and then
+partners at distance 1, 2, 4, ... add each other's sums. So the bits do not depend on the number of
+processes. An all-reduce is faster across many processes, but its bits do depend on their number.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,34 +16,37 @@ from torch import Tensor, nn
 
 from exact_resume.distributed import peer_errors, rank, world_size
 
-GradientReducer = Callable[
-    [list[Tensor]], list[Tensor]
-]  # over processes; what it is given it may change
+# Sums lists of tensors over the processes. It may change its argument in place.
+GradientReducer = Callable[[list[Tensor]], list[Tensor]]
 
 
 class TreeSum:
-    """Sums lists of tensors, pushed one shard after another, like carries of a binary counter.
+    """The sum of lists of tensors on the tree, pushed one shard after another.
 
-    ``log2(V) + 1`` of them are alive at most.
+    It carries like a binary counter, so at most ``log2(shards) + 1`` lists are alive.
+
+    Attributes:
+        stack: Pairs of a number of shards and the sum of their lists, in descending numbers.
     """
 
     def __init__(self) -> None:
-        self.stack: list[
-            tuple[int, list[Tensor]]
-        ] = []  # (shards summed, their sum), sizes descending
+        self.stack: list[tuple[int, list[Tensor]]] = []
 
     def push(self, tensors: Sequence[Tensor]) -> None:
-        """Add the next shard's tensors; they are taken over and may be changed in place."""
-        size, total = 1, list(tensors)
+        """Add the tensors of the next shard. They may be changed in place."""
+        size = 1
+        total = list(tensors)
         while self.stack and self.stack[-1][0] == size:
             _, left = self.stack.pop()
             torch._foreach_add_(left, total)
-            size, total = 2 * size, left
+            total = left
+            size *= 2
         self.stack.append((size, total))
 
     def sum(self) -> list[Tensor]:
-        """The sum over all shards pushed; a number that is no power of two folds the rest right to
-        left.
+        """Return the sum over all shards pushed.
+
+        If their number is no power of two, the remaining subtrees are added from right to left.
         """
         _, total = self.stack.pop()
         while self.stack:
@@ -55,85 +57,90 @@ class TreeSum:
 
 
 def no_reduce(tensors: list[Tensor]) -> list[Tensor]:
-    """The sum over one process."""
+    """Return ``tensors``: the sum over one process."""
     return tensors
 
 
 def tree_all_reduce(tensors: list[Tensor]) -> list[Tensor]:
-    """The upper levels of the tree, over a power of two of processes, by recursive doubling.
+    """Sum over a power of two of processes on the upper levels of the tree.
 
-    Both partners compute one sum, and ``a + b`` is ``b + a`` to the bit, so all end with the same.
-    Each level sends all
-    of it once: ``log2(W)`` times the traffic of the gradient, and twice its memory.
+    This is recursive doubling. Both partners compute the same sum, as ``a + b`` equals ``b + a`` to
+    the bit, so all processes end with the same result. Each level sends all tensors once: the
+    traffic is ``log2(processes)`` times the size of the gradient, and the memory twice its size.
     """
-    flat = _flatten(tensors)
-    theirs = torch.empty_like(flat)
+    mine = _flatten(tensors)
+    theirs = torch.empty_like(mine)
     distance = 1
     with peer_errors():
         while distance < world_size():
             partner = rank() ^ distance
-            sends = [dist.P2POp(dist.isend, flat, partner), dist.P2POp(dist.irecv, theirs, partner)]
-            for work in dist.batch_isend_irecv(sends):
+            exchange = [
+                dist.P2POp(dist.isend, mine, partner),
+                dist.P2POp(dist.irecv, theirs, partner),
+            ]
+            for work in dist.batch_isend_irecv(exchange):
                 work.wait()
-            flat.add_(theirs)
+            mine.add_(theirs)
             distance *= 2
-    return _unflatten(flat, tensors)
+    return _unflatten(mine, tensors)
 
 
 class AllReduce:
-    """The backend's own sum over processes, begun while the backward pass still runs.
+    """The backend's own all-reduce, begun while the backward pass still runs.
 
-    Gradients are gathered in buckets of fixed size, from the last parameter to the first as they
-    come out of the backward pass, and each bucket is sent in that order as soon as it is full.
+    Gradients are sent in buckets of fixed size, from the last parameter to the first, as this is
+    the order in which the backward pass computes them. A bucket is sent as soon as it is full.
     Buckets depend on the parameters alone, so a resumed run has the same ones
     (DistributedDataParallel builds others after its first step).
 
     Args:
-        parameters: in the order in which their gradients lead the list to be summed.
-        overlap: begin in the backward pass; only where that is run once a step.
-        bucket: bytes.
+        parameters: In the order of their gradients, which come first in the list to be summed.
+        overlap: Begin in the backward pass. Only for one backward pass a step.
+        bucket: The size of a bucket in bytes.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, overlap: bool = True, bucket: int = 25 * 2**20
     ) -> None:
         self.parameters = list(parameters)
-        self.buckets: list[list[int]] = [[]]  # numbers of parameters
-        filled = 0
-        for i in reversed(range(len(self.parameters))):
-            p = self.parameters[i]
-            if filled and filled + p.numel() * p.element_size() > bucket:
-                self.buckets.append([])
-                filled = 0
-            self.buckets[-1].append(i)
-            filled += p.numel() * p.element_size()
-        self.ready: set[int] = set()
-        self.sent: list[tuple[Tensor, dist.Work]] = []
+        self.buckets = _make_buckets(self.parameters, bucket)
+        self.ready: set[int] = set()  # indices of parameters whose gradient is computed
+        self.sent: list[tuple[Tensor, dist.Work]] = []  # one entry for each bucket sent
         if overlap:
-            for i, p in enumerate(self.parameters):
-                p.register_post_accumulate_grad_hook(lambda p, i=i: self._came(i))  # type: ignore[misc]
+            for index, parameter in enumerate(self.parameters):
+                hook = self._make_hook(index)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def __call__(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Send what was not sent, and wait for all of it."""
+        """Send the buckets that were not sent yet, and wait for all sums."""
+        rest = tensors[len(self.parameters) :]
         with peer_errors():
             while len(self.sent) < len(self.buckets):
                 self._send([tensors[i] for i in self.buckets[len(self.sent)]])
-            rest = tensors[len(self.parameters) :]
             self._send(rest)
-            for numbers, (flat, work) in zip([*self.buckets, None], self.sent, strict=True):
+            groups = [[tensors[i] for i in bucket] for bucket in self.buckets]
+            for group, (flat, work) in zip([*groups, rest], self.sent, strict=True):
                 work.wait()
-                _unflatten(flat, rest if numbers is None else [tensors[i] for i in numbers])
-        self.ready, self.sent = set(), []
+                _unflatten(flat, group)
+        self.ready = set()
+        self.sent = []
         return tensors
 
-    def _came(self, number: int) -> None:
-        self.ready.add(number)
-        with peer_errors():
-            while len(self.sent) < len(self.buckets) and self.ready.issuperset(
-                self.buckets[len(self.sent)]
-            ):
-                gradients = [self.parameters[i].grad for i in self.buckets[len(self.sent)]]
-                self._send([g for g in gradients if g is not None])
+    def _make_hook(self, index: int) -> Callable[[Tensor], None]:
+        def on_gradient(parameter: Tensor) -> None:
+            self.ready.add(index)
+            with peer_errors():
+                self._send_full_buckets()
+
+        return on_gradient
+
+    def _send_full_buckets(self) -> None:
+        while len(self.sent) < len(self.buckets):
+            bucket = self.buckets[len(self.sent)]
+            if not self.ready.issuperset(bucket):
+                return
+            gradients = [self.parameters[i].grad for i in bucket]
+            self._send([g for g in gradients if g is not None])
 
     def _send(self, tensors: list[Tensor]) -> None:
         flat = _flatten(tensors)
@@ -143,8 +150,11 @@ class AllReduce:
 
 
 def fsdp_reduce(tensors: list[Tensor]) -> list[Tensor]:
-    """The sum where each process holds its part of every gradient, averaged in the backward pass;
-    the loss is last.
+    """Sum over processes that each hold their part of every gradient.
+
+    Args:
+        tensors: Gradients, which the backward pass has already averaged over the processes, and
+            last the loss, which is not summed yet.
     """
     *gradients, loss = tensors
     torch._foreach_mul_(gradients, world_size())
@@ -154,20 +164,43 @@ def fsdp_reduce(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def is_tree(shards: int, processes: int) -> bool:
-    """Whether ``processes`` own subtrees of the tree over ``shards``."""
-    return processes == 1 or (
-        _power_of_two(shards) and _power_of_two(processes) and processes <= shards
-    )
+    """Return whether each of ``processes`` has a subtree of the tree over ``shards``."""
+    if processes == 1:
+        return True
+    return _is_power_of_two(shards) and _is_power_of_two(processes) and processes <= shards
 
 
-def reduction_id(shards: int, processes: int, how: str) -> str:
-    """What the bits of the sum depend on, for the fingerprint of the stack."""
-    if processes == 1 or how == "tree":
+def reduction_id(shards: int, processes: int, mode: str) -> str:
+    """Return what the bits of the sum depend on, in words, for the fingerprint.
+
+    Args:
+        shards: The number of shards of a batch.
+        processes: The number of processes.
+        mode: ``"tree"``, or the name of another reduction.
+    """
+    if processes == 1 or mode == "tree":
         return f"tree over {shards} shards"
-    return f"{how} over {shards} shards on {processes} processes"
+    return f"{mode} over {shards} shards on {processes} processes"
 
 
-def _power_of_two(n: int) -> bool:
+def _make_buckets(parameters: Sequence[nn.Parameter], size: int) -> list[list[int]]:
+    """Cut the indices of ``parameters``, last first, into buckets of at most ``size`` bytes.
+
+    A parameter that is larger has a bucket of its own.
+    """
+    buckets: list[list[int]] = [[]]
+    filled = 0
+    for index in reversed(range(len(parameters))):
+        n_bytes = parameters[index].numel() * parameters[index].element_size()
+        if filled and filled + n_bytes > size:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(index)
+        filled += n_bytes
+    return buckets
+
+
+def _is_power_of_two(n: int) -> bool:
     return n & (n - 1) == 0
 
 
@@ -176,9 +209,11 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _unflatten(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Back into ``tensors``, whose memory layout is part of what a later sum over them gives."""
-    parts = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_(
-        tensors, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
-    )
+    """Copy ``flat`` back into ``tensors``, and return them.
+
+    They keep their memory layout, which is part of what a later sum over them gives.
+    """
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, views)
     return tensors

@@ -1,12 +1,12 @@
-"""A signal means: save at the end of this step, and leave with a code that says "run me again".
+"""Answer a signal: save at the end of this step, and exit with a code that says "run me again".
 
-    during imports     leave where the signal arrives, without a trace
-    before training    nothing to save: leave where the signal arrives
-    while it runs      only remember it, for the loop to ask at a step's end
+    during the imports  exit at once, without a trace
+    before training     raise ``PreemptedError`` at once: there is nothing to save
+    during training     only note the signal; the loop asks for it at the end of a step
 
-SIGINT after a signal stops at once, without saving. A signal that the process was started to ignore
-(``nohup``, a shell's background job) is left ignored. Python hears signals in the main thread only:
-a run in another one hears none.
+A SIGINT after another signal exits at once, without saving. A signal that the process was started
+to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal handlers in the
+main thread only, so a run in another thread receives none.
 """
 
 import os
@@ -16,32 +16,32 @@ from contextlib import suppress
 from types import FrameType
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command will continue
-EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell counts a death by Ctrl-C
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports a death by Ctrl-C
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-SIGNALS = tuple(
-    signal.Signals[name] for name in NAMES if hasattr(signal, name)
-)  # the door says that Windows lacks two
+# Windows lacks two of them, and must still import this to say that it is not supported.
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
 
 
 class PreemptedError(BaseException):
     """The run was asked to stop and has nothing unsaved; run the same command to continue.
 
-    Like KeyboardInterrupt no Exception: on its way out nobody shall take it for an error of his
-        own.
+    Not an Exception, as KeyboardInterrupt is none: no ``except Exception`` on the way may catch it.
     """
 
 
 def exit_on_signal() -> None:
-    """Until a ``Preemption`` listens, leave where a signal arrives; to be called before anything
-    heavy is imported.
+    """Exit when a signal arrives, until a ``Preemption`` is installed.
+
+    Call it before anything heavy is imported.
     """
     for number in _not_ignored():
         signal.signal(number, _exit_now)
 
 
 def _exit_now(number: int, frame: FrameType | None) -> None:
-    # No exception: in the middle of an import nobody knows who would catch it.
-    line = f"{signal.Signals(number).name}: nothing was trained yet. Run the same command to continue.\n"
+    # Raise nothing: in the middle of an import, any code may catch it.
+    name = signal.Signals(number).name
+    line = f"{name}: nothing was trained yet. Run the same command to continue.\n"
     with suppress(OSError):
         os.write(1, line.encode())
     os._exit(EXIT_RESUMABLE)
@@ -52,40 +52,44 @@ def _not_ignored() -> list[signal.Signals]:
 
 
 class Preemption:
-    """Hears signals from ``listen`` on; ``signal`` is the first one heard, ``None`` while there was
-    none.
+    """Notes the first signal that arrives after ``install``.
 
     Attributes:
-        deaf: whether it cannot hear any, outside the main thread.
-        agreed: the signal that any process of the run had heard at the end of the last step; 0 for
-            none.
+        signal: The first signal received; None if there was none.
+        agreed: The signal that any process of the run had received at the end of the last step; 0
+            for none.
+        training: Whether a signal is only noted, for the training loop to ask for.
+        in_main_thread: Whether signals can be received at all.
+        handled: The signals that ``install`` handles: those that are not ignored.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self.agreed = 0
         self.training = False
-        self.process = os.getpid()
-        self.deaf = threading.current_thread() is not threading.main_thread()
-        self.heeded = [] if self.deaf else _not_ignored()
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        self.handled = _not_ignored() if self.in_main_thread else []
+        self._process = os.getpid()
 
-    def listen(self, *, training: bool) -> None:
-        """Install the handlers; for training once more, because the Trainer installs some of its
-        own.
+    def install(self, *, training: bool) -> None:
+        """Install the handlers; call again for training, because the Trainer installs its own.
+
+        Args:
+            training: Only note a signal; else raise ``PreemptedError`` where it arrives.
         """
         self.training = training
-        for number in self.heeded:
-            signal.signal(number, self._hear)
+        for number in self.handled:
+            signal.signal(number, self._on_signal)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if (
-            os.getpid() != self.process
-        ):  # a worker that heard what its group was told: its parent decides
-            signal.signal(number, signal.SIG_DFL)  # the next one is meant for it
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            # A data worker received the signal of its process group: ignore it once, as the
+            # parent ends the worker. The next signal is for the worker, and ends it.
+            signal.signal(number, signal.SIG_DFL)
         elif self.signal is None:
             self.signal = signal.Signals(number)
             if not self.training:
                 raise PreemptedError(f"{self.signal.name}: nothing was trained yet")
         elif number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # should even that take too long
+            signal.signal(number, signal.SIG_DFL)  # another one ends the process at once
             raise SystemExit(EXIT_INTERRUPTED)

@@ -155,7 +155,7 @@ class ExactTraining:
             AlreadyRunningError: another process trains in this directory.
             NoValidCheckpointError: there are checkpoints, and none of them verifies.
         """
-        self.preemption.listen(training=False)
+        self.preemption.install(training=False)
         lock = self.run.lock() if distributed.rank() == 0 else None
         word = resolve_repeated(ckpt_path, self.run.home, self.run.store, restart=False)
         point = self._resolve(word)

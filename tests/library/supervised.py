@@ -1,5 +1,5 @@
-"""A supervisor in a process of its own, whose workers do as they are told: a statement for each
-life and rank.
+"""A supervisor in a process of its own, whose workers follow a plan: a statement for each start and
+rank.
 """
 
 import json
@@ -14,11 +14,11 @@ import json, os, signal, sys, time
 from exact_resume.signals import Preemption
 from exact_resume.supervisor import die_with_parent
 
-rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 def note(word):
     with open("log", "a") as log:
-        log.write(f"{life} {rank} {word}\\n")
+        log.write(f"{attempt} {rank} {word}\\n")
 
 def die(name):
     os.kill(os.getpid(), signal.Signals[name])
@@ -29,7 +29,7 @@ def step(n):
 
 def save():
     preemption = Preemption()
-    preemption.listen(training=True)
+    preemption.install(training=True)
     note("ready")
     while not preemption.signal:
         time.sleep(0.01)
@@ -37,21 +37,22 @@ def save():
     time.sleep(0.5)  # until the step's end
     sys.exit(75)
 
-def deaf():
+def ignore_signals():
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     note("ready")
     time.sleep(60)
 
-def after(other):  # until process `other` of this life is gone, and the agent has seen it go
-    while not (its := [w for l, r, w in map(str.split, open("log")) if (l, r) == (str(life), str(other))]):
+def after(other):  # until process `other` of this start is gone, and the supervisor has noted it
+    begin = f"{attempt} {other} "  # a process first notes its id
+    while not (noted := [line for line in open("log") if line.startswith(begin)]):
         time.sleep(0.01)
-    while os.path.exists(f"/proc/{its[0]}"):
+    while os.path.exists(f"/proc/{noted[0].split()[2]}"):
         time.sleep(0.01)
 
 note(os.getpid())
 plan = json.loads(sys.argv[1])
-exec(plan[min(life, len(plan) - 1)][rank])
+exec(plan[min(attempt, len(plan) - 1)][rank])
 """
 
 
@@ -61,7 +62,7 @@ def progress() -> int:
 
 
 def supervised(directory: str, plan: list[list[str]], settings: dict, stdout: str) -> None:
-    """Supervise the ``plan`` in ``directory``; exit as told."""
+    """Supervise the ``plan`` in ``directory``, and exit with the code of the supervisor."""
     os.chdir(directory)
     os.environ["TMPDIR"] = "tmp"
     for descriptor, path in enumerate((stdout, "err"), start=1):

@@ -4,9 +4,11 @@ import itertools
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +16,14 @@ import pytest
 from supervised import WORKER, supervised
 
 from exact_resume.signals import SIGNALS
+from exact_resume.workers import reserve_port
 from runs import SERVER
 
 SETTINGS = {"restarts": 3, "kill_after": 0.5, "grace": 30}
 
 
 class Supervised:
-    """A supervisor in ``directory``, of workers that follow a plan: a statement for each life and
+    """A supervisor in ``directory``, of workers that follow a plan: a statement for each start and
     rank.
     """
 
@@ -51,7 +54,7 @@ class Supervised:
         os.kill(self.process.pid, number)
 
     def end(self):
-        """What came of it; nothing else may be left."""
+        """Wait for the end, and return the exit code and the output; nothing else may be left."""
         self.process.join(60)
         assert self.process.exitcode is not None, "it hangs"
         assert not self.living(), "workers were left behind"
@@ -59,8 +62,8 @@ class Supervised:
         names = {path.name for path in self.directory.iterdir()}
         assert names <= {"worker.py", "tmp", "out", "err", "log", "step"}
         out, err = ((self.directory / n).read_text() if n in names else "" for n in ("out", "err"))
-        lives = 1 + max((int(line.split()[0]) for line in self.log()), default=-1)
-        return SimpleNamespace(code=self.process.exitcode, lives=lives, out=out, err=err)
+        attempts = 1 + max((int(line.split()[0]) for line in self.log()), default=-1)
+        return SimpleNamespace(code=self.process.exitcode, attempts=attempts, out=out, err=err)
 
 
 def alive(pid):
@@ -90,7 +93,7 @@ def start(tmp_path):
 
 def test_finished(start):
     done = start(["exit(0)", "time.sleep(0.5); exit(0)"]).end()
-    assert (done.code, done.lives, done.out, done.err) == (0, 1, "", "")
+    assert (done.code, done.attempts, done.out, done.err) == (0, 1, "", "")
 
 
 def test_what_would_be_the_same_again_is_not_tried_again(start):
@@ -101,9 +104,9 @@ def test_what_would_be_the_same_again_is_not_tried_again(start):
     )
     for code, one in {130: at_once, 2: refused}.items():
         done = one.end()
-        assert (done.code, done.lives, done.out, done.err) == (code, 1, "", "")
+        assert (done.code, done.attempts, done.out, done.err) == (code, 1, "", "")
     done = late.end()
-    assert (done.code, done.lives) == (2, 1)
+    assert (done.code, done.attempts) == (2, 1)
 
 
 ENDS = {
@@ -114,7 +117,7 @@ ENDS = {
     ("exit(1)", "after(0); die('SIGABRT')"): "process 0 exited with code 1",
     ("after(1); exit(1)", "exit(75)"): "process 0 exited with code 1",
     ("die('SIGSTOP')", "exit(1)"): "process 1 exited with code 1",
-    ("deaf()", "time.sleep(0.3); exit(1)"): "process 1 exited with code 1",
+    ("ignore_signals()", "time.sleep(0.3); exit(1)"): "process 1 exited with code 1",
 }
 
 
@@ -123,12 +126,12 @@ def test_any_other_end_is_followed_by_another_start(start):
     for one, cause in started:
         done = one.end()
         assert done.out == f"restart 1 of 3: {cause}; there is no checkpoint yet\n"
-        assert (done.code, done.lives, done.err) == (0, 2, "")
+        assert (done.code, done.attempts, done.err) == (0, 2, "")
 
 
 def test_restarts_come_to_an_end(start):
-    done = start(["step(life); exit(7)"], restarts=2).end()
-    assert (done.code, done.lives) == (7, 3)
+    done = start(["step(attempt); exit(7)"], restarts=2).end()
+    assert (done.code, done.attempts) == (7, 3)
     assert (
         done.out.splitlines()[1]
         == "restart 2 of 2: process 0 exited with code 7; newest checkpoint is step 1"
@@ -139,10 +142,10 @@ def test_restarts_come_to_an_end(start):
     )
 
 
-def test_lives_without_progress_come_to_an_end_sooner(start):
-    stuck, moves = "die('SIGKILL')", "step(life); exit(1)"
+def test_starts_without_progress_come_to_an_end_sooner(start):
+    stuck, moves = "die('SIGKILL')", "step(attempt); exit(1)"
     done = start([moves], [stuck], [stuck], [moves], [stuck], restarts=100, patience=3).end()
-    assert (done.code, done.lives) == (1, 7)
+    assert (done.code, done.attempts) == (1, 7)
     assert done.err.startswith(
         "error: process 0 was killed by SIGKILL; 3 starts in a row ended without a new checkpoint; "
         "newest checkpoint "
@@ -157,9 +160,9 @@ def test_without_restarts_it_is_a_plain_launch(start):
         for how in ("exit(75)", "die('SIGKILL')")
     )
     done = resumable.end()
-    assert (done.code, done.lives, done.out, done.err) == (75, 1, "", "")
+    assert (done.code, done.attempts, done.out, done.err) == (75, 1, "", "")
     done = killed.end()
-    assert (done.code, done.lives, done.out) == (1, 1, "")
+    assert (done.code, done.attempts, done.out) == (1, 1, "")
     assert done.err == "error: process 0 was killed by SIGKILL; there is no checkpoint yet\n"
 
 
@@ -180,8 +183,12 @@ def test_words_of_the_command_come_as_they_are(start):
 
 def test_processes_are_told_who_they_are(start):
     names = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    told = f"note([os.environ[n] for n in {names}]); note(os.environ['MASTER_ADDR']); note(os.environ['MASTER_PORT'])"
-    one = start([told] * 2)
+    statements = (
+        f"note([os.environ[n] for n in {names}])",
+        "note(os.environ['MASTER_ADDR'])",
+        "note(os.environ['MASTER_PORT'])",
+    )
+    one = start(["; ".join(statements)] * 2)
     assert one.end().code == 0
     words = {line.split(maxsplit=2)[2] for line in one.log()}
     assert {"['2', '0', '2']", "['2', '1', '2']", "localhost"} <= words
@@ -201,26 +208,26 @@ def test_a_signal_is_passed_on_and_nothing_started_again(start):
         one.wait_for("ready")
         one.send(number)
         done = one.end()
-        assert (done.code, done.lives, done.out, done.err) == (75, 1, "", "")
+        assert (done.code, done.attempts, done.out, done.err) == (75, 1, "", "")
         assert [line.split()[2] for line in one.log()[-2:]] == [number.name] * 2
 
 
 def test_sigint_a_second_time_stops_at_once(start):
-    one = start(["save()", "deaf()"])
+    one = start(["save()", "ignore_signals()"])
     one.wait_for("ready")
     one.send(signal.SIGTERM)
     one.wait_for("SIGTERM", 1)
     one.send(signal.SIGINT)
     done = one.end()
-    assert (done.code, done.lives) == (130, 1)
+    assert (done.code, done.attempts) == (130, 1)
 
 
 def test_who_does_not_leave_is_killed(start):
-    one = start(["save()", "step(5); deaf()"], grace=2)
+    one = start(["save()", "step(5); ignore_signals()"], grace=2)
     one.wait_for("ready")
     one.send(signal.SIGTERM)
     done = one.end()
-    assert (done.code, done.lives, done.out) == (75, 1, "")
+    assert (done.code, done.attempts, done.out) == (75, 1, "")
     assert (
         done.err
         == "error: did not leave after SIGTERM and was killed; newest checkpoint is step 5\n"
@@ -234,15 +241,15 @@ def test_what_became_of_them_after_a_signal_is_not_hidden(start):
         one.wait_for("ready")
         one.send(signal.SIGTERM)
         done = one.end()
-        assert (done.code, done.lives, done.out, done.err) == (code, 1, "", "")
+        assert (done.code, done.attempts, done.out, done.err) == (code, 1, "", "")
 
 
 IGNORED = """
 import signal
-from exact_resume.supervisor import listening
-with listening() as heard:
+from exact_resume.supervisor import capture_signals
+with capture_signals() as received:
     signal.raise_signal(signal.SIGHUP)
-    print(heard)
+    print(received)
 """
 
 
@@ -263,8 +270,8 @@ def test_children_of_a_dead_process_die_too(start):
 
 
 def test_nobody_outlives_a_killed_supervisor(start):
-    one = start(["die_with_parent(); deaf()"] * 2)
-    control = start(["deaf()"] * 2)
+    one = start(["die_with_parent(); ignore_signals()"] * 2)
+    control = start(["ignore_signals()"] * 2)
     for supervisor in (one, control):
         supervisor.wait_for("ready")
         supervisor.process.kill()
@@ -276,11 +283,32 @@ def test_nobody_outlives_a_killed_supervisor(start):
     assert len(control.living()) == 2
 
 
+def test_the_supervisor_needs_neither_torch_nor_lightning():
+    code = (
+        "import sys; import exact_resume.supervisor; print({'torch', 'lightning'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_reserved_port_is_for_those_who_know_it():
+    """Anybody who asks for a free port gets another one, and rank 0 can listen on it."""
+    with reserve_port() as port, ExitStack() as open_sockets:
+        for _ in range(200):
+            other = open_sockets.enter_context(socket.socket())
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("", 0))
+            assert other.getsockname()[1] != port
+        for rank_zero in (socket.AF_INET6, socket.AF_INET):
+            with socket.create_server(("", port), family=rank_zero) as server:
+                socket.create_connection(server.getsockname()[:2]).close()
+
+
 @pytest.mark.parametrize(
     ("variables", "code"), [({"TORCHELASTIC_RUN_ID": "1"}, -signal.SIGKILL), ({}, 0)]
 )
 def test_a_parent_that_died_before_is_noticed(variables, code):
     asks = "from exact_resume.supervisor import die_with_parent; die_with_parent()"
     environment = {k: v for k, v in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
-    environment |= {"STURDY_SUPERVISOR": "1", **variables}
+    environment |= {"EXACT_RESUME_SUPERVISOR_PID": "1", **variables}
     assert subprocess.run([sys.executable, "-c", asks], env=environment).returncode == code

@@ -401,7 +401,7 @@ else:
 
 store = Slow(sys.argv[1] + "/" + name)
 preemption = Preemption()
-preemption.listen(training=True)
+preemption.install(training=True)
 with StoreCheckpointIO(store, lambda checkpoint: {}) as io:
     for step in (1, 2):
         state = {"global_step": step, "state_dict": {"weights": torch.zeros(size)}}

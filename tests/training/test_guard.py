@@ -344,7 +344,7 @@ def test_a_signal_saves_no_bad_step(tmp_path):
             return x * 1e25
         return x
 
-    before = {s: signal.getsignal(s) for s in preemption.heeded}
+    before = {s: signal.getsignal(s) for s in preemption.handled}
     try:
         callbacks = (
             AgreeOnSignal(preemption),

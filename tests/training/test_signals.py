@@ -146,7 +146,7 @@ def preemption():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_before_training_it_leaves_where_it_is(number, preemption):
-    preemption.listen(training=False)
+    preemption.install(training=False)
     with pytest.raises(PreemptedError, match=number.name):
         signal.raise_signal(number)
     assert not issubclass(PreemptedError, Exception), (
@@ -156,7 +156,7 @@ def test_before_training_it_leaves_where_it_is(number, preemption):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_while_training_it_is_remembered(number, preemption):
-    preemption.listen(training=True)
+    preemption.install(training=True)
     signal.raise_signal(number)
     signal.raise_signal(signal.SIGTERM)  # a second one changes nothing
     assert preemption.signal is number
@@ -164,7 +164,7 @@ def test_while_training_it_is_remembered(number, preemption):
 
 @pytest.mark.parametrize("first", SIGNALS)
 def test_sigint_after_a_signal_stops_at_once(first, preemption):
-    preemption.listen(training=True)
+    preemption.install(training=True)
     signal.raise_signal(first)
     with pytest.raises(SystemExit) as exit:
         signal.raise_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def test_sigint_after_a_signal_stops_at_once(first, preemption):
 
 
 def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
-    preemption.listen(training=False)
+    preemption.install(training=False)
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -189,7 +189,7 @@ def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
 def test_what_was_ignored_stays_ignored():
     code = (
         "import signal; from exact_resume.signals import Preemption\n"
-        "p = Preemption(); p.listen(training=False); signal.raise_signal(signal.SIGHUP); "
+        "p = Preemption(); p.install(training=False); signal.raise_signal(signal.SIGHUP); "
         "print(p.signal)\n"
         "signal.raise_signal(signal.SIGTERM)"
     )
@@ -200,4 +200,4 @@ def test_what_was_ignored_stays_ignored():
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     assert done.stdout == "None\n"
-    assert "Preempted: SIGTERM" in done.stderr
+    assert "PreemptedError: SIGTERM" in done.stderr

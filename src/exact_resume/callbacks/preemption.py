@@ -46,9 +46,9 @@ class SaveOnSignal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.entered = self.done = trainer.global_step
-        if self.preemption.deaf and distributed.rank() == 0:
+        if not self.preemption.in_main_thread and distributed.rank() == 0:
             log.warning("training is not in the main thread, so signals are not heard: save often")
-        self.preemption.listen(training=True)
+        self.preemption.install(training=True)
         if hasattr(pl_module, "ema"):
             pl_module.ema.model.backbone.register_forward_pre_hook(
                 lambda *_: self.leave(trainer, distributed.all_reduce_max(self.preemption.signal or 0))

@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from exact_resume.supervisor import DUMP_STACKS_SIGNAL
+from exact_resume.workers import DUMP_STACKS_SIGNAL
 
 HEADER = 160  # bytes of the first line, which is written over at every step
 

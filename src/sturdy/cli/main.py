@@ -45,7 +45,7 @@ def run_script(config: Path, task: str) -> None:
     """
     _or_exit(check_system)
     from exact_resume.streams import make_streams_lossy
-    from exact_resume.supervisor import (
+    from exact_resume.workers import (
         DUMP_STACKS_SIGNAL,  # only now, as other systems lack the signal
     )
 

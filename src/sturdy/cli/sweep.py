@@ -24,7 +24,7 @@ from types import FrameType
 from hydra.core.override_parser.types import Override, Quote, QuotedString, Transformer
 
 from exact_resume.signals import EXIT_INTERRUPTED, EXIT_RESUMABLE, SIGNALS
-from exact_resume.supervisor import when_parent_dies
+from exact_resume.supervisor import signal_when_parent_dies
 from sturdy.cli.overrides import (
     LAUNCHER,
     UsageError,
@@ -207,7 +207,7 @@ class Child:
 
 def _in_the_child(mask: set[int | signal.Signals]) -> Callable[[], None]:
     def prepare() -> None:
-        when_parent_dies(signal.SIGTERM)  # a job does not outlive its sweep: it saves and leaves
+        signal_when_parent_dies(signal.SIGTERM)  # a job does not outlive its sweep: it saves and leaves
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     return prepare

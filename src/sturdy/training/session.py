@@ -125,7 +125,7 @@ class Session:
         # cuBLAS reads it when CUDA starts, and is not deterministic without it.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         die_with_parent()
-        self.preemption.listen(training=False)
+        self.preemption.install(training=False)
         self._arm_watchdog()
         with as_config_error():
             check_accelerator(self.cfg.trainer.accelerator)
@@ -183,7 +183,7 @@ class Session:
         if distributed.rank() == 0 and self.cfg.ckpt_path == self.ckpt_path_given:
             LastStart.at(self.ckpt_path_given, self.point).write(self.run.home)
         # Several processes leave together or not at all.
-        self.preemption.listen(training=distributed.world_size() > 1)
+        self.preemption.install(training=distributed.world_size() > 1)
         return True
 
     @contextmanager
@@ -231,7 +231,7 @@ class Session:
         if number := distributed.all_reduce_max(self.preemption.signal or 0):
             name = signal.Signals(number).name
             raise PreemptedError(f"{name}: went back to the last checkpoint")
-        self.preemption.listen(training=False)
+        self.preemption.install(training=False)
         self._arm_watchdog()
         self.cfg.ckpt_path = "auto" if self.cfg.ckpt_path in ("auto", None) else "last"
 

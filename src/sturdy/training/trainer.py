@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from exact_resume import distributed
+from exact_resume import distributed, lightning_internals
 from exact_resume.callbacks.nan_guard import NanGuard
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
@@ -213,7 +213,7 @@ def build_trainer(
     """Build Lightning's Trainer, with everything that this project fixes about it."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
-    settings |= strategies.processes()
+    settings |= strategies.trainer_devices()
     settings["limit_val_batches"] = 1.0  # the data module applies the limit
     trainer: L.Trainer = instantiate(
         settings,
@@ -231,8 +231,8 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    strategies.keep_quiet(trainer)
-    strategies.end_always(trainer)
+    lightning_internals.disable_signal_handling(trainer)
+    lightning_internals.always_run_fit_loop(trainer)
     return trainer
 
 
