@@ -121,5 +121,5 @@ def test_only_files_of_hangs_are_kept(tmp_path):
 
 @pytest.mark.parametrize("name", ["factor", "at_least", "start", "pause"])
 def test_a_limit_of_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"callbacks.watchdog.{name}=0"):
+    with pytest.raises(ValueError, match=f"^{name}=0"):
         Watchdog(**{name: 0})

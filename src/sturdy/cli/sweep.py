@@ -207,7 +207,9 @@ class Child:
 
 def _in_the_child(mask: set[int | signal.Signals]) -> Callable[[], None]:
     def prepare() -> None:
-        signal_when_parent_dies(signal.SIGTERM)  # a job does not outlive its sweep: it saves and leaves
+        signal_when_parent_dies(
+            signal.SIGTERM
+        )  # a job does not outlive its sweep: it saves and leaves
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     return prepare
