@@ -69,6 +69,7 @@ LEAVE_OUT = (
     "sturdy.encoders",
     "sturdy.encoders.cached",
     "sturdy.errors",
+    "sturdy.keys",
     "sturdy.evaluation*",
     "sturdy.progress",
     "sturdy.renames",
