@@ -1,6 +1,4 @@
-"""A script behind the real door that starts quickly, does as it is told, and speaks train.py's exit
-codes.
-"""
+"""A small script with the real command line and train.py's exit codes, which starts quickly."""
 
 import json
 import os
@@ -14,7 +12,7 @@ CONFIG = """
 name: mini
 seed: 0
 end: 0 # exit code
-wait: null # heard: for a signal, once, and then save; deaf: without listening; slow: a save that takes for ever
+wait: null # heard: for a signal, once, then save; deaf: without a handler; slow: a save never ends
 paths:
   runs: runs
 """
@@ -34,7 +32,7 @@ def project(tmp: Path) -> Path:
 
 
 def main(cfg, overrides):
-    """What the door calls; the run's directory tells each start, and the signal that was heard."""
+    """Write each start, and the signal that came, into the run's directory."""
     from exact_resume.signals import EXIT_RESUMABLE, Preemption
 
     home = Path(cfg.paths.runs, cfg.get("name") or cfg.run)

@@ -246,7 +246,9 @@ MISTAKES = {
     "data.root": "write data.root=VALUE",
     "mine": "write key=value, such as name=mine",
     "é=1": "'é' is no key",
-    "data.image_size=[16,24]": "data.image_size is a whole number like 32, not a list; images are square",
+    "data.image_size=[16,24]": (
+        "data.image_size is a whole number like 32, not a list; images are square"
+    ),
     "data.batch_size=true": "data.batch_size is a whole number like 64, not true",
     "trainer.compile=yes": "trainer.compile is true or false",
     "optimizer.lr=nan": "optimizer.lr is a number like 0.001, not nan",
@@ -254,8 +256,12 @@ MISTAKES = {
     "data.batch_size=null": "data.batch_size=null must be a whole number",
     "seed=null": "seed=null must be a whole number",
     "backbone.dropout=null": "backbone.dropout=null must be a number",
-    "backbone.multipliers=[1,x]": "backbone.multipliers=[1, 'x'] must be a list, each item a whole number",
-    "callbacks.early_stopping.patience=x": "callbacks.early_stopping.patience=x must be a whole number or null",
+    "backbone.multipliers=[1,x]": (
+        "backbone.multipliers=[1, 'x'] must be a list, each item a whole number"
+    ),
+    "callbacks.early_stopping.patience=x": (
+        "callbacks.early_stopping.patience=x must be a whole number or null"
+    ),
     "trainer.devices=0,1": "choose among GPUs with CUDA_VISIBLE_DEVICES",
     "seed=1,2": "for a run with each value add -m",
 }

@@ -87,7 +87,9 @@ MISTAKES = {
     "sampler=heun,heum": "sampler-heum: sampler=heum: there is no such sampler. Did you mean heun?",
     "data.batch_size=8,many": "data.batch_size is a whole number like 64, not a word",
     "data=cars,folder": "data-folder: data.root must be given: data.root=...",
-    "trainer.max_epochs=3,4": "trainer.max_epochs is refused: training counts steps: use trainer.max_steps",
+    "trainer.max_epochs=3,4": (
+        "trainer.max_epochs is refused: training counts steps: use trainer.max_steps"
+    ),
     "+backbone.widht=3,4": "takes no 'widht'. Did you mean width?",
     "seed=interval(0,1)": "a sweep goes through values; give them, as in seed=1,2,3",
     "sampler=glob(q*)": "no values to sweep through",
