@@ -1,11 +1,12 @@
-"""Judge a run's pictures against its images: python evaluate.py run=cars evaluate.n=5000"""
+"""Judge the samples of a run against its images.
+
+python evaluate.py run=cars evaluate.n=5000
+"""
 
 from pathlib import Path
 
 from sturdy.cli.main import run_script
 
 if __name__ == "__main__":
-    run_script(
-        Path(__file__).resolve().parent / "conf" / "evaluate.yaml",
-        "sturdy.evaluation.evaluate:evaluate",
-    )
+    config = Path(__file__).resolve().parent / "conf" / "evaluate.yaml"
+    run_script(config, "sturdy.evaluation.evaluate:evaluate")

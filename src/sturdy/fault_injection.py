@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 
 def restart_order() -> None:
@@ -29,7 +32,7 @@ def draw_noise_by_count() -> None:
 
     calls = count()
 
-    def generators(self: randomness.Draws, purpose: str) -> Iterator[randomness.torch.Generator]:
+    def generators(self: randomness.Draws, purpose: str) -> Iterator["Generator"]:
         return (randomness.generator(self.seed, purpose, next(calls)) for _ in self.positions)
 
     randomness.Draws.generators = generators  # type: ignore[method-assign]

@@ -33,7 +33,6 @@ Trains three times, the third time killed N (default 5) times at random instants
 and compares every bit."""
 INCONCLUSIVE = """NOT PROVED: all is equal, but no start resumed from a checkpoint. Take more
 kills or steps, or a smaller callbacks.checkpoint.every_n_train_steps"""
-OPTION = re.compile(r"(kills|break)=(.*)")
 FAULTS = ("order", "noise", "dropout")  # of sturdy.fault_injection
 POLL_S = 0.01  # seconds between two looks at a run
 REPORT_S = 30.0  # seconds between two lines about it
@@ -183,8 +182,9 @@ def prove(project: Path, words: list[str]) -> int:
         check_system()
     except UnsupportedSystemError as error:
         fail(f"error: {error}", 2)
-    options = dict(match.groups() for word in words if (match := OPTION.fullmatch(word)))
-    overrides = [word for word in words if not OPTION.fullmatch(word)]
+    own_words = [word for word in words if word.startswith(("kills=", "break="))]
+    options = dict(word.split("=", 1) for word in own_words)
+    overrides = [word for word in words if word not in own_words]
     kills, fault = options.get("kills", "5"), options.get("break")
     if not kills.isdigit() or fault not in (None, *FAULTS):
         fail(USAGE, 2)

@@ -297,8 +297,8 @@ def _resolve_value(override: Override, base: DictConfig, keys: dict[str, Any]) -
         return f"{key}=null"
     if isinstance(old, str) and "${" in old:
         old = OmegaConf.select(base, key, throw_on_missing=False, throw_on_resolution_failure=False)
-    is_whole = isinstance(value, float) and value.is_integer()
-    if is_whole and isinstance(old, int) and not isinstance(old, bool):
+    wants_whole = isinstance(old, int) and not isinstance(old, bool)
+    if wants_whole and isinstance(value, float) and value.is_integer():
         return f"{key}={int(value)}"
     if key != "trainer.devices" and (kind := _expected_kind(old, value)):
         square = key.endswith("image_size") and isinstance(value, list)

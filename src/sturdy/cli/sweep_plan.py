@@ -99,7 +99,9 @@ def combine(overrides: Iterable[Override]) -> list[tuple[dict[str, str], list[st
     for key, override in last.items():
         if not key.startswith(LAUNCHER):
             choices.append([(key, text, word) for text, word in _values(key, override)])
-    unique = {}  # by the values, of which one may be given twice
+    unique: dict[
+        tuple[str, ...], tuple[dict[str, str], list[str]]
+    ] = {}  # by the values, of which one may be given twice
     for combination in itertools.product(*choices):
         swept = {key: text for key, text, _ in combination if text is not None}
         words = [word for _, _, word in combination]
@@ -115,7 +117,7 @@ def _values(key: str, override: Override) -> list[tuple[str | None, str]]:
         raise ValueError(
             f"{override.input_line}: a sweep goes through values; give them, as in {key}=1,2,3"
         )
-    pairs = []
+    pairs: list[tuple[str | None, str]] = []
     for value in override.sweep_iterator():
         word = Transformer.str(value)
         pairs.append((value.text if isinstance(value, QuotedString) else word, f"{key}={word}"))

@@ -1,7 +1,6 @@
 """What is wrong with a word of the command, and what to type instead."""
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Mapping
 
@@ -77,7 +76,7 @@ def rename_old_keys(words: Iterable[str], renamed: Mapping[str, str] = RENAMED_K
     """Return ``words`` with old keys under their new names, and print a line for each of these."""
     current = []
     for word in words:
-        start, key, rest = re.fullmatch(r"([+~]*)([^=]*)(.*)", word, re.DOTALL).groups()
+        key, equals, value = word.lstrip("+~").partition("=")
         old = next((old for old in renamed if f"{key}.".startswith(f"{old}.")), None)
         if old:
             new_key = renamed[old] + key.removeprefix(old)
@@ -85,7 +84,8 @@ def rename_old_keys(words: Iterable[str], renamed: Mapping[str, str] = RENAMED_K
                 f"warning: {key} is called {new_key} now; the old name will not be taken for long",
                 file=sys.stderr,
             )
-            word = start + new_key + rest
+            signs = word[: len(word) - len(word.lstrip("+~"))]
+            word = f"{signs}{new_key}{equals}{value}"
         current.append(word)
     return current
 
