@@ -1,12 +1,10 @@
-"""Draw samples from a run's EMA weights.
-
-python sample.py run=cars sample.label=pickup
-"""
+"""Draw pictures from a run's EMA weights: python sample.py run=cars sample.label=pickup"""
 
 from pathlib import Path
 
 from sturdy.cli.main import run_script
 
 if __name__ == "__main__":
-    config = Path(__file__).resolve().parent / "conf" / "sample.yaml"
-    run_script(config, "sturdy.sampling.sample:main")
+    run_script(
+        Path(__file__).resolve().parent / "conf" / "sample.yaml", "sturdy.sampling.sample:main"
+    )
