@@ -4,36 +4,42 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: status help train test test-slow bench lint format clean
+.PHONY: help train test test-unit test-slow bench structure lint format status clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-train: $(VENV)/ready ## train on drawn cars; again continues
+train: $(VENV)/ready ## train on drawn cars; the same command continues
 	$(BIN)/python train.py experiment=cars
 
-test: $(VENV)/ready ## all tests but the slow campaigns
+test: $(VENV)/ready ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/ready ## the slow campaigns
+test-unit: $(VENV)/ready ## the tests that start no process
+	$(BIN)/python -m pytest -m 'not slow and not processes' -n 2
+
+test-slow: $(VENV)/ready ## the slow tests; hours
 	$(BIN)/python -m pytest -m slow -n 2
 
-bench: $(VENV)/ready ## what saving, starting again, shards and other programs cost training; minutes, on a quiet machine
+bench: $(VENV)/ready ## measure what saving, restarting, shards and other programs cost
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/busy.py
+
+structure: $(VENV)/ready ## measure the source: lines, names, circles, the way to the loss
+	$(BIN)/python benchmarks/structure.py
 
 lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/ready ## mend what ruff can mend
+format: $(VENV)/ready ## let ruff repair what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-status: $(VENV)/ready ## what the checkpoints of a run hold: make status RUN=cars
+status: $(VENV)/ready ## list the checkpoints of a run: make status RUN=cars
 	$(BIN)/python -m exact_resume status runs/$(or $(RUN),cars)
 
 clean: ## remove caches, never runs

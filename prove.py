@@ -1,4 +1,7 @@
-"""Prove on this machine that kills change nothing: python prove.py experiment=cars kills=20 trainer.max_steps=300"""
+"""Prove on this machine that kills change nothing.
+
+python prove.py experiment=cars kills=20 trainer.max_steps=300
+"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What other programs on the machine cost a run, by its way of waiting: python benchmarks/busy.py
+"""Measure what other programs cost a run, by its way of waiting: python benchmarks/busy.py
 
 A run of experiment=cars, alone, then beside three busy processes for every two CPUs, then alone
 again; once for each callbacks.waiting.policy. Takes about four minutes, on a quiet machine.

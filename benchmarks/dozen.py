@@ -1,13 +1,11 @@
-"""Digests of a dozen small runs, to be compared before and after a change that must not change a
-bit.
+"""Print digests of a dozen small runs, to compare before and after a change.
 
     python benchmarks/dozen.py > before.txt        # in the old checkout
     python benchmarks/dozen.py > after.txt         # in the new one: diff before.txt after.txt
 
-``--only "dit;unet"`` first runs these alone. A line a run: SHA-256 of weights and averages, of the optimizer's state, and of the logged losses.
-    Words that follow are
-given to every run (``data.split=count`` where the old checkout knew no other). It takes about three
-minutes.
+A line a run: SHA-256 of weights and averages, of the optimizer's state, and of the logged losses.
+``--only "dit;unet"`` runs these alone. Words that follow are given to every run:
+``data.split=count`` where the old checkout knew no other. Takes about four minutes.
 """
 
 import csv
@@ -90,10 +88,8 @@ def train(tmp: Path, name: str, words: list[str], *, kill: bool) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *words, *paths]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     if kill:
-        process, metrics = (
-            subprocess.Popen(command, env=environment),
-            tmp / "runs" / name / "metrics.csv",
-        )
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        metrics = tmp / "runs" / name / "metrics.csv"
         while process.poll() is None and not (metrics.exists() and "\n4," in metrics.read_text()):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)

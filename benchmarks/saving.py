@@ -1,4 +1,4 @@
-"""How long a save holds up training: python benchmarks/saving.py [megabytes]
+"""Measure how long a save holds up training: python benchmarks/saving.py [megabytes]
 
 One state (weights, their average, AdamW's two moments and step counters), saved in turns by torch,
 by Lightning and by us; the disk is idle before each. Prints medians, and ratios to a plain

@@ -1,10 +1,9 @@
-"""What shards and their sum cost: python benchmarks/sharding.py
+"""Measure what shards and their sum cost: python benchmarks/sharding.py
 
 The same small DiT, the same batches of 32, one thread a process; images/s as the run's own record
 tells them, in turns. Prints medians, and ratios to the first line of each group.
 """
 
-import csv
 import os
 import statistics
 import subprocess
@@ -12,6 +11,8 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+
+from exact_resume.metrics import MetricsCSV
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS, STEPS, EVERY = 3, 60, 10
@@ -57,13 +58,8 @@ def rate(overrides: list[str], directory: Path) -> float:
     subprocess.run(
         [sys.executable, ROOT / "train.py", *words], check=True, stdout=subprocess.DEVNULL
     )
-    with (directory / name / "metrics.csv").open(newline="") as file:
-        rates = [
-            float(r["train/images_per_second"])
-            for r in csv.DictReader(file)
-            if r["train/images_per_second"]
-        ]
-    return statistics.median(rates[1:])
+    rates = MetricsCSV(directory / name / "metrics.csv").column("train/images_per_second")
+    return statistics.median(list(rates.values())[1:])
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""From SIGKILL to the first new step of a small run: python benchmarks/starting.py
+"""Measure the time from SIGKILL to the first new step of a small run: python benchmarks/starting.py
 
 The floor is a process that imports torch and lightning, and does nothing. Taken in turns; prints
 medians.
@@ -13,6 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from exact_resume.metrics import MetricsCSV
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 3
@@ -38,16 +40,12 @@ def start(directory: Path) -> subprocess.Popen[bytes]:
 
 
 def steps(metrics: Path) -> list[int]:
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return [int(line.split(",")[0]) for line in lines[1:] if line.split(",")[0]]
+    return [int(row["step"]) for row in MetricsCSV(metrics).rows()]
 
 
 def cut(metrics: Path, step: int) -> None:
-    """Drop the rows after ``step``, as the run will, so that the first one to come is seen."""
-    head, *rows = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text(
-        head + "".join(row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step)
-    )
+    """Drop the rows after ``step``, as the run will, so that the first new one is noticed."""
+    MetricsCSV(metrics).cut(step)
 
 
 def until(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:

@@ -1,20 +1,38 @@
-"""One thread a process: the tests compare bits, and share two cores. And Ctrl-C reaches what they
-start.
+"""One thread a process: the tests compare bits, and share two cores.
+
+Which tests start processes is found here, so that ``make test-unit`` can leave them out.
 """
 
 import os
 import signal
+from types import ModuleType
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, and inherited
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A test module that imports one of these, or a function of runs.py, starts processes.
+STARTERS = {"subprocess", "multiprocessing", "campaign", "mini", "striking", "supervised", "worlds"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Real runs first, since they take longest."""
+    """Mark the tests that start processes, and run real trainings first: they take longest."""
+    for item in items:
+        if starts_processes(item.module):
+            item.add_marker(pytest.mark.processes)
     items.sort(key=lambda item: not hasattr(item.module, "train"))
+
+
+def starts_processes(module: ModuleType) -> bool:
+    """Return whether ``module`` imports what starts processes."""
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else ""
+        is_helper = callable(value) and getattr(value, "__module__", None) in {"runs", *STARTERS}
+        if name in STARTERS or name.startswith("torch.multiprocessing") or is_helper:
+            return True
+    return False
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
-"""Real runs in real processes, small enough for a test: started, killed, and compared bit for
-bit.
-"""
+"""Start, kill and compare real runs in real processes, small enough for a test."""
 
 import multiprocessing
 import os
@@ -15,9 +13,10 @@ from pathlib import Path
 
 from exact_resume.checkpoint.compare import diff_checkpoints
 from exact_resume.checkpoint.store import Store, load_state
+from exact_resume.metrics import MetricsCSV
 
 ROOT = Path(__file__).resolve().parents[1]
-# There is one such server a process: nobody else may tell it what to import.
+# A process has one fork server: its imports are chosen here, and nowhere else.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sturdy.training.session", "examples.cars.source", "sturdy.backbone"])
 COMMON = [
@@ -59,9 +58,7 @@ SMALL_UNET = [
 def command(
     tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = ""
 ) -> list[str]:
-    """The command line of a small run called ``name`` under ``tmp``; ``sabotage`` as in
-    sabotage.py.
-    """
+    """Return the command line of a small run; ``sabotage`` is a fault of sabotage.py."""
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"name={name}"]
     before = [str(ROOT / "tests" / "sabotage.py"), sabotage] if sabotage else []
     return [sys.executable, *before, str(ROOT / "train.py"), *base, *paths, *overrides]
@@ -110,15 +107,14 @@ def kill_at(
 def start(
     tmp: Path, name: str, *overrides: str, base: list[str] = SMALL, sabotage: str = ""
 ) -> tuple[BaseProcess, Path, Path]:
-    """A process that runs ``command``, and where its output and its errors go."""
+    """Start ``command``; return the process, and the files of its output and its errors."""
     return fork(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
 
 
 def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:
-    """``python *words``, forked from a process that has imported what a run takes: most of a small
-    run's time is that.
+    """Run ``python *words``, forked from a process that has imported what a run needs.
 
-    Returns it, and where its output and its errors go.
+    Imports would take most of a small run's time. Returns as ``start`` does.
     """
     out, err = (tmp / f"{name.replace('/', '-')}.{kind}" for kind in ("out", "err"))
     process = SERVER.Process(target=_become, args=(words, dict(os.environ), str(out), str(err)))
@@ -144,9 +140,7 @@ def _become(words: list[str], environment: dict[str, str], out: str, err: str) -
 
 
 def differences(tmp: Path, a: str, b: str) -> list[str]:
-    """Names of what differs in bits between the newest checkpoints of two runs: weights, EMA,
-    optimizer, losses.
-    """
+    """Return what differs in bits between two runs: weights, EMA, optimizer, logged losses."""
     states = []
     for name in (a, b):
         store = Store(tmp / "runs" / name / "checkpoints")
@@ -159,10 +153,7 @@ def differences(tmp: Path, a: str, b: str) -> list[str]:
 
 
 def losses(tmp: Path, name: str) -> list[tuple[str, ...]]:
-    """Step, losses and gradient norm of every row of ``metrics.csv``, as text."""
-    import csv
-
-    with (tmp / "runs" / name / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Return step, losses and gradient norm of every row of ``metrics.csv``, as text."""
+    rows = MetricsCSV(tmp / "runs" / name / "metrics.csv").rows()
     keys = ("step", "train/loss", "train/grad_norm", "val/loss")
     return sorted(tuple(row.get(k) or "" for k in keys) for row in rows)

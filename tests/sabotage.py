@@ -1,10 +1,9 @@
-"""``python sabotage.py HOW train.py ...``: the real door with one thing broken, or with death at a
-chosen place.
+"""``python sabotage.py FAULT train.py ...``: the real script with a fault, or killed at one place.
 
-The deaths are SIGKILL, from inside, where no watcher could aim: in the middle of a validation or of
-    a save.
-``poison:17,40`` makes the images of each batch NaN that holds position 17 or 40; ``strike`` and
-``die`` come as the batch with the last of the positions was computed, and as its skip is recorded.
+The kills are SIGKILL from inside, in the middle of a validation or of a save, where a watcher could
+not aim. ``poison:17,40`` makes the images of each batch NaN that holds position 17 or 40.
+``poison-and-signal`` and ``poison-and-die-...`` act when the batch with the last of the positions
+was computed, and when its skip is recorded.
 """
 
 import errno
@@ -148,7 +147,7 @@ def without_directory_sync() -> None:
     os.fsync = files_only
 
 
-WAYS = {
+TEST_FAULTS = {
     "without-locks": without_locks,
     "without-directory-sync": without_directory_sync,
     "throw-on-usr2": throw_on_usr2,
@@ -164,4 +163,4 @@ WAYS = {
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    main(FAULTS | WAYS)
+    main(FAULTS | TEST_FAULTS)

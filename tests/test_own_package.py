@@ -18,7 +18,7 @@ from PIL import Image
 import mini
 from exact_resume.checkpoint.store import Store, load_state
 from runs import ROOT, differences, fork, kill_at, train
-from sturdy.cli.search_path import open_folders
+from sturdy.cli.search_path import add_config_folders
 from sturdy.cli.signatures import arguments
 from sturdy.diffusion.sampler import Heun
 from sturdy.sampling.config import resolve_sampling
@@ -77,7 +77,7 @@ def outside(tmp_path_factory):
         patch.setenv("PYTHONPATH", str(tmp / "outside"), prepend=os.pathsep)
         patch.syspath_prepend(tmp / "outside")
         yield tmp
-    open_folders([])
+    add_config_folders([])
     for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
         del sys.modules[name]
 
@@ -220,7 +220,7 @@ def test_what_only_trained_it_need_not_be_there_to_draw_with_it(outside, once):
 
 
 def test_what_is_typed_is_run(outside):
-    given = open_folders([PLACE, "run=any", "sampler=midpoint", "sampler.steps=3"])
+    given = add_config_folders([PLACE, "run=any", "sampler=midpoint", "sampler.steps=3"])
     stock = {
         "sampler": {"_target_": "sturdy.diffusion.sampler.Heun", "steps": 5},
         "guidance": {"scale": 1.0},
@@ -241,7 +241,9 @@ def test_what_is_typed_is_run(outside):
 
 WORDS = {
     "backbone=plane": "there is no such backbone. Did you mean plain?",
-    "backbone=plain +backbone.widht=3": "mypackage.network.Plain takes no 'widht'. Did you mean width?",
+    "backbone=plain +backbone.widht=3": (
+        "mypackage.network.Plain takes no 'widht'. Did you mean width?"
+    ),
 }
 
 
@@ -276,7 +278,7 @@ def test_its_options_are_known_before_anything_is_imported(outside, place, tmp_p
 @pytest.mark.parametrize("word", ["[file:///nowhere/conf]", "[pkg://nobody.conf]", "conf", "[a"])
 def test_a_place_that_is_none_is_named(word):
     with pytest.raises(ValueError, match=r"hydra\.searchpath"):
-        open_folders([f"hydra.searchpath={word}"])
+        add_config_folders([f"hydra.searchpath={word}"])
 
 
 @pytest.mark.parametrize("where", ["typed", "in the config"])

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from runs import ROOT, SMALL
-from sturdy.prove import KillPoint, Run, Snapshot, campaign, instants
+from sturdy.prove import KillPoint, Run, Snapshot, draw_kill_points, run_with_kills
 
 FEW = [
     "trainer.max_steps=8",
@@ -128,34 +128,34 @@ def counting(tmp_path, name, steps=20, every=5):
 
 def test_a_life_is_seen_from_start_up_to_its_end(tmp_path):
     run = counting(tmp_path, "run")
-    life = run.live()
+    timeline = run.run_until()
     assert run.finished
-    assert (life[0].step, life[-1].step) == (-1, 20)
-    steps = [seen.step for seen in life]
+    assert (timeline[0].step, timeline[-1].step) == (-1, 20)
+    steps = [seen.step for seen in timeline]
     assert steps == sorted(steps)
     assert len(set(steps)) > 10
-    assert [seen.seconds for seen in life] == sorted(seen.seconds for seen in life)
-    assert min(seen.step for seen in life if seen.saved) in (5, 6)
+    assert [seen.seconds for seen in timeline] == sorted(seen.seconds for seen in timeline)
+    assert min(seen.step for seen in timeline if seen.saved) in (5, 6)
     assert len(run.rows()) == 20
 
 
 def test_it_is_killed_where_it_is_told_and_seen_anew(tmp_path):
     run = counting(tmp_path, "run")
-    end = run.live(KillPoint(7, True, 0.0))[-1]
+    end = run.run_until(KillPoint(7, True, 0.0))[-1]
     assert not run.finished
     assert 7 <= end.step < 20
-    end = run.live(KillPoint(-1, False, 0.0))[-1]
+    end = run.run_until(KillPoint(-1, False, 0.0))[-1]
     assert end.step == -1, "the record is that of the start before"
-    end = run.live(KillPoint(2, False, 0.0))[-1]
+    end = run.run_until(KillPoint(2, False, 0.0))[-1]
     assert 5 <= end.step < 20, "it was entered behind this step, and is killed as soon as it trains"
     assert "resumed from step 5" in run.output()
 
 
 @pytest.mark.parametrize("every", [3, 1000])
 def test_a_campaign_ends_also_where_each_kill_loses_everything(every, tmp_path, capsys):
-    life = counting(tmp_path, "whole", every=every).live()
+    timeline = counting(tmp_path, "whole", every=every).run_until()
     run = counting(tmp_path, "killed", every=every)
-    assert campaign(run, instants(life, 7, random.Random(1))) == (every == 3)
+    assert run_with_kills(run, draw_kill_points(timeline, 7, random.Random(1))) == (every == 3)
     assert run.finished
     assert len(run.rows()) == 20
     starts = table(capsys.readouterr().out)
@@ -170,14 +170,14 @@ def test_a_campaign_ends_also_where_each_kill_loses_everything(every, tmp_path, 
 
 def test_a_kill_that_would_come_after_the_end_is_told(tmp_path, capsys):
     run = counting(tmp_path, "run", steps=3)
-    assert not campaign(run, [KillPoint(2, False, 60.0), KillPoint(-1, False, 0.0)])
+    assert not run_with_kills(run, [KillPoint(2, False, 60.0), KillPoint(-1, False, 0.0)])
     assert "it finished before kill 1" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_by_itself_is_told_with_its_output(tmp_path, capsys):
     run = counting(tmp_path, "run", steps=-1)
     with pytest.raises(SystemExit) as exit:
-        run.live()
+        run.run_until()
     assert exit.value.code == 1
     error = capsys.readouterr().err
     assert "it cannot be done" in error
@@ -186,12 +186,12 @@ def test_a_run_that_fails_by_itself_is_told_with_its_output(tmp_path, capsys):
 
 @pytest.mark.parametrize("kills", [0, 1, 2, 3, 10])
 def test_instants_are_of_the_whole_life_and_the_last_has_something_to_resume(kills):
-    life = [
+    timeline = [
         Snapshot(0.0, -1, False),
         *(Snapshot(10.0 + k, k, k >= 4) for k in range(11)),
         Snapshot(30.0, 10, True),
     ]
-    drawn = [instants(life, kills, random.Random(seed)) for seed in range(50)]
+    drawn = [draw_kill_points(timeline, kills, random.Random(seed)) for seed in range(50)]
     assert all(len(one) == kills for one in drawn)
     at_start = [i for i in range(kills) if i % 5 in (1, 2)]
     for one in drawn:
@@ -212,8 +212,8 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
 import sturdy.prove as prove
 from test_prove import counting
-prove.composed = lambda *_: type("cfg", (), dict(name="it"))
-prove.three_runs = lambda *_: [counting(Path({str(tmp_path)!r}), "run", steps=10**6)] * 3
+prove.compose_or_fail = lambda *_: type("cfg", (), dict(name="it"))
+prove.make_runs = lambda *_: [counting(Path({str(tmp_path)!r}), "run", steps=10**6)] * 3
 prove.prove(Path(), [])
 """
     with subprocess.Popen(

@@ -18,7 +18,8 @@ from sturdy.data.cache import open_cache
 MACOS = """
 import fcntl, multiprocessing, os, select, signal
 for module, names in {
-    os: "sched_getaffinity sched_setaffinity posix_fallocate posix_fadvise copy_file_range memfd_create pidfd_open",
+    os: "sched_getaffinity sched_setaffinity posix_fallocate posix_fadvise copy_file_range "
+    "memfd_create pidfd_open",
     signal: "sigtimedwait sigwaitinfo",
     select: "epoll",
     fcntl: "F_OFD_SETLK",

@@ -21,7 +21,7 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # From the ground up: a room imports itself and rooms of lower layers only.
 LAYERS = [
     {"exact_resume"},
-    {"sturdy.errors", "sturdy.renames", "sturdy.progress"},
+    {"sturdy.errors", "sturdy.keys", "sturdy.renames", "sturdy.progress"},
     {"sturdy.diffusion", "sturdy.backbone", "sturdy.data", "sturdy.encoders"},
     {"sturdy.trust", "sturdy.training"},
     {"sturdy.sampling"},

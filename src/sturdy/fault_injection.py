@@ -1,7 +1,7 @@
-"""Train with one mechanism taken away, as a control: python -m sturdy.fault_injection order
-train.py experiment=cars
+"""Train with one mechanism taken away: python -m sturdy.fault_injection order train.py ...
 
-Whoever compares runs after kills must notice each of these; if not, he compares nothing.
+A control: a comparison of runs after kills must notice each of these faults; if it does not, it
+compares nothing.
 """
 
 import runpy
@@ -9,51 +9,58 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 
-def order() -> None:
-    """The stream of positions begins anew at every start of the process."""
+def restart_order() -> None:
+    """Begin the stream of positions anew at every start of the process."""
     import sturdy.data.datamodule as module
 
-    class Restarting(module.InfiniteBatchSampler):
+    class RestartingSampler(module.InfiniteBatchSampler):
         def __init__(self, start: int, *rest: Any) -> None:
             super().__init__(0, *rest)
 
-    module.InfiniteBatchSampler = Restarting  # type: ignore[assignment,misc]
+    module.InfiniteBatchSampler = RestartingSampler  # type: ignore[assignment,misc]
 
 
-def noise() -> None:
-    """Noise, times and label drop from generators numbered by how many were asked for since the
-    process started.
-    """
+def draw_noise_by_count() -> None:
+    """Draw noise, times and label drop by how many were drawn since the process started."""
     from exact_resume import randomness
 
     calls = count()
 
-    def generators(self: randomness.Draws, purpose: str) -> Iterator[randomness.torch.Generator]:
+    def generators(self: randomness.Draws, purpose: str) -> Iterator["Generator"]:
         return (randomness.generator(self.seed, purpose, next(calls)) for _ in self.positions)
 
     randomness.Draws.generators = generators  # type: ignore[method-assign]
 
 
-def dropout() -> None:
-    """Dropout from the default generator as it stands."""
+def never_reseed() -> None:
+    """Draw dropout from the default generator as it is."""
     import sturdy.training.module as module
 
     module.reseed = lambda *parts: None
 
 
-FAULTS: dict[str, Callable[..., None]] = {"order": order, "noise": noise, "dropout": dropout}
+FAULTS: dict[str, Callable[..., None]] = {
+    "order": restart_order,
+    "noise": draw_noise_by_count,
+    "dropout": never_reseed,
+}
 
 
-def main(ways: dict[str, Callable[..., None]]) -> None:
-    """Sabotage as the first word says (``way`` or ``way:argument,argument``), then run the script
-    of the second.
+def main(faults: dict[str, Callable[..., None]]) -> None:
+    """Inject the fault of the first word, then run the script of the second.
+
+    Args:
+        faults: what to call, by the first word: ``fault`` or ``fault:argument,argument``.
     """
     _, word, *sys.argv = sys.argv
-    way, _, arguments = word.partition(":")
-    ways[way](*filter(None, arguments.split(",")))
+    name, _, arguments = word.partition(":")
+    faults[name](*filter(None, arguments.split(",")))
     sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))  # as if it had been started itself
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -1,16 +1,16 @@
-"""The proof of the promise, for any config on any machine: once, twice, and once more under
-SIGKILL.
+"""Prove on this machine, for any config, that kills change nothing.
 
-    once == twice    the stack is deterministic at all
-    once == killed   and resuming loses and changes nothing: every weight, EMA, optimizer tensor and
-    logged loss
+The config is trained three times: ``once`` and ``twice`` undisturbed, ``killed`` under SIGKILL.
 
-Real processes, real SIGKILL at random instants, comparison of bits. ``break=order``,
-``break=noise`` and ``break=dropout`` take a mechanism away in all three runs: the proof must then
-fail, or it would prove nothing.
+    once == twice     the stack is deterministic at all
+    once == killed    resuming loses and changes nothing: every weight, EMA, optimizer tensor and
+                      logged loss
+
+Real processes, SIGKILL at random instants, comparison of bits. ``break=order``, ``break=noise`` and
+``break=dropout`` take a mechanism away in all three runs: then the proof must fail, or it would
+prove nothing.
 """
 
-import csv
 import os
 import random
 import re
@@ -33,15 +33,18 @@ Trains three times, the third time killed N (default 5) times at random instants
 and compares every bit."""
 INCONCLUSIVE = """NOT PROVED: all is equal, but no start resumed from a checkpoint. Take more
 kills or steps, or a smaller callbacks.checkpoint.every_n_train_steps"""
-LOOK, TELL = 0.01, 30.0  # seconds between two looks at a run, and between two lines about it
+FAULTS = ("order", "noise", "dropout")  # of sturdy.fault_injection
+POLL_S = 0.01  # seconds between two looks at a run
+REPORT_S = 30.0  # seconds between two lines about it
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the files of a run showed ``seconds`` after its process was started.
+    """What the files of a run showed at one instant.
 
     Attributes:
-        step: the newest in its record; -1 in start-up, while the record is as the process found it.
+        seconds: since its process was started.
+        step: the newest in its metrics; -1 in start-up, while these are as the process found them.
         saved: whether there is a checkpoint.
     """
 
@@ -52,8 +55,15 @@ class Snapshot:
 
 @dataclass
 class KillPoint:
-    """``seconds`` after ``step`` was recorded, and a checkpoint ``saved``: a moment that each start
-    comes by anew.
+    """An instant to kill a run: some time after a step was logged.
+
+    Each start of the run passes it anew.
+
+    Attributes:
+        step: the step; -1 for an instant in start-up.
+        saved: whether a checkpoint must be there, too.
+        seconds: after that.
+        since: when the step was reached; None before.
     """
 
     step: int
@@ -61,52 +71,65 @@ class KillPoint:
     seconds: float
     since: float | None = None
 
-    def __call__(self, seen: Snapshot) -> bool:
-        """Whether it has come; one in start-up also when that is over sooner."""
-        if self.since is None and seen.step >= self.step and seen.saved >= self.saved:
-            self.since = seen.seconds
-        return self.step < 0 <= seen.step or (
-            self.since is not None and seen.seconds - self.since >= self.seconds
-        )
+    def __call__(self, now: Snapshot) -> bool:
+        """Return whether the instant has come; one in start-up comes at its end at the latest."""
+        if self.since is None and now.step >= self.step and now.saved >= self.saved:
+            self.since = now.seconds
+        start_up_is_over = self.step < 0 <= now.step
+        time_is_over = self.since is not None and now.seconds - self.since >= self.seconds
+        return start_up_is_over or time_is_over
 
 
 @dataclass
 class Run:
-    """One of the three runs: a directory of its own, and the command that starts or continues
-    it.
+    """One of the three runs.
+
+    Attributes:
+        home: its directory.
+        command: starts or continues it.
+        steps: how many it trains.
+        output_start: bytes of output before the last start.
+        finished: whether it ended by itself.
     """
 
     home: Path
     command: Sequence[str]
     steps: int
-    before: int = 0  # bytes of output before the last start
+    output_start: int = 0
     finished: bool = False
 
-    def live(self, until: Callable[[Snapshot], bool] = lambda seen: False) -> list[Snapshot]:
-        """Start, and SIGKILL as soon as ``until`` says so; returns what was seen, change by change,
-        and at the end.
+    def run_until(self, kill_now: Callable[[Snapshot], bool] = lambda now: False) -> list[Snapshot]:
+        """Start the run, and SIGKILL it as soon as ``kill_now`` returns true.
+
+        Returns:
+            The timeline of this start: a snapshot for each change, and one of the end.
         """
+        import exact_resume.metrics  # noqa: F401  seconds, which would be missing in the timeline
+
         self.home.mkdir(parents=True, exist_ok=True)
-        found, beginning = self._record(), time.monotonic()
-        life, told = [Snapshot(0.0, -1, False)], beginning
+        found = self._metrics_version()
+        start = time.monotonic()
+        timeline = [Snapshot(0.0, -1, False)]
+        last_report = start
         with (self.home / "output.txt").open("ab") as output:
-            self.before = output.tell()
+            self.output_start = output.tell()
             process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, start_new_session=True
             )
         try:
             while process.poll() is None:
-                seen = self._look(found, time.monotonic() - beginning)
-                if (seen.step, seen.saved) != (life[-1].step, life[-1].saved):
-                    life.append(seen)
-                if until(seen):
+                now = self._look(found, time.monotonic() - start)
+                if (now.step, now.saved) != (timeline[-1].step, timeline[-1].saved):
+                    timeline.append(now)
+                if kill_now(now):
                     process.kill()
                     process.wait()
-                    return [*life, self._look(found, time.monotonic() - beginning)]
-                if time.monotonic() - told > TELL:
-                    told = time.monotonic()
-                    print(f"    {self.home.name}: {_place(seen.step)} of {self.steps}", flush=True)
-                time.sleep(LOOK)
+                    return [*timeline, self._look(found, time.monotonic() - start)]
+                if time.monotonic() - last_report > REPORT_S:
+                    last_report = time.monotonic()
+                    place = _describe_place(now.step)
+                    print(f"    {self.home.name}: {place} of {self.steps}", flush=True)
+                time.sleep(POLL_S)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with its data workers
@@ -116,52 +139,57 @@ class Run:
                 f"nothing is proved"
             )
         self.finished = True
-        return [*life, Snapshot(time.monotonic() - beginning, self.steps, True)]
+        return [*timeline, Snapshot(time.monotonic() - start, self.steps, True)]
 
     def output(self) -> str:
-        """What the last start has printed."""
-        return (self.home / "output.txt").read_bytes()[self.before :].decode(errors="replace")
+        """Return what the last start has printed."""
+        output = (self.home / "output.txt").read_bytes()
+        return output[self.output_start :].decode(errors="replace")
 
     def rows(self) -> list[dict[str, str]]:
-        """Of ``metrics.csv``."""
-        with (self.home / "metrics.csv").open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"].isdigit()]
+        """Return the rows of ``metrics.csv``."""
+        from exact_resume.metrics import MetricsCSV
+
+        return MetricsCSV(self.home / "metrics.csv").rows()
 
     def _look(self, found: tuple[int, ...], seconds: float) -> Snapshot:
         saved = any((self.home / "checkpoints").glob("step-*"))
-        return Snapshot(seconds, -1 if self._record() == found else self._last_step(), saved)
+        if self._metrics_version() == found:
+            return Snapshot(seconds, -1, saved)
+        rows = self.rows()
+        return Snapshot(seconds, int(rows[-1]["step"]) if rows else 0, saved)
 
-    def _record(self) -> tuple[int, ...]:
-        """Another one when the record has changed."""
+    def _metrics_version(self) -> tuple[int, ...]:
+        """Return numbers that differ once ``metrics.csv`` was written."""
         path = self.home / "metrics.csv"
-        return ((s := path.stat()).st_ino, s.st_size, s.st_mtime_ns) if path.exists() else ()
-
-    def _last_step(self) -> int:
-        with (self.home / "metrics.csv").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            *lines, _ = file.read().split(b"\n")  # what is behind the last newline is being written
-        number = lines[-1].split(b",")[0] if lines else b""
-        return int(number) if number.isdigit() else 0
+        if not path.exists():
+            return ()
+        status = path.stat()
+        return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def prove(project: Path, words: list[str]) -> int:
-    """Run the proof, print its table and verdict; 0 proved, 1 not, 2 a mistake in the command, 130
-    interrupted.
+    """Run the proof and print its table and verdict.
+
+    Args:
+        project: the folder of train.py.
+        words: of the command line.
+
+    Returns:
+        The exit code: 0 proved, 1 not proved, 2 a mistake in the command, 130 interrupted.
     """
     try:
         check_system()
     except UnsupportedSystemError as error:
         fail(f"error: {error}", 2)
-    own = dict(word.split("=", 1) for word in words if word.startswith(("kills=", "break=")))
-    overrides = [word for word in words if not word.startswith(("kills=", "break="))]
-    if not own.get("kills", "5").isdigit() or own.get("break", "order") not in (
-        "order",
-        "noise",
-        "dropout",
-    ):
+    own_words = [word for word in words if word.startswith(("kills=", "break="))]
+    options = dict(word.split("=", 1) for word in own_words)
+    overrides = [word for word in words if word not in own_words]
+    kills, fault = options.get("kills", "5"), options.get("break")
+    if not kills.isdigit() or fault not in (None, *FAULTS):
         fail(USAGE, 2)
-    cfg, kills = composed(project, overrides), int(own.get("kills", "5"))
-    once, twice, killed = three_runs(project, cfg, overrides, own.get("break"))
+    cfg = compose_or_fail(project, overrides)
+    once, twice, killed = make_runs(project, cfg, overrides, fault)
     print(
         f"{cfg.name}: {once.steps} steps, three times, the third with kills={kills}\nin "
         f"{once.home.parent}"
@@ -170,96 +198,95 @@ def prove(project: Path, words: list[str]) -> int:
         signal.signal(number, signal.default_int_handler)
     try:
         print("once: running ...", flush=True)
-        once.live()
+        once.run_until()
         print("twice: running ...", flush=True)
-        life = twice.live()
-        if not agree(once, twice):
+        timeline = twice.run_until()
+        if not are_equal(once, twice):
             print(
                 "NOT PROVED: two undisturbed runs already differ: this stack is not deterministic"
             )
             return 1
-        resumed = campaign(killed, instants(life, kills, random.Random()))
+        resumed = run_with_kills(killed, draw_kill_points(timeline, int(kills), random.Random()))
     except KeyboardInterrupt:
         fail("interrupted; nothing is proved", 130)
-    if not agree(once, killed):
+    if not are_equal(once, killed):
         print("NOT PROVED: undisturbed runs agree, and the killed one does not")
         return 1
     print("PROVED: the killed run ended in the same bits" if resumed else INCONCLUSIVE)
     return 0 if resumed else 1
 
 
-def composed(project: Path, overrides: list[str]) -> DictConfig:
-    """The config of ``overrides``; leaves the program with the near misses if they are mistaken."""
-    from sturdy.cli.main import UsageError, compose_run, open_search_path
+def compose_or_fail(project: Path, overrides: list[str]) -> DictConfig:
+    """Return the config of ``overrides``; end the process with a line if they are mistaken."""
+    from sturdy.cli.main import compose_run
+    from sturdy.cli.usage import UsageError
 
-    train = project / "conf" / "train.yaml"
     try:
-        return compose_run(train, open_search_path(train, overrides))
-    except UsageError as mistake:
-        fail(f"error: {mistake}\n{USAGE}", 2)
+        return compose_run(project / "conf" / "train.yaml", overrides)
+    except UsageError as error:
+        fail(f"error: {error}\n{USAGE}", 2)
 
 
-def three_runs(
-    project: Path, cfg: DictConfig, overrides: list[str], broken: str | None
-) -> list[Run]:
-    """Runs ``once``, ``twice`` and ``killed`` in a new directory beside the run that the config
-    names.
-    """
+def make_runs(project: Path, cfg: DictConfig, overrides: list[str], fault: str | None) -> list[Run]:
+    """Return the three runs, in a new directory beside the run that the config names."""
     number = 1
     while (proof := Path(cfg.paths.runs) / f"{cfg.name}-proof" / f"{number:03}").exists():
         number += 1
-    door = [
-        *(["-m", "sturdy.fault_injection", broken] if broken else []),
-        str(project / "train.py"),
-    ]
-
-    def run(name: str) -> Run:
+    script = [str(project / "train.py")]
+    if fault:
+        script = ["-m", "sturdy.fault_injection", fault, *script]
+    runs = []
+    for name in ("once", "twice", "killed"):
         words = [*overrides, f"name={cfg.name}-proof/{proof.name}/{name}"]
-        return Run(proof / name, [sys.executable, *door, *words], cfg.trainer.max_steps)
+        command = [sys.executable, *script, *words]
+        runs.append(Run(proof / name, command, cfg.trainer.max_steps))
+    return runs
 
-    return [run("once"), run("twice"), run("killed")]
 
+def draw_kill_points(
+    timeline: Sequence[Snapshot], kills: int, rng: random.Random
+) -> list[KillPoint]:
+    """Draw random instants of an undisturbed run.
 
-def instants(life: Sequence[Snapshot], kills: int, rng: random.Random) -> list[KillPoint]:
-    """Random instants of an undisturbed ``life``: of each five the second and third in start-up,
-    the others spread.
-
-    The last one has a checkpoint behind it, and steps before it, if there is such a time.
+    Of each five the second and the third are in start-up; the others are spread over training. The
+    last of these comes after a checkpoint and before the end, if there is such a time.
     """
-    begins = next(seen.seconds for seen in life if seen.step >= 0)
-    spread = [i for i in range(kills) if i % 5 not in (1, 2)]
-    share = (life[-1].seconds - begins) / max(1, len(spread))
-    times = [begins + share * (k + rng.random()) for k in range(len(spread))]
-    before_the_end = [seen.seconds for seen in life[:-1] if seen.saved]
-    if times and before_the_end:
-        times[-1] = rng.uniform(before_the_end[0], before_the_end[-1])
-    at = dict(zip(spread, sorted(times), strict=True))
+    training = next(seen.seconds for seen in timeline if seen.step >= 0)
+    in_training = [number for number in range(kills) if number % 5 not in (1, 2)]
+    part = (timeline[-1].seconds - training) / max(1, len(in_training))
+    times = [training + part * (k + rng.random()) for k in range(len(in_training))]
+    with_checkpoint = [seen.seconds for seen in timeline[:-1] if seen.saved]
+    if times and with_checkpoint:
+        times[-1] = rng.uniform(with_checkpoint[0], with_checkpoint[-1])
+    seconds_of = dict(zip(in_training, sorted(times), strict=True))
+    points = []
+    for number in range(kills):
+        if number not in seconds_of:
+            points.append(KillPoint(-1, False, rng.uniform(0, training)))
+            continue
+        seconds = seconds_of[number]
+        before = [seen for seen in timeline if seen.seconds <= seconds][-1]
+        points.append(KillPoint(before.step, before.saved, seconds - before.seconds))
+    return points
 
-    def instant(seconds: float) -> KillPoint:
-        last = [seen for seen in life if seen.seconds <= seconds][-1]
-        return KillPoint(last.step, last.saved, seconds - last.seconds)
 
-    return [
-        instant(at[i]) if i in at else KillPoint(-1, False, rng.uniform(0, begins))
-        for i in range(kills)
-    ]
+def run_with_kills(run: Run, kills: Sequence[KillPoint]) -> bool:
+    """Kill the run at each point, then let it finish; print a line for each start.
 
-
-def campaign(run: Run, kills: Sequence[KillPoint]) -> bool:
-    """Kill at each instant, then let it finish, a line a start; returns whether any resumed from a
-    checkpoint.
+    Returns:
+        Whether any start resumed from a checkpoint.
     """
     print("killed: running ...\n    start  entered at    killed", flush=True)
     resumed = False
     for number, kill in enumerate([*kills, None], 1):
-        end = (run.live(kill) if kill else run.live())[-1]
+        end = (run.run_until(kill) if kill else run.run_until())[-1]
         entered = re.search(r"(?:resumed from|finished at) (step \d+)|fresh", run.output())
-        resumed |= bool(entered and entered[0].startswith("resumed"))
-        origin = (entered[1] or entered[0]) if entered else "-"
-        print(
-            f"    {number:5}  {origin:12}  {'finished' if run.finished else _place(end.step)}",
-            flush=True,
-        )
+        origin = "-"
+        if entered:
+            origin = entered[1] or entered[0]
+            resumed = resumed or entered[0].startswith("resumed")
+        outcome = "finished" if run.finished else _describe_place(end.step)
+        print(f"    {number:5}  {origin:12}  {outcome}", flush=True)
         if run.finished:
             break
     if number <= len(kills):
@@ -267,10 +294,8 @@ def campaign(run: Run, kills: Sequence[KillPoint]) -> bool:
     return resumed
 
 
-def agree(once: Run, other: Run) -> bool:
-    """Compare the newest checkpoints and the records, and say what differs; the first step that
-    does is named.
-    """
+def are_equal(once: Run, other: Run) -> bool:
+    """Compare the newest checkpoints and the metrics of two runs, and print what differs."""
     from exact_resume.checkpoint.compare import diff_checkpoints, first_divergence
     from exact_resume.checkpoint.store import Store, load_state
 
@@ -278,27 +303,27 @@ def agree(once: Run, other: Run) -> bool:
     for run in (once, other):
         store = Store(run.home / "checkpoints")
         states.append(load_state(store.state(store.steps()[-1])))
-    odd, row = diff_checkpoints(*states), first_divergence(once.rows(), other.rows())
-    tensors = (
-        f"{len(odd)} values differ, such as\n    {min(odd, key=len)}"
-        if odd
-        else "every tensor equal"
-    )
-    rows = f"first difference at step {row[0]}, {row[1]}" if row else "every logged value equal"
-    print(
-        f"once against {other.home.name}: {tensors};",
-        rows,
-        sep="\n    " if odd else " ",
-        flush=True,
-    )
-    return not odd and row is None
+    names = diff_checkpoints(*states)
+    divergence = first_divergence(once.rows(), other.rows())
+    line = f"once against {other.home.name}: "
+    if names:
+        line += f"{len(names)} values differ, such as\n    {min(names, key=len)};\n    "
+    else:
+        line += "every tensor equal; "
+    if divergence:
+        step, column = divergence
+        line += f"first difference at step {step}, {column}"
+    else:
+        line += "every logged value equal"
+    print(line, flush=True)
+    return not names and divergence is None
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
-    """Leave the program."""
+    """Print ``message`` and end the process."""
     print(message, file=sys.stderr)
     sys.exit(code)
 
 
-def _place(step: int) -> str:
+def _describe_place(step: int) -> str:
     return f"at step {step}" if step >= 0 else "in start-up"

@@ -22,7 +22,7 @@ from exact_resume.resume import ResumePoint, ResumeRefusedError
 from mirrors import tensorboard_metrics
 from runs import ROOT, train
 from runs import SMALL as SMALL_RUN
-from sturdy.cli.main import check_composed
+from sturdy.cli.overrides import check_composed
 from sturdy.evaluation.evaluate import evaluate, labels_for, load_reference_images, open_data
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from runs import ROOT, train
-from sturdy.cli.main import check_composed
+from sturdy.cli.overrides import check_composed
 from sturdy.data.decode import decode
 from sturdy.sampling.sample import main
 

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from runs import ROOT, train
-from sturdy.cli.main import check_composed
+from sturdy.cli.overrides import check_composed
 from sturdy.diffusion.sampler import DDIM
 from sturdy.evaluation.evaluate import evaluate
 from sturdy.evaluation.tune import Figures, Trial, best, tune

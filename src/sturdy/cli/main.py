@@ -1,129 +1,150 @@
-"""The door of every script: Hydra's command line, with mistakes answered before anything heavy is
-imported.
-"""
+"""Run a script from its command line; mistakes are answered before anything heavy is imported."""
 
 import faulthandler
 import importlib
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from exact_resume.system import UnsupportedSystemError, check_system
+from sturdy.cli.hydra_internals import make_flag_parser
 from sturdy.cli.overrides import (
     LAUNCHER,
-    UsageError,
-    check_composed,
     compose_checked,
     hydra_as_usage_error,
     parse_overrides,
     resolve_words,
 )
-from sturdy.cli.search_path import is_place, open_folders
+from sturdy.cli.search_path import add_config_folders, is_search_path
+from sturdy.cli.usage import UsageError, rename_old_keys
 
-T = TypeVar("T")
-
-# Flags of Hydra that take a config from elsewhere.
-ELSEWHERE = ("config_path", "config_name", "config_dir", "package", "experimental_rerun")
-USAGE = 2  # exit code of a mistake in the command, as of argparse
+# Flags of Hydra that take the config from elsewhere.
+REFUSED_FLAGS = ("config_path", "config_name", "config_dir", "package", "experimental_rerun")
+EXIT_USAGE = 2  # as of argparse
 
 
 def run_script(config: Path, task: str) -> None:
-    """Run ``task`` (``package.module:function``), imported only now, on the composed config; or a
-    sweep of it.
+    """Compose the config and run ``task`` with it; the process ends with the exit code of the task.
+
+    With ``-m``, each combination of the values given is run.
 
     Args:
-        config: the YAML file of the script; its folder holds the groups.
-        task: called with the config and the list of overrides; returns the exit code.
+        config: YAML file of the script; its folder holds the config groups.
+        task: ``package.module:function``, imported after the command was checked. It is called with
+            the config and the list of overrides, and returns the exit code.
     """
-    _or_exit(check_system)
-    from exact_resume.streams import make_streams_lossy
-    from exact_resume.workers import (
-        DUMP_STACKS_SIGNAL,  # only now, as other systems lack the signal
-    )
-
-    make_streams_lossy()
-    if (
-        signal.getsignal(DUMP_STACKS_SIGNAL) is signal.SIG_DFL
-    ):  # a question to all scripts, and not the end of them
-        faulthandler.register(DUMP_STACKS_SIGNAL, 2)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C before anything of a run exists: no traceback of imports
-    sys.argv[1:] = _or_exit(lambda: open_search_path(config, sys.argv[1:]))
-    args = _or_exit(lambda: arguments(config))
-    asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
-    if asks:
-        _or_exit(lambda: _prepare_answer(config, args))
-        answer = hydra.main(
-            version_base="1.3", config_path=str(config.parent), config_name=config.stem
-        )
+    with exit_on_usage_error():
+        check_system()
+        prepare_process()
+        sys.argv[1:] = prepare_words(config, sys.argv[1:])
+        args = parse_flags(config)
+        if args.asks:
+            sys.argv[1:] = words_for_hydra(config, args)
+        elif args.multirun:
+            sys.exit(run_sweep(config, args.overrides))
+        else:
+            cfg = compose_checked(config, args.overrides)
+    if args.asks:
+        folder = str(config.parent)
+        answer = hydra.main(version_base="1.3", config_path=folder, config_name=config.stem)
         return answer(lambda cfg: None)()
-    _or_exit(lambda: _refuse_flags(config, args))
-    if args.multirun:
-        sys.exit(_or_exit(lambda: open_sweep(config, args.overrides)))
-    cfg = _or_exit(lambda: compose_run(config, args.overrides))
     words = list(HydraConfig.get().overrides.task)
-    given = [word.split("=")[0] for word in args.overrides]
-    for group in (word.split("=")[0] for word in words):
-        if group not in given and (
-            key := next((key for key in given if key.startswith(f"{group}.")), None)
-        ):
-            print(
-                f"{group}={HydraConfig.get().runtime.choices[group]}, as {key} is given", flush=True
-            )
+    print_implied_options(args.overrides, words)
     module, function = task.split(":")
-    words = [*filter(is_place, args.overrides), *words]
+    words = [*filter(is_search_path, args.overrides), *words]
     sys.exit(getattr(importlib.import_module(module), function)(cfg, words))
 
 
-def open_search_path(config: Path, words: list[str]) -> list[str]:
-    """As of ``open_folders``; raises UsageError."""
-    with hydra_as_usage_error():
-        return open_folders(words, config)
+@contextmanager
+def exit_on_usage_error() -> Iterator[None]:
+    """End the process with a line and exit code 2 when the command cannot be run."""
+    try:
+        yield
+    except (UsageError, UnsupportedSystemError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
 
 
-def arguments(config: Path) -> Namespace:
-    """The flags and the words of this command; -m may stand anywhere.
+def prepare_process() -> None:
+    """Survive the end of a pipe's reader, and prepare for signals before a run exists."""
+    from exact_resume.streams import make_streams_lossy
+    from exact_resume.workers import DUMP_STACKS_SIGNAL  # which some systems lack
+
+    make_streams_lossy()
+    if signal.getsignal(DUMP_STACKS_SIGNAL) is signal.SIG_DFL:
+        faulthandler.register(DUMP_STACKS_SIGNAL, 2)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of imports
+
+
+def prepare_words(config: Path, words: list[str]) -> list[str]:
+    """Return ``words`` with today's keys and absolute config folders, which Hydra then knows.
 
     Raises:
-        UsageError: for a flag that Hydra does not have, such as ``--name=mine``.
+        UsageError: if a folder is not there.
     """
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # else --experiment would be --experimental-rerun
+    with hydra_as_usage_error():
+        return add_config_folders(rename_old_keys(words), config)
+
+
+def parse_flags(config: Path) -> Namespace:
+    """Parse ``sys.argv`` into Hydra's flags and ``overrides``; -m may stand anywhere.
+
+    ``asks`` is whether Hydra answers by itself: help, the config, or where it comes from.
+
+    Raises:
+        UsageError: for a flag that is refused, or that Hydra does not have, such as
+            ``--name=mine``.
+    """
+    parser = make_flag_parser()
 
     def error(message: str) -> NoReturn:
         raise UsageError(message)
 
     parser.error = error  # type: ignore[method-assign, assignment]
-    args, odd = parser.parse_known_intermixed_args()
-    if odd:
-        following = sys.argv[sys.argv.index(odd[0]) + 1 :]
-        value = (
-            following[0] if following and "=" not in following[0] and "=" not in odd[0] else "VALUE"
-        )
-        name = odd[0].lstrip("-")
-        word = name if "=" in name else f"{name}={value}"
-        try:
-            with hydra_as_usage_error(config):
-                resolve_words(config, [word])
-        except UsageError as mistake:
-            raise UsageError(f"{odd[0]}: keys are written without dashes. {mistake}") from None
-        raise UsageError(f"{odd[0]}: keys are written without dashes: {word}")
+    args, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        raise UsageError(_explain_unknown_flag(config, unknown[0]))
+    asks = args.help or args.hydra_help or args.info or args.cfg or args.shell_completion
+    args.asks = bool(asks)
+    for flag in REFUSED_FLAGS:
+        if getattr(args, flag) and not asks:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} is refused: configs are in {config.parent}, put yours "
+                f"there, or name their folder: hydra.searchpath=[file:///path]"
+            )
     return args
 
 
-def _prepare_answer(config: Path, args: Namespace) -> None:
-    """Leave in ``sys.argv`` what Hydra answers by itself: help, the composed config, or where it
-    comes from.
+def _explain_unknown_flag(config: Path, flag: str) -> str:
+    """Return which word to type instead of ``--key=value`` or ``--key value``."""
+    word = flag.lstrip("-")
+    if "=" not in word:
+        following = sys.argv[sys.argv.index(flag) + 1 :]
+        has_value = following and "=" not in following[0]
+        word = f"{word}={following[0] if has_value else 'VALUE'}"
+    message = f"{flag}: keys are written without dashes"
+    try:
+        with hydra_as_usage_error(config):
+            resolve_words(config, [word])
+    except UsageError as error:
+        return f"{message}. {error}"
+    return f"{message}: {word}"
+
+
+def words_for_hydra(config: Path, args: Namespace) -> list[str]:
+    """Return the words with which Hydra itself prints help, the config or where it comes from.
+
+    Raises:
+        UsageError: if they are mistaken, or belong to a sweep.
     """
     words = args.overrides
     if args.cfg or args.info:
@@ -135,59 +156,51 @@ def _prepare_answer(config: Path, args: Namespace) -> None:
         with hydra_as_usage_error(config):
             words = resolve_words(config, words)
     flags = [word for word in sys.argv[1:] if word not in (*args.overrides, "-m", "--multirun")]
-    sys.argv[1:] = [*flags, *words]
+    return [*flags, *words]
+
+
+def print_implied_options(given: list[str], words: list[str]) -> None:
+    """Print which option of a group was chosen because one of its keys was given."""
+    keys = [word.split("=")[0] for word in given]
+    for group in (word.split("=")[0] for word in words):
+        key = next((key for key in keys if key.startswith(f"{group}.")), None)
+        if key and group not in keys:
+            option = HydraConfig.get().runtime.choices[group]
+            print(f"{group}={option}, as {key} is given", flush=True)
 
 
 def compose_run(config: Path, words: list[str]) -> DictConfig:
-    """The checked config of one run. Hydra's own start is not used: it composes twice more, half a
-    second in all.
+    """Return the checked config of ``words``, as ``run_script`` would give it to its task.
 
     Raises:
-        UsageError: if it cannot be meant.
+        UsageError: if they are mistaken.
     """
-    cfg = compose_checked(config, words)
-    check_composed(cfg)
-    return cfg
+    return compose_checked(config, prepare_words(config, words))
 
 
-def open_sweep(config: Path, words: list[str]) -> int:
-    """Run every combination that ``words`` give values for; returns the worst exit code.
+def run_sweep(config: Path, words: list[str]) -> int:
+    """Run every combination that ``words`` give values for, and return the worst exit code.
 
     Raises:
-        UsageError: if one of them cannot be meant; none was started.
+        UsageError: if one of them is mistaken; none was started.
     """
-    from sturdy.cli.sweep import plan, sweep
+    from sturdy.cli.sweep import run_jobs
+    from sturdy.cli.sweep_plan import plan_jobs
 
-    jobs = plan(config, words)
+    jobs = plan_jobs(config, words)
     if not any(word.startswith(LAUNCHER) for word in words):
-        return sweep(sys.argv[0], jobs)
-    from sturdy.cli.slurm import launch
+        return run_jobs(sys.argv[0], jobs)
+    from sturdy.cli.slurm import launch_jobs
 
     with hydra_as_usage_error(config):
-        swept = [o.is_sweep_override() for o in parse_overrides(words, multirun=True)]
-        lasting = [word for word, is_swept in zip(words, swept, strict=True) if not is_swept]
-        launcher = [word for word in lasting if word.startswith(LAUNCHER)]
-        lasting = [
-            *launcher,
-            *resolve_words(config, [word for word in lasting if word not in launcher]),
+        overrides = parse_overrides(words, multirun=True)
+        fixed = [
+            word
+            for word, override in zip(words, overrides, strict=True)
+            if not override.is_sweep_override()
         ]
+        launcher = [word for word in fixed if word.startswith(LAUNCHER)]
+        others = [word for word in fixed if word not in launcher]
+        fixed = [*launcher, *resolve_words(config, others)]
     with hydra_as_usage_error():
-        return launch(config, lasting, sys.argv[0], jobs)
-
-
-def _refuse_flags(config: Path, args: Namespace) -> None:
-    for flag in ELSEWHERE:
-        if getattr(args, flag):
-            raise UsageError(
-                f"--{flag.replace('_', '-')} is refused: configs are in {config.parent}, put yours "
-                f"there, or name "
-                f"their folder: hydra.searchpath=[file:///path]"
-            )
-
-
-def _or_exit(action: Callable[[], T]) -> T:
-    try:
-        return action()
-    except (UsageError, UnsupportedSystemError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+        return launch_jobs(config, fixed, sys.argv[0], jobs)

@@ -1,8 +1,8 @@
-"""How the words of a command are read: free text arrives as it was typed.
+"""Quote free text in the words of a command, so that it arrives as it was typed.
 
 Hydra's grammar gives a meaning to ``,`` ``(`` ``[`` ``2024`` and ``null``, and refuses ``~`` and
-``é``; a folder's name may hold any of them. So text is quoted here, before Hydra reads it; words
-that are quoted already stay as they are.
+``é``; a folder's name may contain any of them. So text is quoted before Hydra reads it. Words that
+are quoted already stay as they are.
 """
 
 import os
@@ -17,34 +17,38 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar_parser import parse as parse_interpolation
 
+from sturdy.cli.hydra_internals import is_quoted
+from sturdy.cli.usage import UsageError
+
 # Keys whose value is a path; ``~`` is expanded in all of them.
-FOLDERS = ("*.root", "data_root")  # of images: a list gives several
-START = ("ckpt_path", "init_from", "guidance.guide")
-FILES = ("*.path", "*.directory", "*.out", "sample.image", "sample.mask")
-PATHS = (*FOLDERS, *START, *FILES, "paths.*", "data.cache")
+IMAGE_FOLDERS = ("*.root", "data_root")  # a list gives several
+PATHS = (
+    *IMAGE_FOLDERS,
+    *("ckpt_path", "init_from", "guidance.guide"),
+    *("*.path", "*.directory", "*.out", "sample.image", "sample.mask"),
+    *("paths.*", "data.cache"),
+)
 NAMES = ("name", "run")
 LABELS = ("sample.label",)  # a class by its name, or by its number
 TEXT = (*PATHS, *NAMES, *LABELS, "logger.*.project", "logger.*.entity", "logger.*.run_name")
 
 WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
-# One of several values: quoted, a list, or whatever has no comma.
+# One of several values: quoted, a list, or everything up to the next comma.
 VALUE = re.compile(rf"(?:\s*(?:{QUOTED}|\[[^\[\]]*\])\s*|[^,]*)(?:,|$)", re.DOTALL)
 
 
-class UsageError(Exception):
-    """The command cannot be meant like this; the message says what to do."""
-
-
-def among(key: str, patterns: Collection[str]) -> bool:
-    """Whether the dotted ``key`` fits one of ``patterns``."""
+def matches(key: str, patterns: Collection[str]) -> bool:
+    """Return whether the dotted ``key`` matches one of ``patterns``."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def readable(word: str, parser: OverridesParser, *, multirun: bool = False) -> str:
-    """Quote what is text in ``key=value``, so that Hydra reads it as it was typed.
+def quote_text(word: str, parser: OverridesParser, *, multirun: bool = False) -> str:
+    """Quote the text in ``key=value``.
 
     Args:
+        word: a word of the command.
+        parser: Hydra's, which decides what needs quotes.
         multirun: a comma outside quotes separates values.
 
     Raises:
@@ -52,37 +56,43 @@ def readable(word: str, parser: OverridesParser, *, multirun: bool = False) -> s
     """
     if word.startswith("~") or not (match := WORD.fullmatch(word)):
         return word
-    start, key, value = f"{match['sign']}{match['key']}=", match["key"], match["value"]
-    if not _read(f"{start}0", parser):
+    key, value = match["key"], match["value"]
+    start = f"{match['sign']}{key}="
+    if not _parse(f"{start}0", parser):
         raise UsageError(f"{word}: {key!r} is no key; write key=value, without spaces around the =")
-    if among(key, FOLDERS) and not multirun and (inner := re.fullmatch(r"\[([^\[\]]*)\]", value)):
-        return f"{start}[{','.join(_text(key, item.strip(), parser) for item in split(inner[1]))}]"
-    read = _read(word, parser)
-    if multirun and read and read.is_sweep_override() and re.match(r"[a-z]+\(", value):
-        return word  # such as choice(a,b)
-    values = split(value) if multirun else [value]
-    if among(key, TEXT):
-        return start + ",".join(_text(key, item, parser) for item in values)
-    return (
-        word
-        if read
-        else start + ",".join(i if _read(start + i, parser) else quoted(i) for i in values)
-    )
+    folders = re.fullmatch(r"\[([^\[\]]*)\]", value)
+    if folders and matches(key, IMAGE_FOLDERS) and not multirun:
+        items = [_quote_value(key, item.strip(), parser) for item in split_values(folders[1])]
+        return f"{start}[{','.join(items)}]"
+    override = _parse(word, parser)
+    is_function = re.match(r"[a-z]+\(", value)  # such as choice(a,b)
+    if multirun and is_function and override and override.is_sweep_override():
+        return word
+    values = split_values(value) if multirun else [value]
+    if matches(key, TEXT):
+        return start + ",".join(_quote_value(key, item, parser) for item in values)
+    if override:
+        return word
+    return start + ",".join(i if _parse(start + i, parser) else quote(i) for i in values)
 
 
-def split(text: str) -> list[str]:
-    """The values of ``a,'b,c',[d,e]``: three."""
-    found, at = [], 0
-    while at <= len(text):
-        match = VALUE.match(text, at)
-        assert match
-        found.append(match[0].removesuffix(","))
-        at = match.end() + (not match[0].endswith(","))
-    return found
+def split_values(text: str) -> list[str]:
+    """Split at the commas outside quotes and lists: ``a,'b,c',[d,e]`` holds three values."""
+    values = []
+    position = 0
+    while position <= len(text):
+        match = VALUE.match(text, position)
+        assert match, "the pattern matches any text"
+        values.append(match[0].removesuffix(","))
+        position = match.end() + (not match[0].endswith(","))
+    return values
 
 
-def quoted(text: str) -> str:
-    """``text`` as Hydra's grammar quotes it; ``${...}`` in it is filled in where it can be read."""
+def quote(text: str) -> str:
+    """Return ``text`` in the quotes of Hydra's grammar.
+
+    ``${...}`` stays an interpolation where OmegaConf can read it.
+    """
     if "${" in text:
         try:
             parse_interpolation(text)
@@ -91,17 +101,16 @@ def quoted(text: str) -> str:
     return str(QuotedString(text, Quote.single).with_quotes())
 
 
-def _text(key: str, value: str, parser: OverridesParser) -> str:
-    if value == "null" and not among(key, (*NAMES, "*.root")):
+def _quote_value(key: str, value: str, parser: OverridesParser) -> str:
+    if value == "null" and not matches(key, (*NAMES, "*.root")):
         return value
-    if among(key, LABELS) and re.fullmatch(r"0|-?[1-9][0-9]*", value):
+    if matches(key, LABELS) and re.fullmatch(r"0|-?[1-9][0-9]*", value):
         return value
-    read = _read(f"key={value}", parser)
-    return value if read and isinstance(read._value, QuotedString) else quoted(value)
+    override = _parse(f"key={value}", parser)
+    return value if override and is_quoted(override) else quote(value)
 
 
-def _read(word: str, parser: OverridesParser) -> Override | None:
-    """The override that Hydra reads in ``word``; None where it cannot."""
+def _parse(word: str, parser: OverridesParser) -> Override | None:
     try:
         return parser.parse_override(word)
     except HydraException:
@@ -109,12 +118,12 @@ def _read(word: str, parser: OverridesParser) -> Override | None:
 
 
 def expand_paths(cfg: DictConfig, keys: Iterable[str]) -> None:
-    """Put the home directory in the place of ``~`` in those of ``keys`` that are paths."""
+    """Replace ``~`` by the home directory in those of ``keys`` that are paths."""
     for key in keys:
-        if among(key, PATHS) or among(key.rpartition(".")[0], FOLDERS):
+        if matches(key, PATHS) or matches(key.rpartition(".")[0], IMAGE_FOLDERS):
             try:
                 value = OmegaConf.select(cfg, key, throw_on_missing=False)
             except OmegaConfBaseException:
-                continue  # what cannot be filled in is told where everything is
+                continue  # an interpolation that fails is reported by check_composed
             if isinstance(value, str) and value.startswith("~"):
                 OmegaConf.update(cfg, key, os.path.expanduser(value))

@@ -1,8 +1,7 @@
-"""Where options come from besides the project's own ``conf/``: from packages that bring a ``conf/``
-of their own.
+"""Find options outside the project's ``conf/``: in packages of users, which bring their own.
 
     hydra.searchpath=[pkg://mypackage.conf]    or [file:///path/conf], on the command line or in
-    conf/train.yaml
+                                               conf/train.yaml
     entry point of the group "sturdy.conf"     of an installed package: mypackage = "mypackage.conf"
 
 The project's own options come first. No package is imported to find its options.
@@ -14,83 +13,80 @@ from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
+from typing_extensions import override
 
-from sturdy.cli.signatures import located
+from sturdy.cli.quoting import quote
+from sturdy.cli.signatures import find_source
 
 KEY = "hydra.searchpath"
-GROUP = "sturdy.conf"  # of entry points
-FOLDERS: list[Path] = []  # of this process; Hydra makes its plugins itself and hands them nothing
+ENTRY_POINTS = "sturdy.conf"
+FOLDERS: list[Path] = []  # of this process: Hydra makes its plugins itself, without arguments
 
 
-class Folders(SearchPathPlugin):
+class ConfigFolders(SearchPathPlugin):
     """Adds ``FOLDERS`` to every search path that Hydra makes in this process."""
 
+    @override
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for folder in FOLDERS:
-            search_path.append(GROUP, f"file://{folder}")
+            search_path.append(ENTRY_POINTS, f"file://{folder}")
 
 
-def open_folders(words: list[str], config: Path | None = None) -> list[str]:
-    """Let Hydra find the options of the folders that ``words`` name, and of those that installed
-    packages announce.
+def add_config_folders(words: list[str], config: Path | None = None) -> list[str]:
+    """Let Hydra find options in the folders that ``words`` name and that packages announce.
 
     Args:
         words: of the command line.
-        config: the YAML file of the script, whose folders hold where ``words`` name none.
+        config: the YAML file of the script; the folders it names count if ``words`` name none.
 
     Returns:
-        ``words`` with each folder as an absolute path, so that they mean the same in every process.
+        ``words`` with absolute folders, so that they mean the same in every process.
 
     Raises:
         ValueError: if a folder is not there.
     """
     named: list[Path] = []
-    out = []
+    absolute_words = []
     for word in words:
-        if is_place(word):
-            folders = [_folder(str(place)) for place in _places(word)]
-            quoted = [
-                QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders
-            ]
-            word = f"{KEY}=[{','.join(quoted)}]"
+        if is_search_path(word):
+            folders = [_find_folder(str(place)) for place in _parse_places(word)]
+            word = f"{KEY}=[{','.join(quote(f'file://{folder}') for folder in folders)}]"
             named += folders
-        out.append(word)
+        absolute_words.append(word)
     if config and not named:
-        named = [
-            _folder(str(place)) for place in OmegaConf.select(OmegaConf.load(config), KEY) or ()
-        ]
-    FOLDERS[:] = [*named, *(folder for folder in announced() if folder not in named)]
-    Plugins.instance().register(Folders)
-    return out
+        places = OmegaConf.select(OmegaConf.load(config), KEY) or ()
+        named = [_find_folder(str(place)) for place in places]
+    FOLDERS[:] = [*named, *(folder for folder in _announced_folders() if folder not in named)]
+    Plugins.instance().register(ConfigFolders)
+    return absolute_words
 
 
-def announced() -> list[Path]:
-    """The folders that installed packages announce; one that is not there costs a line and nothing
-    else.
-    """
-    found = []
-    for point in entry_points(group=GROUP):
-        if (folder := located(point.value)) and folder.is_dir():
-            found.append(folder)
-        else:
-            print(
-                f"warning: a package announces {GROUP} {point.name} = {point.value}, not there",
-                file=sys.stderr,
-            )
-    return found
-
-
-def is_place(word: str) -> bool:
-    """Whether a word of the command line is ``hydra.searchpath=...``."""
+def is_search_path(word: str) -> bool:
+    """Return whether a word of the command line is ``hydra.searchpath=...``."""
     return word.lstrip("+").startswith(f"{KEY}=")
 
 
-def _places(word: str) -> list[object]:
+def _announced_folders() -> list[Path]:
+    """Return the folders that installed packages announce; warn of one that is not there."""
+    folders = []
+    for point in entry_points(group=ENTRY_POINTS):
+        folder = find_source(point.value)
+        if folder and folder.is_dir():
+            folders.append(folder)
+        else:
+            print(
+                f"warning: a package announces {ENTRY_POINTS} {point.name} = {point.value}, which "
+                f"is not there",
+                file=sys.stderr,
+            )
+    return folders
+
+
+def _parse_places(word: str) -> list[object]:
     try:
         value = OverridesParser.create().parse_override(word).value()
     except HydraException as error:
@@ -103,15 +99,13 @@ def _places(word: str) -> list[object]:
     return value
 
 
-def _folder(place: str) -> Path:
+def _find_folder(place: str) -> Path:
     if place.startswith("pkg://"):
-        folder = located(place.removeprefix("pkg://").replace("/", "."))
+        folder = find_source(place.removeprefix("pkg://").replace("/", "."))
         missing = "there is no such package: install it, or add the folder it lies in to PYTHONPATH"
     else:
-        folder, missing = (
-            Path(place.removeprefix("file://")).expanduser().absolute(),
-            "there is no such folder",
-        )
+        folder = Path(place.removeprefix("file://")).expanduser().absolute()
+        missing = "there is no such folder"
     if folder is None or not folder.is_dir():
         raise ValueError(f"{KEY}=[{place}]: {missing}")
     return folder

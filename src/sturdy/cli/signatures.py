@@ -1,7 +1,8 @@
-"""Which arguments a config's ``_target_`` takes, read from its source and not by importing it.
+"""Read which arguments a config's ``_target_`` takes, from its source and without importing it.
 
-Importing Lightning or torch takes seconds; a mistyped key must not. Packages of one's own are read
-like ours, wherever ``sys.path`` has them. Where the source does not tell, nothing is said.
+Importing Lightning or torch takes seconds; the answer to a mistyped key must not. Packages of users
+are read like ours, wherever ``sys.path`` has them. Where the source does not tell, nothing is
+checked.
 """
 
 import ast
@@ -12,62 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from sturdy.keys import NON_TRAINER_KEYS
+
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-NON_TRAINER_KEYS = {
-    "trainer.threads",
-    "trainer.compile",
-}  # read by the door's task, not handed to the Trainer
-DEPTH = (
-    20  # imports and base classes that are followed: two modules may import a name from each other
-)
-
-
-def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str, list[str]]]:
-    """Yield (dotted key, target, argument, arguments it takes) for each argument that a target does
-    not take.
-    """
-    if not isinstance(config, dict | list):
-        return
-    items = config.items() if isinstance(config, dict) else enumerate(config)
-    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
-        known = arguments(config["_target_"])
-        for name in config.keys() - HYDRA_KEYS:
-            if (
-                known is not None
-                and name not in known
-                and f"{prefix}{name}" not in NON_TRAINER_KEYS
-            ):
-                yield f"{prefix}{name}", config["_target_"], name, sorted(known)
-    for key, value in items:
-        yield from unknown_arguments(value, f"{prefix}{key}.")
-
-
 FILLED_AT_FIRST_START = {"data.shards"}  # null until the first start decides it
-NON_TRAINER_KEYS = {
-    "trainer.threads",
-    "trainer.compile",
-}  # read by the door's task, not handed to the Trainer
-
-
-def unfit_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield (dotted key, value, annotation) for each value that is not of the type its argument is
-    annotated with.
-    """
-    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
-        known = arguments(config["_target_"]) or {}
-        for name in config.keys() & known.keys():
-            path, value = f"{prefix}{name}", config[name]
-            if (
-                known[name]
-                and not _is_a(value, known[name])
-                and not (value is None and path in FILLED_AT_FIRST_START)
-            ):
-                yield path, value, known[name]
-    if isinstance(config, dict | list):
-        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-            yield from unfit_arguments(value, f"{prefix}{key}.")
-
-
+MAX_DEPTH = 20  # imports and base classes that are followed: two modules may import each other
 KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -78,43 +28,88 @@ KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def in_words(annotation: str) -> str:
-    """What an annotation of plain kinds asks for."""
+def unknown_arguments(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield the arguments that their target does not take.
+
+    Yields:
+        (dotted key, target, argument, arguments that the target takes).
+    """
+    for path, node in _nodes_with_target(config, prefix):
+        known = arguments(node["_target_"])
+        if known is None:
+            continue
+        for name in node.keys() - HYDRA_KEYS - known.keys():
+            if path + name not in NON_TRAINER_KEYS:
+                yield path + name, node["_target_"], name, sorted(known)
+
+
+def misfit_values(config: Any) -> Iterator[tuple[str, Any, str]]:
+    """Yield the values that are not of the type of their argument; Lightning checks its own.
+
+    Yields:
+        (dotted key, value, annotation of the argument).
+    """
+    for path, node in _nodes_with_target(config):
+        if path == "trainer.":
+            continue
+        known = arguments(node["_target_"]) or {}
+        for name in node.keys() & known.keys():
+            key, value, annotation = path + name, node[name], known[name]
+            is_filled_later = value is None and key in FILLED_AT_FIRST_START
+            if annotation and not is_filled_later and not _is_a(value, annotation):
+                yield key, value, annotation
+
+
+def _nodes_with_target(config: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each dict with a ``_target_``, and the beginning of its keys, such as ``data.``."""
+    if isinstance(config, dict) and isinstance(config.get("_target_"), str):
+        yield prefix, config
+    if isinstance(config, dict | list):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from _nodes_with_target(value, f"{prefix}{key}.")
+
+
+def describe_annotation(annotation: str) -> str:
+    """Return what an annotation asks for, in words."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "None": "null"}
     if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
-        return f"a list, each item {in_words(items[1])}"
-    return " or ".join(
-        dict.fromkeys(words.get(kind.strip(), "a text") for kind in annotation.split("|"))
-    )
+        return f"a list, each item {describe_annotation(items[1])}"
+    kinds = [words.get(kind.strip(), "a text") for kind in annotation.split("|")]
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def _is_a(value: Any, annotation: str) -> bool:
-    """Whether ``value`` fits ``annotation``; True where that is not of plain kinds alone, such as a
-    class's.
-    """
+    """Return whether ``value`` is of the type; True for types that are not in ``KINDS``."""
     if items := re.fullmatch(r"(?:Sequence|list)\[(\w+)\]", annotation):
         return isinstance(value, list) and all(_is_a(item, items[1]) for item in value)
     kinds = [kind.strip() for kind in annotation.split("|")]
     if not all(kind in KINDS for kind in kinds):
         return True
-    taken = tuple(kind for name in kinds for kind in KINDS[name])
-    return isinstance(value, taken) and (not isinstance(value, bool) or "bool" in kinds)
+    types = tuple(kind for name in kinds for kind in KINDS[name])
+    return isinstance(value, types) and (not isinstance(value, bool) or "bool" in kinds)
 
 
-def arguments(target: str, depth: int = DEPTH) -> dict[str, str] | None:
-    """The annotation of each argument of the class or function ``target``; None where its source
-    does not tell.
+def arguments(target: str, depth: int = MAX_DEPTH) -> dict[str, str] | None:
+    """Return the annotation of each argument of a class or function.
+
+    Args:
+        target: its dotted name.
+        depth: how many imports and base classes are followed.
+
+    Returns:
+        Annotations by name, empty where there is none; None where the source does not tell.
     """
     module, _, name = target.rpartition(".")
-    file = located(module)
+    file = find_source(module)
     if file and file.is_dir():
         file /= "__init__.py"
-    return _in_file(file, name, depth) if file else None
+    return _arguments_in_file(file, name, depth) if file else None
 
 
-def located(module: str) -> Path | None:
-    """The folder of a package or the ``.py`` file of a module, found without importing it; None if
-    there is none.
+def find_source(module: str) -> Path | None:
+    """Return the folder of a package or the ``.py`` file of a module; None if there is none.
+
+    Nothing is imported.
     """
     package, *rest = module.split(".")
     try:
@@ -124,22 +119,23 @@ def located(module: str) -> Path | None:
     if spec is None:
         return None
     if not spec.submodule_search_locations:
-        return (
-            Path(spec.origin) if spec.origin and spec.origin.endswith(".py") and not rest else None
-        )
-    for place in spec.submodule_search_locations:  # several of a namespace package
-        path = Path(place).joinpath(*rest)
+        is_source = spec.origin and spec.origin.endswith(".py") and not rest
+        return Path(spec.origin) if is_source and spec.origin else None
+    for location in spec.submodule_search_locations:  # a namespace package has several
+        path = Path(location).joinpath(*rest)
+        file = path.with_name(f"{path.name}.py")
         if path.is_dir():
             return path
-        if path.with_name(f"{path.name}.py").is_file():
-            return path.with_name(f"{path.name}.py")
+        if file.is_file():
+            return file
     return None
 
 
 @lru_cache
 def _definitions(file: Path) -> dict[str, ast.stmt]:
-    """What a module defines or imports, by name; of a name that is bound twice, the later. Empty if
-    it is not read.
+    """Return the statements that define or import each name of a module; {} if it is unreadable.
+
+    Of a name that is bound twice, the later statement counts.
     """
     try:
         tree = ast.parse(file.read_bytes())
@@ -166,7 +162,7 @@ def _definitions(file: Path) -> dict[str, ast.stmt]:
     return found
 
 
-def _in_file(file: Path, name: str, depth: int) -> dict[str, str] | None:
+def _arguments_in_file(file: Path, name: str, depth: int) -> dict[str, str] | None:
     node = _definitions(file).get(name)
     if isinstance(node, ast.FunctionDef):
         return None if node.decorator_list else _parameters(node)
@@ -178,7 +174,7 @@ def _in_file(file: Path, name: str, depth: int) -> dict[str, str] | None:
             return arguments(f"{node.module}.{real}", depth - 1)
         folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
         inner = folder / "__init__.py" if folder.is_dir() else folder.with_name(f"{folder.name}.py")
-        return _in_file(inner, real, depth - 1)
+        return _arguments_in_file(inner, real, depth - 1)
     return None
 
 
@@ -189,13 +185,15 @@ def _init_parameters(file: Path, node: ast.ClassDef, depth: int) -> dict[str, st
     if node.decorator_list or "__new__" in methods or node.keywords or len(node.bases) != 1:
         return None  # a decorator may write an __init__
     base = node.bases[0]
-    return _in_file(file, base.id, depth - 1) if depth and isinstance(base, ast.Name) else None
+    return (
+        _arguments_in_file(file, base.id, depth - 1)
+        if depth and isinstance(base, ast.Name)
+        else None
+    )
 
 
 def _parameters(node: ast.FunctionDef, skip: int = 0) -> dict[str, str] | None:
-    """The annotation of each name that may be given as a keyword, without the first ``skip``; None
-    where any may.
-    """
+    """Return the annotation of each keyword, without the first ``skip``; None if any is taken."""
     if node.args.kwarg:
         return None
     in_order = [*node.args.posonlyargs, *node.args.args][skip:]

@@ -54,9 +54,11 @@ PROGRAMS = {
 script=${@: -1}
 n=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' $script)
 cp $script $here/7.sh
-export SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS_PER_NODE=1 SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1
+export SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_NTASKS_PER_NODE=1
+export SLURM_JOB_NUM_NODES=1 SLURM_NNODES=1
 export SLURM_JOB_NAME=test
-export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=localhost SLURM_NODELIST=localhost
+export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+export SLURM_JOB_NODELIST=localhost SLURM_NODELIST=localhost
 export SLURM_JOB_ID=7
 if [ -z "$n" ]; then
     setsid $here/batch 7 < /dev/null > $here/output 2>&1 &
@@ -90,7 +92,9 @@ exec "$@" >> ${output:-$here/output} 2>&1
 """,
     # The job ends, and begins anew.
     "scontrol": """
-setsid bash -c 'while kill -0 $(cat $0/pid.$1) 2> /dev/null; do sleep 0.05; done; rm $0/exit.$1; exec $0/batch $1' \\
+setsid bash -c 'while kill -0 $(cat $0/pid.$1) 2> /dev/null; do sleep 0.05; done
+    rm $0/exit.$1
+    exec $0/batch $1' \\
     $here $2 < /dev/null > /dev/null 2>&1 &
 """,
     # Asked for an array, it tells of each of its elements.

@@ -12,14 +12,16 @@ import pytest
 import mini
 import striking
 from runs import ROOT, command, differences, train
-from sturdy.cli.overrides import UsageError, compose_checked
-from sturdy.cli.sweep import Job, label, plan, report
+from sturdy.cli.overrides import compose_checked
+from sturdy.cli.sweep import collect_summaries, report
+from sturdy.cli.sweep_plan import Job, make_label, plan_jobs
+from sturdy.cli.usage import UsageError
 
 TRAIN = ROOT / "conf" / "train.yaml"
 
 
 def names(*words):
-    return [job.name for job in plan(TRAIN, list(words))]
+    return [job.name for job in plan_jobs(TRAIN, list(words))]
 
 
 def test_a_run_is_named_after_what_is_swept_and_nothing_else():
@@ -43,7 +45,7 @@ def test_a_jobs_words_are_the_command_of_a_single_run():
         "backbone.multipliers=[1,2],[1,2,4]",
         "hydra/launcher=basic",
     ]
-    for job in plan(TRAIN, words):
+    for job in plan_jobs(TRAIN, words):
         cfg = compose_checked(TRAIN, job.words)
         assert cfg.name == job.name
         assert cfg.data.root in ("/a b/c", "/d")
@@ -70,13 +72,13 @@ def test_any_value_makes_a_directory_of_its_own():
         "",
         "null",
     ]
-    labels = [label({"data.root": value}) for value in values]
+    labels = [make_label({"data.root": value}) for value in values]
     assert len({text.lower() for text in labels}) == len(values)
     for text in labels:
         assert len(text) < 200
         assert set(text) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-+_")
         assert text.startswith("data.root-")
-    assert label({"a": "1", "+b": "2"}) == label({"b": "2", "a": "1"}) == "a-1+b-2"
+    assert make_label({"a": "1", "+b": "2"}) == make_label({"b": "2", "a": "1"}) == "a-1+b-2"
 
 
 MISTAKES = {
@@ -85,7 +87,9 @@ MISTAKES = {
     "sampler=heun,heum": "sampler-heum: sampler=heum: there is no such sampler. Did you mean heun?",
     "data.batch_size=8,many": "data.batch_size is a whole number like 64, not a word",
     "data=cars,folder": "data-folder: data.root must be given: data.root=...",
-    "trainer.max_epochs=3,4": "trainer.max_epochs is refused: training counts steps: use trainer.max_steps",
+    "trainer.max_epochs=3,4": (
+        "trainer.max_epochs is refused: training counts steps: use trainer.max_steps"
+    ),
     "+backbone.widht=3,4": "takes no 'widht'. Did you mean width?",
     "seed=interval(0,1)": "a sweep goes through values; give them, as in seed=1,2,3",
     "sampler=glob(q*)": "no values to sweep through",
@@ -98,14 +102,14 @@ MISTAKES = {
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistakes_are_answered_before_anything_starts(words):
     with pytest.raises(UsageError) as mistake:
-        plan(TRAIN, words.split())
+        plan_jobs(TRAIN, words.split())
     assert MISTAKES[words] in str(mistake.value)
 
 
 def test_without_submitit_the_launcher_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UsageError, match=r"pip install 'sturdy-diffusion\[slurm\]'"):
-        plan(TRAIN, ["hydra/launcher=slurm", "seed=0,1"])
+        plan_jobs(TRAIN, ["hydra/launcher=slurm", "seed=0,1"])
 
 
 ALONE = {
@@ -171,13 +175,42 @@ def test_the_table_says_how_good_each_became(tmp_path, capsys):
     for job, rows in zip(
         jobs, ("2,0.5,0.9\n4,0.4,0.7\n6,0.4,0.8\n", "2,0.5,0.5\n3,0.4,\n"), strict=False
     ):
-        job.record.write_text("step,train/loss,val/loss\n" + rows)
+        job.metrics.write_text("step,train/loss,val/loss\n" + rows)
     assert report({"a": 0, "b": 75, "c": None}, jobs) == 75
     said = capsys.readouterr().out
     assert "a  finished            best val/loss 0.7000 at step 4" in said
     assert "b  stopped, and saved  best val/loss 0.5000 at step 2" in said
     assert "c  not started\n" in said
     assert "best val/loss of 2: mean 0.6000, standard deviation 0.1414" in said
+
+
+def test_a_sweep_of_evaluate_prints_one_table_of_what_its_jobs_measured(tmp):
+    """The little script stands for evaluate.py, whose config has the key and which has no name."""
+    config = tmp / "conf" / "train.yaml"
+    config.write_text(
+        config.read_text().replace("name: mini", "run: mini\nevaluate: {summary: null}\nsteps: 1")
+    )
+    code, said, _ = run(tmp, "run=cars", "steps=8,15", "end=0,1")
+    assert code == 1
+    assert (
+        """
+steps  end  fid   note
+8      0    0.75  cars
+8      1    -     cars
+15     0    0.4   cars
+15     1    -     cars
+"""
+        in said
+    )
+    assert {path.name for path in (tmp / "runs").iterdir()} == {"cars"}, "summaries are deleted"
+
+
+def test_a_job_that_wrote_no_summary_has_no_row(tmp_path):
+    jobs = [Job(f"n-{n}", [], swept={"n": n}, summary=tmp_path / "s" / f"{n}.json") for n in "123"]
+    jobs[0].summary.parent.mkdir()
+    jobs[1].summary.write_text('{"fid": 1.5}')
+    assert collect_summaries(jobs) == [["n", "fid"], ["2", "1.5"]]
+    assert collect_summaries(jobs) == []
 
 
 def test_a_mistake_starts_nothing(tmp):

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from runs import ROOT
 from sturdy.cli.main import UsageError, compose_run
 from sturdy.cli.overrides import flatten
-from sturdy.cli.quoting import readable, split
-from sturdy.cli.sweep import plan
+from sturdy.cli.quoting import quote_text, split_values
+from sturdy.cli.sweep_plan import plan_jobs
 from sturdy.errors import ConfigError
 from sturdy.training.settings import check_settings, local_world_size
 
@@ -111,9 +111,9 @@ def test_any_text_composes_to_itself():
             or (text[:1] in ("'", '"') and text[-1:] == text[:1])
         ):
             continue
-        word = readable(f"name={text}", parser)
+        word = quote_text(f"name={text}", parser)
         assert OmegaConf.create({"name": parser.parse_override(word).value()}).name == text, word
-        assert readable(word, parser) == word  # a job of a sweep reads it again
+        assert quote_text(word, parser) == word  # a job of a sweep reads it again
 
 
 def test_control_hydra_alone_does_not_read_them():
@@ -170,14 +170,14 @@ def test_paths_made_of_others_have_it_too():
 
 
 def test_a_sweep_parts_values_at_commas_outside_quotes():
-    jobs = plan(
+    jobs = plan_jobs(
         ROOT / "conf" / "train.yaml", ["data=folder", "data.root=/a (1),'/b,c',~/é", "name=2024"]
     )
     roots = [composed("train", *job.words).data.root for job in jobs]
     assert roots == ["/a (1)", "/b,c", os.path.expanduser("~/é")]
     assert all(job.name.startswith("2024/data.root-") for job in jobs)
-    assert split("a,'b,c',[d,e],") == ["a", "'b,c'", "[d,e]", ""]
-    assert split("it's,b's") == ["it's", "b's"]
+    assert split_values("a,'b,c',[d,e],") == ["a", "'b,c'", "[d,e]", ""]
+    assert split_values("it's,b's") == ["it's", "b's"]
 
 
 def test_a_key_that_an_option_demands_chooses_it():
@@ -247,7 +247,9 @@ MISTAKES = {
     "data.root": "write data.root=VALUE",
     "mine": "write key=value, such as name=mine",
     "é=1": "'é' is no key",
-    "data.image_size=[16,24]": "data.image_size is a whole number like 32, not a list; images are square",
+    "data.image_size=[16,24]": (
+        "data.image_size is a whole number like 32, not a list; images are square"
+    ),
     "data.batch_size=true": "data.batch_size is a whole number like 64, not true",
     "trainer.compile=yes": "trainer.compile is true or false",
     "optimizer.lr=nan": "optimizer.lr is a number like 0.001, not nan",
@@ -255,8 +257,12 @@ MISTAKES = {
     "data.batch_size=null": "data.batch_size=null must be a whole number",
     "seed=null": "seed=null must be a whole number",
     "backbone.dropout=null": "backbone.dropout=null must be a number",
-    "backbone.multipliers=[1,x]": "backbone.multipliers=[1, 'x'] must be a list, each item a whole number",
-    "callbacks.early_stopping.patience=x": "callbacks.early_stopping.patience=x must be a whole number or null",
+    "backbone.multipliers=[1,x]": (
+        "backbone.multipliers=[1, 'x'] must be a list, each item a whole number"
+    ),
+    "callbacks.early_stopping.patience=x": (
+        "callbacks.early_stopping.patience=x must be a whole number or null"
+    ),
     "trainer.devices=0,1": "choose among GPUs with CUDA_VISIBLE_DEVICES",
     "seed=1,2": "for a run with each value add -m",
 }
