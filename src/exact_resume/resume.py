@@ -27,8 +27,8 @@ from exact_resume.checkpoint.store import (
     Store,
     load_state,
     read_checkpoint,
-    verify_checkpoint,
     step_dirname,
+    verify_checkpoint,
 )
 from exact_resume.files import atomic_write
 from exact_resume.fingerprint import DATA_CHANGED, Fingerprint, Guarantee, compare
@@ -122,7 +122,8 @@ def read_resume_point(run: Path, ckpt_path: str | int | None) -> tuple[ResumePoi
     store = Store(run / "checkpoints")
     if ckpt_path in ("last", "auto", "best"):
         found = store.first_valid(
-            lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1], read_checkpoint
+            lambda: _ranked(run, store) if ckpt_path == "best" else store.steps()[::-1],
+            read_checkpoint,
         )
         if found is None:
             raise ResumeRefusedError(_nothing(store, str(ckpt_path)))
