@@ -144,8 +144,13 @@ def _describe_resume(step: int, manifest: Mapping[str, Any]) -> str:
     stack = describe_stack()
     if "gradients" in then["stack"]:  # it depends on the processes, which are not running here
         stack["gradients"] = then["stack"]["gradients"]
-    # Hash the modules of the checkpoint again, and none that they import today.
-    code = code_hashes(then.get("code", ()), leave_out=["*"])
+    # Hash the modules of the checkpoint again, and none that they import today. The script of the
+    # run cannot be found from here, and is taken as unchanged, too.
+    stored_code = then.get("code", {})
+    modules = [name for name in stored_code if name != "__main__"]
+    code = code_hashes(modules, leave_out=["*"])
+    if "__main__" in stored_code:
+        code["__main__"] = stored_code["__main__"]
     now = Fingerprint(dict(config), then["data"], code, stack)
     guarantee = compare_fingerprints(then, now, Rules())
     reasons = "; ".join(guarantee.reasons[:MAX_REASONS])

@@ -103,6 +103,8 @@ def test_an_interrupted_run(run, capsys):
 
 
 def test_in_a_pipe_it_is_plain_text(run):
+    then = fingerprint(CONFIG, "digest").as_dict() | {"code": {"__main__": "of the run's script"}}
+    seal(run, 9, fingerprint=then)
     command = [sys.executable, "-m", "exact_resume", "status", "runs/a"]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT / "src"),
@@ -114,6 +116,7 @@ def test_in_a_pipe_it_is_plain_text(run):
     assert done.stdout.isascii()
     assert b"\x1b" not in done.stdout
     assert len(done.stdout.splitlines()) == 5
+    assert b"resume from step 9, bitwise" in done.stdout
 
 
 def threads():

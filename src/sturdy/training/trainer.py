@@ -35,8 +35,8 @@ from exact_resume.run import Run
 from exact_resume.signals import Preemption
 from exact_resume.supervisor import is_launched
 from exact_resume.system import available_cpus
-from sturdy.keys import NON_TRAINER_KEYS
 from sturdy.errors import ConfigError, as_config_error
+from sturdy.keys import NON_TRAINER_KEYS
 from sturdy.training import optim, strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.progress import Progress
