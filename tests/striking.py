@@ -1,6 +1,4 @@
-"""A callback that lets a signal come from outside at a step's end: it asks for it, and waits until
-it is there.
-"""
+"""A callback that has a signal arrive from outside at the end of a step, and waits for it."""
 
 import os
 import signal
@@ -10,8 +8,9 @@ import lightning as L
 
 
 class Strike(L.Callback):
-    """At the end of ``step``, if ``own`` is ``wanted``, whoever started this process gets
-    ``number``, and tells it.
+    """Sends ``number`` to the parent at the end of ``step``, if ``own`` is ``wanted``.
+
+    The parent (a supervisor or a sweep) forwards it to this process.
     """
 
     def __init__(self, number: str, step: int, wanted: int, own: int) -> None:
@@ -19,21 +18,22 @@ class Strike(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_step == self.step and self.wanted and trainer.is_global_zero:
-            heard, before = [], signal.getsignal(self.number)
+            received = []
+            before = signal.getsignal(self.number)
 
-            def hear(number, frame):
-                heard.append(number)
+            def note(number, frame):
+                received.append(number)
                 before(number, frame)
 
-            signal.signal(self.number, hear)
+            signal.signal(self.number, note)
             os.kill(os.getppid(), self.number)
-            while not heard:
+            while not received:
                 time.sleep(0.01)
             signal.signal(self.number, before)
 
 
 def words(number: str, step: int, key: str, value: int) -> list[str]:
-    """Overrides of train.py that add it, for where ``key`` is ``value``."""
+    """Return the overrides of train.py that add it, to strike where ``key`` is ``value``."""
     arguments = {
         "_target_": "striking.Strike",
         "number": number,

@@ -1,8 +1,6 @@
-"""Several real processes of one run, forked from this one, so that each costs no imports: started,
-killed, awaited.
+"""Several real processes of one run, forked from this one, so that none has to import anything.
 
-They are told their ranks as by a launcher, and differ from the processes of ``trainer.devices=N``
-in nothing else.
+They get their ranks as from a launcher, and are otherwise like those of ``trainer.devices=N``.
 """
 
 import os
@@ -25,9 +23,7 @@ SHARDED, SHARDED_UNET = ([*base, "data.shards=4", "reduction=tree"] for base in 
 
 
 class World:
-    """``n`` processes that train ``name`` under ``tmp``; what they print is in
-    ``tmp/name-RANK.out``.
-    """
+    """``n`` processes that train ``name`` under ``tmp`` and print to ``tmp/name-RANK.out``."""
 
     def __init__(
         self,
@@ -75,9 +71,7 @@ class World:
                 os._exit(code)
 
     def until(self, step: int) -> "World":
-        """Return when ``step`` is in the record, and a checkpoint of this world on the disk,
-        however slow that is.
-        """
+        """Wait until ``step`` is in the record, and a checkpoint of this world on the disk."""
         metrics = self.home / "metrics.csv"
         while set(self.store.steps()) <= self.older or not (
             metrics.exists()
@@ -99,7 +93,7 @@ class World:
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
 
     def output(self, rank: int | None = None) -> str:
-        """What was printed, by one rank or by all."""
+        """Return the output of one rank or of all."""
         return "".join(
             o.read_text() for i, o in enumerate(self.outputs) if rank in (None, i) and o.exists()
         )
@@ -114,9 +108,7 @@ def finish(tmp: Path, name: str, n: int, *overrides: str, **how) -> World:
 
 
 def ledger(tmp: Path, name: str) -> Callable[[int], None]:
-    """A ``first`` of ``World`` that notes what each process draws for training; read it with
-    ``entries``.
-    """
+    """Return a ``first`` of ``World`` that notes all draws for training; ``entries`` reads them."""
 
     def keep(rank: int) -> None:
         import sturdy.training.module as module
@@ -145,8 +137,9 @@ def ledger(tmp: Path, name: str) -> Callable[[int], None]:
 
 
 def entries(tmp: Path, name: str) -> list[str]:
-    """Each step, position, purpose and hash that any process of ``name`` has noted, once; of a cut
-    line nothing.
+    """Return each step, position, purpose and hash that a process of ``name`` has noted, once.
+
+    A line that a kill has cut is left out.
     """
     lines = {
         line
