@@ -63,6 +63,7 @@ def test_every_image_once_an_epoch_and_the_held_out_never(tmp_path):
     assert labels.tolist() == [i % 2 for i in seen[:18]]
 
 
+@pytest.mark.processes  # data workers
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_workers_and_the_step_of_entry_change_nothing(photos, tmp_path, crop):
     def stream(step, seed=0, **options):

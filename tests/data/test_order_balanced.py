@@ -75,6 +75,7 @@ def test_far_away_it_costs_nothing():
     assert np.bincount(LABELS[order(np.arange(far, far + 102))])[[0, 1, 3]].tolist() == [34, 34, 34]
 
 
+@pytest.mark.processes  # data workers
 def test_training_is_balanced_and_the_prior_is_natural(tmp_path):
     data = opened(tmp_path, Rare(80), balance=1.0, batch_size=16, holdout=0.25)
     labels = np.concatenate([batch.label.numpy() for batch in batches(data, 30)])  # 8 epochs of 60
