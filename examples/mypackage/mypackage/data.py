@@ -21,7 +21,7 @@ class Table:
         self.root, self.size = Path(root).expanduser().absolute(), size
         table = self.root / "labels.csv"
         if not table.is_file():
-            raise ValueError(f"data.source.root={root} has no labels.csv")
+            raise ValueError(f"root={root} has no labels.csv")
         with table.open(newline="") as file:
             self.rows = [(name, label) for name, label in csv.reader(file)]
         self.classes = tuple(sorted({label for _, label in self.rows}))

@@ -127,9 +127,12 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
         distributed.world_size(),
         cfg.trainer.limit_val_batches,
     )
-    data.open(begun)
+    with as_config_error("data", cfg.data):
+        data.open(begun)
     cfg.classes = list(data.classes)
-    cfg.num_classes, cfg.num_conditions, cfg.prior = len(data.classes), data.conditions, data.prior
+    cfg.num_classes = len(data.classes)
+    cfg.num_conditions = data.augmentation_size
+    cfg.prior = data.prior
     return data
 
 
@@ -195,7 +198,7 @@ def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tenso
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     positions = np.arange(data.held_out, min(data.held_out + encoder.most, len(data.cache)))
     batch = images[positions]
-    first = images.split(np.arange(8)).tolist()  # tells folds apart
+    first = images.split.indices(np.arange(8)).tolist()  # tells folds apart
     known = (data.digest, data.image_size, len(positions), data.held_out, first)
     tell = ProgressPrinter("the encoder of alignment")
     encoder.prepare(

@@ -48,7 +48,7 @@ from exact_resume.resume import (
 from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkipLog, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
-from sturdy.errors import ConfigError, as_config_error
+from sturdy.errors import ConfigError, add_key, as_config_error
 from sturdy.training.build import build_module
 from sturdy.training.ema_snapshots import path_of
 from sturdy.training.fingerprint import run_fingerprint
@@ -355,14 +355,14 @@ def start_or_resume(
     configure_logging(attempt, distributed.rank())
     if distributed.rank() == 0:
         describe_attempt(attempt, config, overrides, now)
-        for line in data.understood():
-            log.info(line)
+        for line in data.summary_lines():
+            log.info(add_key(line, "data", cfg.data))
         if report := data.cache.report():
             log.warning(report)
         log.info(banner(cfg, data, entry, guarantee))
         for line in (
             *(f"the configuration was edited: {line}" for line in start.edited),
-            *data.notes,
+            *(add_key(note, "data", cfg.data) for note in data.notes),
         ):
             log.warning(line)
 
