@@ -106,7 +106,7 @@ def test_manifest_is_plain_json(tmp_path):
     cache = open_cache(Noise(9, broken=4), root=tmp_path, max_broken=0.5)
     manifest = json.loads((cache.path / "manifest.json").read_text())
     assert manifest["classes"] == ["even", "odd"]
-    assert (manifest["n"], manifest["shape"]) == (6, [3, 8, 8])
+    assert (manifest["n"], manifest["channels"], manifest["dtype"]) == (6, 3, "uint8")
     assert manifest["quarantine"] == [[f"noise {k}", "on purpose"] for k in (0, 4, 8)]
     assert manifest["digest"] == cache.digest
 

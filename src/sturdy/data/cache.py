@@ -52,7 +52,6 @@ class Cache:
         dtype: NumPy type of the images.
         labels: ``(n,)``, int64.
         shapes: height and width of each image, ``(n, 2)``, int64.
-        uniform: whether all images have the same shape.
         digest: of images, labels and classes.
         digest_with_contents: of these and ``contents``; ``None`` in a cache of an older version.
         contents: a hash of the content of each image, ``(n,)``, uint64; ``None`` in a cache of an
@@ -90,7 +89,6 @@ class Cache:
         self.shapes.flags.writeable = False
         self._pixels = memory.view(np.ndarray)
         self._ends = np.concatenate([[0], np.cumsum(self.channels * self.shapes.prod(axis=1))])
-        self.uniform = bool((self.shapes == self.shapes[0]).all())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,18 +107,6 @@ class Cache:
         index = range(len(self))[index]
         pixels = self._pixels[self._ends[index] : self._ends[index + 1]]
         return pixels.reshape(self.channels, *self.shapes[index])
-
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """Return copies of several images, ``(b, c, h, w)``.
-
-        Raises:
-            ValueError: the images have different shapes; see ``uniform``.
-        """
-        if not self.uniform:
-            raise ValueError(
-                "images of different shapes make no batch: crop each `image(index)` first"
-            )
-        return self._pixels.reshape(-1, self.channels, *self.shapes[0])[indices]
 
     def report(self, most: int = MAX_LISTED) -> str:
         """Describe the first ``most`` of the broken images, and where all are listed."""

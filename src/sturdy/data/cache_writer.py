@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 class Entry(NamedTuple):
     """What is kept in memory of an image in the cache."""
 
-    index: int  # in the source
+    source_index: int
     shape: tuple[int, ...]  # height and width
     pixel_hash: int
     content_hash: int
@@ -128,12 +128,11 @@ def _write_tables(
     digest: Any,
 ) -> None:
     """Write all files but the pixels, of which ``digest`` is."""
-    names = [source.name(entry.index) for entry in entries]
-    labels = [source.label(entry.index) for entry in entries]
+    names = [source.name(entry.source_index) for entry in entries]
+    labels = [source.label(entry.source_index) for entry in entries]
     small_names = [source.name(index) for index in too_small]
     shapes = np.array([entry.shape for entry in entries], dtype="i8")
     contents = np.array([entry.content_hash for entry in entries], dtype="<u8")
-    uniform = len({entry.shape for entry in entries}) == 1
     digest.update(np.array(labels, dtype="<i8").tobytes())
     digest.update(json.dumps(source.classes).encode())
     with_contents = digest.copy()
@@ -151,7 +150,6 @@ def _write_tables(
         "key": source.key,
         "classes": source.classes,
         "n": len(names),
-        "shape": [pixels.channels, *shapes[0].tolist()] if uniform else None,  # see shapes.npy
         "channels": pixels.channels,
         "dtype": pixels.dtype,
         "quarantine": quarantine,
@@ -271,10 +269,10 @@ def describe_unusual(
         entries: the images in the cache.
         too_small: indices of the images that were left out because of their size.
     """
-    kept = [entry.index for entry in entries]
+    kept = [entry.source_index for entry in entries]
     scaled_up = sorted(getattr(source, "scaled_up", set()).intersection(kept))
-    one_colour = [entry.index for entry in entries if entry.is_one_colour]
-    deep = getattr(source, "deep", set()).intersection(one_colour)
+    one_colour = [entry.source_index for entry in entries if entry.is_one_colour]
+    deep: set[int] = getattr(source, "deep", set()).intersection(one_colour)
     copies = [(kept[i], kept[k]) for i, k in _find_copies(entries)]
     in_other_class = sum(source.label(i) != source.label(k) for i, k in copies)
     side = min((min(entry.shape) for entry in entries), default=0)

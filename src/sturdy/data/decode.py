@@ -234,7 +234,8 @@ def _decode_with_pillow(
         raise BadImageError(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
     except Exception as error:  # Pillow's plugins raise many types on damaged files
         raise BadImageError(_reason(error)) from None
-    return _RawImage(pixels, *pixels.shape[:2], orientation, _is_deep(image))
+    height, width = pixels.shape[:2]
+    return _RawImage(pixels, height, width, orientation, _is_deep(image))
 
 
 def _orientation(image: Image.Image) -> int:

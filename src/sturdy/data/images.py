@@ -97,16 +97,15 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
 
     def _crops(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.generic]:
         """Return crops ``(b, c, size, size)``: at drawn places, or in the middle without draws."""
-        if self.cache.uniform and self.cache.image(0).shape[1:] == (self.size, self.size):
-            return self.cache.gather(indices)
-        if draws is None:  # just below 0.5: of two pixels in the middle, the first
-            corners = np.nextafter(np.full((len(indices), 2), 0.5), 0)
+        room = self.cache.shapes[indices] - self.size  # (b, 2)
+        if draws is None or not room.any():
+            # Just below 0.5: of two pixels in the middle, the first.
+            places = np.full(room.shape, np.nextafter(0.5, 0))
         else:
-            corners = draws.uniform("crop", (2,)).numpy()
+            places = draws.uniform("crop", (2,)).numpy()
+        corners = (places * (room + 1)).astype(int)
         shape = (len(indices), self.cache.channels, self.size, self.size)
         crops = np.empty(shape, self.cache.dtype)
-        for crop, index, corner in zip(crops, indices, corners, strict=True):
-            image = self.cache.image(int(index))
-            y, x = (corner * (np.array(image.shape[1:]) - self.size + 1)).astype(int)
-            crop[:] = image[:, y : y + self.size, x : x + self.size]
+        for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
+            crop[:] = self.cache.image(index)[:, y : y + self.size, x : x + self.size]
         return crops

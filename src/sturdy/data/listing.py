@@ -62,7 +62,8 @@ class ImageFile(NamedTuple):
 class Listing:
     """The images under some folders at any depth, and the number of other files.
 
-    Links are followed. Hidden files and folders, folders of the system, and what ``exclude`` matches are left out.
+    Links are followed. Hidden files and folders, folders of the system, and what ``exclude``
+    matches are left out.
 
     Args:
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
