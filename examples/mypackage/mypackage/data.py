@@ -34,15 +34,17 @@ class Table:
         return len(self.rows)
 
     def label(self, index: int) -> int:
-        """The number of the class."""
+        """Return the index of the class in ``classes``."""
         return self.classes.index(self.rows[index][1])
 
     def name(self, index: int) -> str:
-        """What to call the image in messages."""
+        """Return the name of the image in messages."""
         return self.rows[index][0]
 
     def decode(self, index: int) -> np.ndarray:
-        """The image, uint8 ``(3, size, size)``; raises ``sturdy.data.source.BadImageError`` with
-        the reason.
+        """Return the image, uint8 ``(3, size, size)``.
+
+        Raises:
+            sturdy.data.source.BadImageError: it cannot be used.
         """
         return decode(self.root / self.rows[index][0], size=self.size)
