@@ -280,8 +280,9 @@ class ImageData(L.LightningDataModule):
             self.source = None
             error = caught
         cache = find_cache(self.cache_root, digest, prefer=None if error else source.key)
-        is_usable = cache and (self.split_by == "count" or cache.contents is not None)
-        if not is_usable or cache is None:
+        if cache and self.split_by == "content" and cache.contents is None:
+            cache = None  # it is of an older version
+        if cache is None:
             if error:
                 raise error
             self.notes = [
