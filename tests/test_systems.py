@@ -108,7 +108,7 @@ def test_a_cache_where_files_cannot_be_locked(tmp_path, monkeypatch):
         monkeypatch.setattr(f"fcntl.{name}", None)  # to be put back
     sabotage.without_locks()
     with pytest.raises(
-        LockUnsupportedError, match=r"^paths.cache: .*/cache is on a file system that cannot lock"
+        LockUnsupportedError, match=r"^cache=.*/cache is on a file system that cannot lock"
     ):
         open_cache(Cars(n=4, size=8), root=tmp_path / "cache")
 

@@ -15,7 +15,7 @@ from exact_resume.randomness import key
 from examples.cars.bodies import BLACK, BODIES, PAINTS, RIMS, RUBBER, WINDOWS, Body
 from examples.cars.painting import WHITE, Canvas, Colour, fade, mix, rgb
 from examples.cars.scenery import LIGHTS, PAN, SCENES, panorama
-from sturdy.data.options import check_int
+from sturdy.data.checks import check_int
 
 DRAWING = 1  # raise it whenever a pixel changes, so that no cache of the old pixels is read
 RARE, ODDS = "limousine", 50  # one car in fifty is of this body; the others are equally frequent
@@ -66,8 +66,8 @@ class Cars:
 
     def __init__(self, *, n: int = 10_000, size: int = 32, seed: int = 0) -> None:
         self.n, self.size, self.seed = (
-            check_int("data.source.n", n),
-            check_int("data.image_size", size),
+            check_int("n", n),
+            check_int("size", size),
             seed,
         )
         self.key = f"cars-drawing{DRAWING}-n{n}-size{size}-seed{seed}"

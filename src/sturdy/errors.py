@@ -1,7 +1,7 @@
 """The exceptions of the template, and how an error of a class gets the key of the config."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from hydra.errors import InstantiationException
@@ -28,9 +28,19 @@ def describe(error: Exception) -> str:
     return f"{found[1]}: {message}"
 
 
+def add_key(message: str, key: str, arguments: Iterable[str]) -> str:
+    """Put ``key.`` in front of every ``argument=`` in ``message``, as it is typed."""
+    names = "|".join(re.escape(str(argument)) for argument in arguments)
+    return re.sub(rf"(?<![\w./=])({names})=", rf"{key}.\1=", message)
+
+
 @contextmanager
-def as_config_error() -> Iterator[None]:
+def as_config_error(key: str = "", arguments: Iterable[str] = ()) -> Iterator[None]:
     """Turn what building a part raises about its arguments into ``ConfigError``.
+
+    Args:
+        key: of the part, where Hydra is not instantiating it any more and cannot tell its key.
+        arguments: the names of the part's arguments.
 
     Raises:
         ConfigError: a supervisor does not try again.
@@ -47,4 +57,5 @@ def as_config_error() -> Iterator[None]:
         is_transient = isinstance(cause, OSError) and cause.errno in TRANSIENT_ERRNOS
         if is_transient or is_out_of_memory(cause):
             raise cause from None
-        raise ConfigError(describe(error)) from error
+        message = describe(error)
+        raise ConfigError(add_key(message, key, arguments) if key else message) from error

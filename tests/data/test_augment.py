@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from pictures import Noise
-from test_module import batches, opened
+from image_files import Noise
+from test_datamodule import batches, opened
 
 from exact_resume.randomness import Draws
-from sturdy.data.augment import Augment, reflected
+from sturdy.data.augment import Augment, reflect
 from sturdy.data.datamodule import ImageData
 
 SIDE = 16
@@ -81,7 +81,7 @@ def test_it_is_a_function_of_seed_and_position():
 
 
 def test_what_comes_in_is_the_pictures_reflection():
-    assert reflected(torch.arange(-3, 8), 5).tolist() == [3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1]
+    assert reflect(torch.arange(-3, 8), 5).tolist() == [3, 2, 1, 0, 1, 2, 3, 4, 3, 2, 1]
     x = np.pad(PICTURE.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
     image, condition = augmented(n=200, translate=0.25)
     for y, (mirrored, down, right) in zip(image, condition.tolist(), strict=True):
@@ -94,10 +94,10 @@ def test_training_batches_carry_the_condition_and_validation_is_plain(tmp_path):
     source = Noise(30)
     data = opened(tmp_path, source, augment=0.5, rotate=True, batch_size=10)
     plain = opened(tmp_path, source, batch_size=10)
-    assert (data.conditions, plain.conditions) == (6, 0)
+    assert (data.augmentation_size, plain.augmentation_size) == (6, 0)
     for ours, theirs in zip(batches(data, 4), batches(plain, 4), strict=True):
-        assert ours.condition.shape == (10, 6)
-        same = (ours.condition == 0).all(1)
+        assert ours.augmentation.shape == (10, 6)
+        same = (ours.augmentation == 0).all(1)
         assert torch.equal(ours.image[same], theirs.image[same])
         assert torch.equal(ours.label, theirs.label)
         assert len(theirs) == 3
@@ -108,9 +108,9 @@ def test_training_batches_carry_the_condition_and_validation_is_plain(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"augment": 2}, "data.augment=2 is a share"),
-        ({"translate": -1}, "data.translate=-1 is a share"),
-        ({"rotate": 90}, "data.rotate=90 must be one of true, false"),
+        ({"augment": 2}, "augment=2 is a share"),
+        ({"translate": -1}, "translate=-1 is a share"),
+        ({"rotate": 90}, "rotate=90 must be one of true, false"),
     ],
 )
 def test_options_out_of_range_name_their_key(options, message):

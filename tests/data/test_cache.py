@@ -9,10 +9,12 @@ import sys
 
 import numpy as np
 import pytest
-from pictures import Noise, Slow, content, only_the_cache
+import torch
+from image_files import Noise, Slow, content, only_the_cache
 from PIL import Image
 
-from sturdy.data.cache import TooManyBroken, open_cache
+from sturdy.data.cache import TooManyBrokenError, open_cache
+from sturdy.data.datamodule import ImageData
 from sturdy.data.folder import Folder
 
 fork = multiprocessing.get_context("fork")
@@ -36,21 +38,16 @@ def photos(tmp_path):
 
 
 def test_holds_what_the_source_gives(photos, tmp_path):
-    folder = Folder(root=photos, size=24)
+    folder = Folder(root=photos, image_size=24)
     told = []
     cache = open_cache(
         folder, root=tmp_path / "cache", progress=lambda done, total: told.append((done, total))
     )
-    assert cache.uniform
     assert len(cache) == len(folder) == 40
     assert cache.classes == ("car", "truck")
     for i in range(40):
         assert np.array_equal(cache.image(i), folder.decode(i))
-        assert (cache.labels[i], cache.name(i)) == (folder.label(i), folder.name(i))
-    indices = np.array([3, 3, 39, 0])
-    batch = cache.gather(indices)
-    assert (batch.shape, batch.dtype) == ((4, 3, 24, 24), np.uint8)
-    assert all(np.array_equal(x, cache.image(i)) for x, i in zip(batch, indices, strict=True))
+        assert (cache.labels[i], cache.names[i]) == (folder.label(i), folder.name(i))
     assert told[-1] == (40, 40)
     assert cache.report() == ""
     assert only_the_cache(tmp_path / "cache")
@@ -59,20 +56,18 @@ def test_holds_what_the_source_gives(photos, tmp_path):
 
 
 def test_ragged(photos, tmp_path):
-    folder = Folder(root=photos, size=24, crop="random")
+    folder = Folder(root=photos, image_size=24, crop="random")
     cache = open_cache(folder, root=tmp_path / "cache")
-    assert not cache.uniform
+    assert len(np.unique(cache.shapes, axis=0)) > 1
     assert all(np.array_equal(cache.image(i), folder.decode(i)) for i in range(40))
     assert np.array_equal(cache.image(-1), folder.decode(39))
-    with pytest.raises(ValueError, match="crop"):
-        cache.gather(np.array([0]))
     with pytest.raises(IndexError):
         cache.image(40)
 
 
 def test_the_number_of_workers_changes_nothing(photos, tmp_path):
     (photos / "car/01.jpg").write_bytes(b"")
-    source = Folder(root=photos, size=24, crop="random")
+    source = Folder(root=photos, image_size=24, crop="random")
     one, *others = [
         open_cache(source, root=tmp_path / str(workers), workers=workers, max_broken=0.1)
         for workers in (0, 1, 3)
@@ -91,23 +86,23 @@ def test_a_second_start_reads_what_is_there(tmp_path):
 
 
 def test_a_changed_file_is_decoded_again(photos, tmp_path):
-    first = open_cache(Folder(root=photos, size=24), root=tmp_path / "cache")
+    first = open_cache(Folder(root=photos, image_size=24), root=tmp_path / "cache")
     Image.new("RGB", (30, 30), (1, 2, 3)).save(photos / "car/03.png")
-    second = open_cache(Folder(root=photos, size=24), root=tmp_path / "cache")
-    third = open_cache(Folder(root=photos, size=25), root=tmp_path / "cache")
+    second = open_cache(Folder(root=photos, image_size=24), root=tmp_path / "cache")
+    third = open_cache(Folder(root=photos, image_size=25), root=tmp_path / "cache")
     assert len({first.path, second.path, third.path}) == 3
     assert len({first.digest, second.digest, third.digest}) == 3
 
 
 def test_digest_is_of_the_content_alone(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
-    here, there = Folder(root=photos, size=24), Folder(root=tmp_path / "copy", size=24)
+    here, there = Folder(root=photos, image_size=24), Folder(root=tmp_path / "copy", image_size=24)
     assert here.key != there.key
     digest = open_cache(here, root=tmp_path / "cache").digest
     assert open_cache(there, root=tmp_path / "cache").digest == digest
     (tmp_path / "copy/car").rename(tmp_path / "copy/bus")  # same order, another class
     assert (
-        open_cache(Folder(root=tmp_path / "copy", size=24), root=tmp_path / "cache").digest
+        open_cache(Folder(root=tmp_path / "copy", image_size=24), root=tmp_path / "cache").digest
         != digest
     )
 
@@ -116,9 +111,9 @@ def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
     (photos / "car/01.jpg").write_bytes((photos / "car/01.jpg").read_bytes()[:400])
     (photos / "truck/02.jpg").write_text("hello")
     (photos / "truck/zz.png").symlink_to("nowhere")
-    folder = Folder(root=photos, size=24)
+    folder = Folder(root=photos, image_size=24)
     with pytest.raises(
-        TooManyBroken, match=r"7.32% of .*data.max_broken=0.01 accepts: 3 of 41 images"
+        TooManyBrokenError, match=r"7.32% of .*max_broken=0.01 accepts: 3 of 41 images"
     ) as error:
         open_cache(folder, root=tmp_path / "cache")
     assert "truck/zz.png  dangling link" in str(error.value)
@@ -139,13 +134,13 @@ def test_broken_images_are_left_out_with_a_reason(photos, tmp_path):
     assert [line.split("\t") for line in listed.splitlines()] == [
         list(row) for row in cache.quarantine
     ]
-    assert cache.name(0) == "car/03.png"
-    with pytest.raises(TooManyBroken):  # a cache that is there is judged too
+    assert cache.names[0] == "car/03.png"
+    with pytest.raises(TooManyBrokenError):  # a cache that is there is judged too
         open_cache(folder, root=tmp_path / "cache", max_broken=0.01)
 
 
 def test_all_broken_is_an_error_always(tmp_path):
-    with pytest.raises(TooManyBroken, match="all 30 images are broken"):
+    with pytest.raises(TooManyBrokenError, match="all 30 images are broken"):
         open_cache(Noise(broken=1), root=tmp_path, max_broken=1.0)
     assert len(open_cache(Noise(broken=2, key="half"), root=tmp_path, max_broken=0.5)) == 15
 
@@ -178,11 +173,49 @@ def test_pickles_as_its_path_and_opens_in_a_new_process(tmp_path):
     program = """if True:
         import pickle, sys
         cache = pickle.load(sys.stdin.buffer)
-        print(cache.gather([5, 7]).sum(), cache.name(3), cache.digest)
+        print(cache.image(5).sum(), cache.names[3], cache.digest)
     """
     found = subprocess.run(
         [sys.executable, "-c", program], input=pickle.dumps(cache), capture_output=True, check=True
     )
-    assert found.stdout.decode().strip() == f"{cache.gather([5, 7]).sum()} noise 3 {cache.digest}"
+    assert found.stdout.decode().strip() == f"{cache.image(5).sum()} noise 3 {cache.digest}"
     with fork.Pool(2) as pool:
-        assert pool.map(cache.gather, [[1], [2]])[1].tobytes() == cache.image(2).tobytes()
+        assert pool.map(cache.image, [1, 2])[1].tobytes() == cache.image(2).tobytes()
+
+
+class FourFloats(Noise):
+    """Latents: four channels of floats, of several widths."""
+
+    channels = 4
+    dtype = "float32"
+
+    def decode(self, index):
+        rng = np.random.default_rng(index)
+        return rng.standard_normal((4, 8, 8 + self.step * (index % 3)), dtype=np.float32)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_source_decides_about_channels_and_type(tmp_path, step):
+    source = FourFloats(key=f"latents {step}")
+    source.step = step
+    cache = open_cache(source, root=tmp_path)
+    assert (cache.channels, cache.dtype, len(np.unique(cache.shapes))) == (
+        4,
+        np.float32,
+        1 + 2 * step,
+    )
+    assert all(np.array_equal(cache.image(i), source.decode(i)) for i in range(30))
+    data = ImageData(source, image_size=8, cache=tmp_path, holdout=0.5)
+    data.open()
+    image = next(iter(data.val_dataloader())).image
+    assert (image.shape, image.dtype) == ((15, 4, 8, 8), torch.float32)
+    indices = data.split.indices(np.arange(15))
+    batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
+    if step == 0:
+        assert np.array_equal(batch.image, np.stack([source.decode(i) for i in indices]))
+
+
+def test_a_source_that_decodes_something_else_is_refused(tmp_path):
+    source = Noise(shape=(1, 8, 8))
+    with pytest.raises(TypeError, match=r"gave uint8 \(1, 8, 8\), not uint8 \(3, h, w\)"):
+        open_cache(source, root=tmp_path)

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from pictures import COLOURS, corners, encode, near, png, quarters, tiff
+from image_files import COLOURS, corners, encode, near, png, quarters, tiff
 from PIL import Image
 
 from sturdy.data.decode import decode

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from pictures import COLOURS, corners, encode, near, png, quarters
+from image_files import COLOURS, corners, encode, near, png, quarters
 from PIL import Image, ImageOps
 
 from sturdy.data.decode import UPRIGHT, decode

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from pictures import Noise
-from test_module import batches, opened
+from image_files import Noise
+from test_datamodule import batches, opened
 
 from exact_resume.permutation import FeistelPermutation
 from sturdy.data.datamodule import ImageData
@@ -12,13 +12,13 @@ from sturdy.data.split import Split
 
 def places(split):
     """Held-out images, and the others."""
-    all = split(np.arange(split.n)).tolist()
+    all = split.indices(np.arange(split.n)).tolist()
     return all[: len(split.held_out)], all[len(split.held_out) :]
 
 
 @pytest.mark.parametrize(("n", "folds"), [(10, 5), (23, 5), (7, 7), (1000, 3)])
 def test_folds_are_disjoint_and_cover_everything_once(n, folds):
-    parts = [places(Split.fold(n, k, folds)) for k in range(1, folds + 1)]
+    parts = [places(Split.fold_by_count(n, k, folds)) for k in range(1, folds + 1)]
     assert sorted(i for held, _ in parts for i in held) == list(range(n))
     for held, rest in parts:
         assert sorted(held + rest) == list(range(n))
@@ -26,10 +26,10 @@ def test_folds_are_disjoint_and_cover_everything_once(n, folds):
 
 
 def test_a_share_is_the_beginning_of_the_order():
-    held, rest = places(Split.share(30, 0.1))
+    held, rest = places(Split.by_count(30, 0.1))
     order = FeistelPermutation(30, 0, purpose="split")(np.arange(30)).tolist()
     assert (held, rest) == (order[:3], order[3:])
-    assert places(Split.fold(30, 1, 10)) == (held, rest)
+    assert places(Split.fold_by_count(30, 1, 10)) == (held, rest)
 
 
 def test_a_fold_is_what_is_validated_on_and_the_rest_is_what_is_trained_on(tmp_path):
@@ -54,15 +54,15 @@ def test_a_fold_is_what_is_validated_on_and_the_rest_is_what_is_trained_on(tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fold": 2}, "data.fold=2 data.folds=None: give both"),
-        ({"folds": 5}, "data.fold=None data.folds=5: give both"),
+        ({"fold": 2}, "fold=2 folds=None: give both"),
+        ({"folds": 5}, "fold=None folds=5: give both"),
         (
             {"fold": 6, "folds": 5},
-            "data.fold=6 is none of data.folds=5: they are numbered from 1 to 5",
+            "fold=6 is none of folds=5: they are numbered from 1 to 5",
         ),
-        ({"fold": 0, "folds": 5}, "data.fold=0 must be a whole number of at least 1"),
-        ({"fold": 1, "folds": 1}, "data.folds=1 must be a whole number of at least 2"),
-        ({"fold": 1.5, "folds": 3}, "data.fold=1.5"),
+        ({"fold": 0, "folds": 5}, "fold=0 must be a whole number of at least 1"),
+        ({"fold": 1, "folds": 1}, "folds=1 must be a whole number of at least 2"),
+        ({"fold": 1.5, "folds": 3}, "fold=1.5"),
     ],
 )
 def test_nonsense_names_its_key(options, message):
@@ -71,5 +71,5 @@ def test_nonsense_names_its_key(options, message):
 
 
 def test_more_folds_than_images(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.folds=6 cannot be made of 5 images"):
+    with pytest.raises(ValueError, match=r"folds=6 cannot be made of 5 images"):
         opened(tmp_path, Noise(5), fold=1, folds=6)

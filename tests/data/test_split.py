@@ -7,9 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-from pictures import Noise
+from image_files import Noise
 from PIL import Image
-from test_module import opened
+from test_datamodule import opened
 
 from examples.cars.source import Cars
 from sturdy.data.datamodule import ImageData, folder_data
@@ -39,8 +39,8 @@ def sides(root, split="content", **options):
     )
     data.open()
     files = [
-        (root / data.cache.name(int(i))).read_bytes()
-        for i in data.split(np.arange(len(data.cache)))
+        (root / data.cache.names[int(i)]).read_bytes()
+        for i in data.split.indices(np.arange(len(data.cache)))
     ]
     return set(files[: data.held_out]), set(files[data.held_out :])
 
@@ -106,7 +106,9 @@ def test_neither_the_size_nor_the_crop_nor_the_classes_move_an_image(photos):
             Cars(n=n, size=size), image_size=size, cache=photos.parent / "cache", split="content"
         )
         cars.open()
-        held.append({cars.cache.name(int(i)) for i in cars.split(np.arange(cars.held_out))})
+        held.append(
+            {cars.cache.names[int(i)] for i in cars.split.indices(np.arange(cars.held_out))}
+        )
     assert held[0] == held[1] == {name for name in held[2] if name < "car-00000060"}
 
 
@@ -122,14 +124,14 @@ def test_shares_are_near_what_was_asked_at_a_million_images():
     n = 1_000_000
     contents = np.random.default_rng(0).integers(0, 2**64, n, dtype=np.uint64)
     for share in (0.001, 0.1, 0.5):
-        held = len(Split.content_share(contents, share).held_out)
+        held = len(Split.by_content(contents, share).held_out)
         assert abs(held - n * share) < 5 * (n * share * (1 - share)) ** 0.5
-    parts = [Split.content_fold(contents, k, 7) for k in range(1, 8)]
+    parts = [Split.fold_by_content(contents, k, 7) for k in range(1, 8)]
     assert [part.held_out.stop for part in parts[:-1]] == [
         part.held_out.start for part in parts[1:]
     ]
     assert sum(len(part.held_out) for part in parts) == n
-    assert np.array_equal(np.sort(parts[3](np.arange(n))), np.arange(n))
+    assert np.array_equal(np.sort(parts[3].indices(np.arange(n))), np.arange(n))
 
 
 def test_hashes_of_real_contents_are_spread_evenly(tmp_path):
@@ -148,14 +150,12 @@ def test_at_least_one_is_held_out_and_one_is_not_and_copies_stay_together():
         ([low, high, high], 1 - 1e-16, [0]),
         ([low, low, low], 0.1, [0]),  # one image three times: there is no other way
     ):
-        split = Split.content_share(np.array(contents, dtype=np.uint64), share)
-        assert split(np.arange(len(split.held_out))).tolist() == held
-    with pytest.raises(
-        ValueError, match=r"data\.fold=2 of data\.folds=2 would hold out 0 of 2.*data\.split=count"
-    ):
-        Split.content_fold(np.array([low, low], dtype=np.uint64), 2, 2)
+        split = Split.by_content(np.array(contents, dtype=np.uint64), share)
+        assert split.indices(np.arange(len(split.held_out))).tolist() == held
+    with pytest.raises(ValueError, match=r"fold=2 of folds=2 would hold out 0 of 2.*split=count"):
+        Split.fold_by_content(np.array([low, low], dtype=np.uint64), 2, 2)
     with pytest.raises(ValueError, match="would hold out 2 of 2"):
-        Split.content_fold(np.array([low, low], dtype=np.uint64), 1, 2)
+        Split.fold_by_content(np.array([low, low], dtype=np.uint64), 1, 2)
 
 
 def test_growing_a_tiny_set_never_holds_out_what_was_trained_on():
@@ -167,28 +167,45 @@ def test_growing_a_tiny_set_never_holds_out_what_was_trained_on():
         )  # never to be held out: if all were to be, one would have to be trained on all the same
         trained = set()
         for n in range(2, 40):
-            split = Split.content_share(contents[:n], 0.1)
-            places = split(np.arange(n)).tolist()
+            split = Split.by_content(contents[:n], 0.1)
+            places = split.indices(np.arange(n)).tolist()
             assert not trained & set(places[: len(split.held_out)])
             trained |= set(places[len(split.held_out) :])
 
 
 def test_by_count_is_what_it_always_was():
     """The places of runs that began before there was a choice, written down then."""
-    assert Split.share(12, 0.25)(np.arange(12)).tolist() == [5, 9, 0, 4, 7, 6, 1, 3, 11, 8, 2, 10]
-    second = Split.fold(12, 2, 5)
-    assert (second.held_out, second(np.arange(3)).tolist()) == (range(2, 4), [0, 4, 7])
+    assert Split.by_count(12, 0.25).indices(np.arange(12)).tolist() == [
+        5,
+        9,
+        0,
+        4,
+        7,
+        6,
+        1,
+        3,
+        11,
+        8,
+        2,
+        10,
+    ]
+    second = Split.fold_by_count(12, 2, 5)
+    assert (second.held_out, second.indices(np.arange(3)).tolist()) == (range(2, 4), [0, 4, 7])
     digest = hashlib.sha256()
     for n in (2, 3, 30, 1000, 4097):
         for split in (
-            Split.share(n, 0.1),
-            Split.share(n, 0.5),
-            Split.fold(n, 1, 2),
-            Split.fold(n, 2, 2),
+            Split.by_count(n, 0.1),
+            Split.by_count(n, 0.5),
+            Split.fold_by_count(n, 1, 2),
+            Split.fold_by_count(n, 2, 2),
         ):
             digest.update(
                 repr(
-                    (split.held_out.start, split.held_out.stop, split(np.arange(n)).tolist())
+                    (
+                        split.held_out.start,
+                        split.held_out.stop,
+                        split.indices(np.arange(n)).tolist(),
+                    )
                 ).encode()
             )
     assert digest.hexdigest() == "be88ab9420ea20828c7a709bf78ad7ba25b28f47ca7bf6ae64a5fb7b3bc67736"
@@ -197,9 +214,12 @@ def test_by_count_is_what_it_always_was():
 def test_a_class_made_without_the_key_keeps_the_older_way(photos):
     data = folder_data(root=str(photos), image_size=8, cache=photos.parent / "cache")
     data.open()
-    assert data.split(np.arange(100)).tolist() == Split.share(100, 0.1)(np.arange(100)).tolist()
+    assert (
+        data.split.indices(np.arange(100)).tolist()
+        == Split.by_count(100, 0.1).indices(np.arange(100)).tolist()
+    )
     assert data.digest == data.cache.digest  # as in the manifests of those runs
-    with pytest.raises(ValueError, match=r"data\.split=name must be one of count, content"):
+    with pytest.raises(ValueError, match=r"split=name must be one of count, content"):
         folder_data(root=str(photos), split="name")
 
 

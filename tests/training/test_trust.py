@@ -67,7 +67,7 @@ def state_of(runs):
         "friend.Nothing",
         "friendly.Net",
         "sturdy.cli.sweep.Child",
-        "sturdy.data.build.build",
+        "sturdy.data.cache_writer.write_cache",
         "sturdy.training.build.load_module",
         "",
     ],

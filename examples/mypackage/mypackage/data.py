@@ -21,7 +21,7 @@ class Table:
         self.root, self.size = Path(root).expanduser().absolute(), size
         table = self.root / "labels.csv"
         if not table.is_file():
-            raise ValueError(f"data.source.root={root} has no labels.csv")
+            raise ValueError(f"root={root} has no labels.csv")
         with table.open(newline="") as file:
             self.rows = [(name, label) for name, label in csv.reader(file)]
         self.classes = tuple(sorted({label for _, label in self.rows}))
@@ -34,15 +34,17 @@ class Table:
         return len(self.rows)
 
     def label(self, index: int) -> int:
-        """The number of the class."""
+        """Return the index of the class in ``classes``."""
         return self.classes.index(self.rows[index][1])
 
     def name(self, index: int) -> str:
-        """What to call the image in messages."""
+        """Return the name of the image in messages."""
         return self.rows[index][0]
 
     def decode(self, index: int) -> np.ndarray:
-        """The image, uint8 ``(3, size, size)``; raises ``sturdy.data.source.BadImageError`` with
-        the reason.
+        """Return the image, uint8 ``(3, size, size)``.
+
+        Raises:
+            sturdy.data.source.BadImageError: it cannot be used.
         """
         return decode(self.root / self.rows[index][0], size=self.size)

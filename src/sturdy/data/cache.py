@@ -2,10 +2,10 @@
 
     cache[source.key] = [decode(0), decode(1), ...] without the broken ones
 
-It is written aside and renamed when whole: a kill at any instant leaves either a whole cache or
-    none. Its
-``digest`` hashes the content alone, so that equal images have equal digests wherever they lie; a
-run keeps it, and finds the images it began with again by it, whatever became of the source.
+It is written into another folder, which is renamed when it is complete: a kill at any instant
+leaves a complete cache or none. Its ``digest`` hashes the content alone, so that equal images have
+equal digests wherever they lie. A run keeps the digest, and finds its images by it, whatever became
+of the source.
 """
 
 import hashlib
@@ -22,36 +22,46 @@ from typing import Any
 import numpy as np
 
 from exact_resume.files import LockUnsupportedError, fsync_directory, lock_file
-from sturdy.data.build import build, seal
-from sturdy.data.source import Source
+from sturdy.data.cache_writer import Quarantine, seal, write_cache
+from sturdy.data.source import PixelFormat, Source
 
-LAYOUT = 3  # of the files that ``build`` writes; raise it whenever they change
+LAYOUT = 3  # of the files that ``write_cache`` writes; raise it whenever they change
+MAX_LISTED = 10  # most broken images that a report lists
 
 log = logging.getLogger(__name__)
 
 
-class TooManyBroken(ValueError):
-    """More of the images are broken than the run accepts to do without."""
+class TooManyBrokenError(ValueError):
+    """More images are broken than the run accepts."""
 
 
-class Damaged(Exception):
-    """What is on the disk is not a whole cache."""
+class CorruptCacheError(Exception):
+    """A file of the cache is missing, cut short, or not as the manifest says."""
 
 
 class Cache:
-    """The decoded images of a source. It pickles as its path, and every process maps the same
-    memory.
-
-    Attributes:
-        digest: of images, labels and classes.
-        contents, digest_with_contents: a hash of each image's content, ``(n,)``, and the digest of
-            these too; ``None`` in a cache that an older version made.
+    """The decoded images of a source. It pickles as its path; all processes map the same memory.
 
     Args:
         path: a folder made by ``open_cache``.
 
+    Attributes:
+        key: of the source.
+        classes: of the source.
+        channels: number of channels of each image.
+        dtype: NumPy type of the images.
+        labels: ``(n,)``, int64.
+        shapes: height and width of each image, ``(n, 2)``, int64.
+        digest: of images, labels and classes.
+        digest_with_contents: of these and ``contents``; ``None`` in a cache of an older version.
+        contents: a hash of the content of each image, ``(n,)``, uint64; ``None`` in a cache of an
+            older version.
+        quarantine: names of the broken images, with the reasons.
+        small: names of the images that were left out because of their size.
+        unusual: lines about unusual images; see ``cache_writer.describe_unusual``.
+
     Raises:
-        Damaged: a file is missing, cut short or not what the manifest says.
+        CorruptCacheError: this is not a complete cache.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,34 +70,25 @@ class Cache:
             manifest = _read_manifest(self.path)
             self.key: str = manifest["key"]
             self.classes: tuple[str, ...] = tuple(manifest["classes"])
+            self.channels: int = manifest.get("channels", PixelFormat().channels)
+            self.dtype = np.dtype(manifest.get("dtype", PixelFormat().dtype))
             self.digest: str = manifest["digest"]
             self.digest_with_contents: str | None = manifest.get("digest_with_contents")
-            self.quarantine: list[tuple[str, str]] = [
-                (name, why) for name, why in manifest["quarantine"]
-            ]
-            self.small: list[str] = manifest.get(
-                "small", []
-            )  # names of images left out because of their size
-            self.remarks: list[str] = manifest.get(
-                "remarks", []
-            )  # what is odd about the images, a line each
-            self.labels: np.ndarray = np.load(self.path / "labels.npy")  # (n,) int64
-            self.shapes: np.ndarray = np.load(
-                self.path / "shapes.npy"
-            )  # (n, 2) int64, heights and widths
-            self.contents: np.ndarray | None = None  # (n,) uint64
+            self.quarantine: Quarantine = [(name, why) for name, why in manifest["quarantine"]]
+            self.small: list[str] = manifest.get("small", [])
+            self.unusual: list[str] = manifest.get("remarks", [])
+            self.labels: np.ndarray = np.load(self.path / "labels.npy")
+            self.shapes: np.ndarray = np.load(self.path / "shapes.npy")
+            self.contents: np.ndarray | None = None
             if self.digest_with_contents:
                 self.contents = np.load(self.path / "contents.npy")
-            pixels = np.memmap(self.path / "images.bin", dtype=np.uint8, mode="r").view(np.ndarray)
+            memory = np.memmap(self.path / "images.bin", dtype=self.dtype, mode="r")
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-            raise Damaged(f"{self.path}: {error}") from error
-        self.labels.flags.writeable = self.shapes.flags.writeable = False
-        self.uniform = bool((self.shapes == self.shapes[0]).all())
-        if self.uniform:
-            self._images = pixels.reshape(-1, 3, *self.shapes[0])
-        else:
-            self._pixels = pixels
-            self._ends = np.concatenate([[0], np.cumsum(3 * self.shapes.prod(axis=1))])
+            raise CorruptCacheError(f"{self.path}: {error}") from error
+        self.labels.flags.writeable = False
+        self.shapes.flags.writeable = False
+        self._pixels = memory.view(np.ndarray)
+        self._ends = np.concatenate([[0], np.cumsum(self.channels * self.shapes.prod(axis=1))])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,49 +96,27 @@ class Cache:
     def __reduce__(self) -> tuple[type["Cache"], tuple[Path]]:
         return Cache, (self.path,)
 
-    def name(self, index: int) -> str:
-        """What to call the image in messages and tables."""
-        return self.names[index]
-
     @cached_property
     def names(self) -> list[str]:
-        """What to call each image."""
+        """The name of each image in messages and tables."""
         names: list[str] = json.loads((self.path / "names.json").read_bytes())
         return names
 
     def image(self, index: int) -> np.ndarray:
-        """One image, uint8 ``(3, h, w)``, a read-only view of the memory map."""
-        if self.uniform:
-            return self._images[index]
+        """Return one image, ``(c, h, w)``, a read-only view of the memory map."""
         index = range(len(self))[index]
-        return self._pixels[self._ends[index] : self._ends[index + 1]].reshape(
-            3, *self.shapes[index]
-        )
+        pixels = self._pixels[self._ends[index] : self._ends[index + 1]]
+        return pixels.reshape(self.channels, *self.shapes[index])
 
-    def gather(self, indices: np.ndarray) -> np.ndarray:
-        """A batch, uint8 ``(b, 3, h, w)``, copied; only where all images have one shape (see
-        ``uniform``).
-        """
-        if not self.uniform:
-            raise ValueError(
-                "images of different shapes make no batch: crop each `image(index)` first"
-            )
-        return self._images[indices]
-
-    def report(self, most: int = 10) -> str:
-        """Which images were left out and why, in plain text: the first ``most``, and where all are
-        listed.
-        """
+    def report(self, most: int = MAX_LISTED) -> str:
+        """Describe the first ``most`` of the broken images, and where all are listed."""
         broken = self.quarantine
         if not broken:
             return ""
         heading = f"{len(broken):,} of {len(self) + len(broken):,} images are left out"
-        where = (
-            f"; the first {most} are below, all in {self.path / 'quarantine.txt'}"
-            if len(broken) > most
-            else ""
-        )
-        return f"{heading}{where}:\n{_table(broken, most)}"
+        if len(broken) > most:
+            heading += f"; the first {most} are below, all in {self.path / 'quarantine.txt'}"
+        return f"{heading}:\n{_as_table(broken[:most])}"
 
 
 def open_cache(
@@ -148,82 +127,89 @@ def open_cache(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cache:
-    """The cache of ``source`` under ``root``; made if it is not there, or damaged.
+    """Open the cache of ``source`` under ``root``; make it if it is missing or corrupt.
 
     Args:
-        source: what to decode, in its order.
+        source: its images are decoded in its order.
         root: the folder of all caches.
-        max_broken: most broken images to do without: a share from 0 to 1, or their number, an
-            ``int`` from 1 on.
-        workers: threads that decode, 0 for none but the caller's, ``None`` for one a CPU. Decoders
-            let go of Python's lock, and threads cannot outlive the process. The bytes are the same
-            at any number.
-        progress: told ``(done, total)`` now and then.
+        max_broken: most broken images to accept: a fraction, ``float``, or a number, ``int``.
+        workers: threads that decode; 0 for the caller's alone, ``None`` for one per CPU. Decoders
+            release Python's lock, and threads cannot outlive the process. The number changes no
+            byte.
+        progress: called with ``(done, total)`` now and then.
 
     Raises:
-        TooManyBroken: the share is larger, or no image is left.
-        ValueError: the source has no images, or the disk not enough room.
-        OSError: the disk is full (nothing is left behind), or ``root`` cannot be written or locked.
+        TooManyBrokenError: more images are broken, or all are.
+        ValueError: the source has no images, or the disk has not enough room.
+        OSError: the disk is full (no file is left behind), or ``root`` cannot be written or locked.
     """
-    total = len(source)
-    if total == 0:
+    if len(source) == 0:
         raise ValueError("the source has no images")
     root = Path(root).expanduser().absolute()
-    stem = hashlib.sha256(f"{LAYOUT} {source.key}".encode()).hexdigest()[:32]
-    path, aside = root / stem, root / f"{stem}.building"
-    cache = _existing(path, source.key)
+    path = root / hashlib.sha256(f"{LAYOUT} {source.key}".encode()).hexdigest()[:32]
+    cache = _open_if_intact(path, source.key)
     if cache is None:
-        with _locked(root / f"{stem}.lock"):
-            cache = _existing(
-                path, source.key
-            )  # another process may have made it while this one waited
+        with _lock(path.with_suffix(".lock")):
+            # Another process may have made it while this one waited.
+            cache = _open_if_intact(path, source.key)
             if cache is None:
-                for remains in (aside, path):  # of a build that was killed; of a damaged cache
-                    if remains.exists():
-                        shutil.rmtree(remains)
-                try:
-                    broken = build(source, aside, workers=workers, progress=progress)
-                    if len(broken) == total:
-                        raise TooManyBroken(f"all {total:,} images are broken:\n{_table(broken)}")
-                    os.rename(aside, path)
-                    fsync_directory(root)
-                finally:
-                    shutil.rmtree(aside, ignore_errors=True)
-                cache = Cache(path)
-    most = max_broken if isinstance(max_broken, int) else max_broken * total
-    if len(cache.quarantine) > most:  # it stays, for a run that accepts more
-        share = len(cache.quarantine) / total
-        raise TooManyBroken(
-            f"{share:.2%} of the images are broken, more than data.max_broken={max_broken} "
+                cache = _make(source, path, workers, progress)
+    total = len(source)
+    broken = len(cache.quarantine)
+    # A cache with too many broken images stays, for a run that accepts more.
+    if broken > (max_broken if isinstance(max_broken, int) else max_broken * total):
+        raise TooManyBrokenError(
+            f"{broken / total:.2%} of the images are broken, more than max_broken={max_broken} "
             f"accepts: {cache.report()}\n"
-            f"Repair or remove them, or accept so many with "
-            f"data.max_broken={len(cache.quarantine)}."
+            f"Repair or remove them, or accept so many with max_broken={broken}."
         )
     return cache
+
+
+def _make(
+    source: Source,
+    path: Path,
+    workers: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Cache:
+    unfinished = path.with_suffix(".building")
+    for leftover in (unfinished, path):  # of a killed process; a corrupt cache
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    try:
+        broken = write_cache(source, unfinished, workers=workers, progress=progress)
+        if len(broken) == len(source):
+            listed = _as_table(broken[:MAX_LISTED])
+            raise TooManyBrokenError(f"all {len(broken):,} images are broken:\n{listed}")
+        os.rename(unfinished, path)
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Cache(path)
 
 
 def find_cache(
     root: str | os.PathLike[str], digest: str, *, prefer: str | None = None
 ) -> Cache | None:
-    """The cache under ``root`` that holds the images of ``digest``, whatever source they came from.
+    """Find the cache under ``root`` with the images of ``digest``, whatever their source.
 
-    Only manifests are read, and that all files are as long as these say.
+    Only manifests and the lengths of files are read.
 
     Args:
         root: the folder of all caches.
-        digest: with or without contents.
-        prefer: the key of the source to take it from, where several have the same images.
+        digest: with contents or without.
+        prefer: the key of the source to prefer, where several caches have the same images.
     """
     found = None
     for path in sorted(Path(root).expanduser().absolute().glob("*/manifest.json")):
-        if path.parent.suffix:  # one that is being built
+        if path.parent.suffix:  # unfinished
             continue
         try:
             manifest = _read_manifest(path.parent)
             if digest not in (manifest["digest"], manifest.get("digest_with_contents")):
                 continue
             cache = Cache(path.parent)
-        except (OSError, ValueError, KeyError, TypeError, Damaged):
+        except (OSError, ValueError, KeyError, TypeError, CorruptCacheError):
             continue
         if cache.key == prefer:
             return cache
@@ -231,18 +217,18 @@ def find_cache(
     return found
 
 
-def _table(broken: list[tuple[str, str]], most: int = 10) -> str:
-    width = max(len(name) for name, _ in broken[:most])
-    return "\n".join(f"  {name:<{width}}  {reason}" for name, reason in broken[:most])
+def _as_table(broken: Quarantine) -> str:
+    width = max(len(name) for name, _ in broken)
+    return "\n".join(f"  {name:<{width}}  {reason}" for name, reason in broken)
 
 
-def _existing(path: Path, key: str) -> Cache | None:
+def _open_if_intact(path: Path, key: str) -> Cache | None:
     if not path.exists():
         return None
     try:
         cache = Cache(path)
-    except Damaged as damage:
-        log.warning("the cache is damaged and is made again: %s", damage)
+    except CorruptCacheError as error:
+        log.warning("the cache is damaged and is made again: %s", error)
         return None
     return cache if cache.key == key else None
 
@@ -258,18 +244,18 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file: one process at a time. The lock dies with its process; the empty file
-    stays.
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``, which one process can.
+
+    The lock ends with its process; the empty file stays.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "ab")  # noqa: SIM115
     except OSError as error:
-        what = f"paths.cache cannot be written ({error.strerror}): choose another folder with paths.cache=..."
-        raise OSError(
-            error.errno, what, str(path.parent)
-        ) from None  # a cause would be told instead
+        message = f"cannot be written ({error.strerror}): choose another folder"
+        # Without a cause, which would be shown instead.
+        raise OSError(error.errno, f"cache={path.parent} {message}") from None
     with file:
         try:
             if not lock_file(file):
@@ -278,5 +264,5 @@ def _locked(path: Path) -> Iterator[None]:
                 )
                 lock_file(file, wait=True)
         except LockUnsupportedError as error:
-            raise LockUnsupportedError(f"paths.cache: {error}") from None
+            raise LockUnsupportedError(f"cache={error}") from None
         yield

@@ -1,14 +1,17 @@
-"""One image file to pixels: decoded strictly, turned upright, on a background, resized with
-antialiasing.
+"""One image file to pixels: decoded strictly, upright, on a background, resized with antialiasing.
 
-    pixels = crop(upright(resize(composite(file))))
+    pixels  = crop(upright(resize(composite(file))))
+    visible = alpha * pixel + (1 - alpha) * background        rgb = (1 - ink) * (1 - black)
 
-JPEG goes through simplejpeg, which refuses damaged data that Pillow would fill with grey; PNG,
+JPEG goes through simplejpeg, which refuses damaged data that Pillow would fill with grey. PNG,
 WebP, BMP, GIF (the first frame), TIFF, AVIF and JPEG 2000 go through Pillow, HEIC through
-pillow-heif where that is installed. Damaged
-metadata do not make an image broken: see ``mend``. The resize is PyTorch's antialiased bicubic on
-    uint8: the same bits
-at any number of threads.
+pillow-heif where that is installed. Damaged metadata do not make an image broken
+(``formats.repair_jpeg``). The resize is PyTorch's antialiased bicubic on uint8, which gives the
+same bits at any number of threads.
+
+Colour profiles are not applied. Of 16 bits a channel the high 8 are kept. Floats and 32-bit
+integers have no agreed white: it is the first of 1, 255 and 65535 that no pixel exceeds, or else
+the brightest pixel. Values below 0 are black.
 """
 
 import contextlib
@@ -29,17 +32,23 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch.nn.functional import interpolate
 
-from sturdy.data.colour import RGB, from_cmyk, from_pillow, is_deep
-from sturdy.data.formats import JPEG, Opener, opener_of, what_else
-from sturdy.data.mend import mend_jpeg, mend_png
+from sturdy.data.formats import (
+    JPEG,
+    Opener,
+    describe_other_file,
+    find_opener,
+    repair_jpeg,
+    repair_png,
+)
 from sturdy.data.source import BadImageError, ImageTooSmallError
 
-DECODER = 1  # raise it whenever a pixel changes: the keys of sources read it
-MAX_PIXELS = 100_000_000  # a header that promises more is refused before anything is decoded
+DECODER = 1  # raise it whenever a pixel changes: the keys of sources contain it
+MAX_PIXELS = 100_000_000  # an image with more is refused before anything is decoded
 
 Crop = Literal["center", "random"]
+RGB = tuple[int, int, int]
 
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION = 0x0112  # a tag of EXIF
 # EXIF orientation -> (swap rows and columns, then flip y, then flip x)
 UPRIGHT = {
     2: (False, False, True),
@@ -50,44 +59,26 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
-
-# the marker in a JPEG whose CMYK counts 255 as no ink, as everybody writes it
-ADOBE = b"\xff\xee\x00\x0eAdobe"
-
-
-class _Quiet:
-    """Silences Pillow while any thread is inside: ``catch_warnings`` alone is not safe with
-    threads.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.inside = 0
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.caught = warnings.catch_warnings()
-                self.caught.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\.")
-            self.inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                self.caught.__exit__(None, None, None)
+ADOBE = b"\xff\xee\x00\x0eAdobe"  # a JPEG with this marker has CMYK in which 255 is no ink
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value
 
 
-QUIET = _Quiet()
-
-
-class Decoded(NamedTuple):
-    """An image, and what is to be known of its file."""
+class DecodedFile(NamedTuple):
+    """The pixels of an image file, and what is reported of it."""
 
     pixels: np.ndarray  # uint8 (3, h, w)
-    side: int  # the short side of the file, in pixels
-    deep: bool  # whether the file has more than 8 bits of grey
+    short_side: int  # of the file, in pixels
+    is_deep: bool  # whether the file has more than 8 bits of grey
+
+
+class _RawImage(NamedTuple):
+    """An image as it is in its file, before it is resized and turned."""
+
+    pixels: np.ndarray  # uint8 (h, w, 3); a large JPEG is already smaller than its file says
+    height: int
+    width: int
+    orientation: int = 1  # of EXIF
+    is_deep: bool = False
 
 
 def decode(
@@ -99,73 +90,78 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     min_side: int = 0,
 ) -> np.ndarray:
-    """Decode one image, uint8 ``(3, h, w)``, RGB; see ``colour`` for what becomes of other kinds of
-    pixels.
+    """Decode one image to RGB, uint8 ``(3, h, w)``.
 
     Args:
-        data: the file's content, or its path. The format is told from the content, never from the
-            suffix.
+        data: the content of the file, or its path.
         size: of the short side, in pixels; smaller images are scaled up.
         crop: ``"center"`` cuts to ``(3, size, size)``; ``"random"`` leaves the long side uncut.
-        background: what shows through transparent pixels.
+        background: the colour behind transparent pixels.
         max_pixels: most pixels an image may have, before and after the resize.
         min_side: fewest pixels that the short side of the file may have.
 
     Raises:
-        BadImageError: the file is damaged, too large, not an image, or not to be read.
+        BadImageError: the file is damaged, too large, not an image, or cannot be read.
         ImageTooSmallError: its short side is below ``min_side``.
-        OSError, MemoryError: as they come, when the machine is at fault and not the file (a failing
-            disk).
+        OSError: the machine failed, not the file (a failing disk).
+        MemoryError: there is not enough memory.
     """
-    return examine(
-        data, size=size, crop=crop, background=background, max_pixels=max_pixels, min_side=min_side
-    ).pixels
+    return decode_file(data, size, crop, background, max_pixels, min_side).pixels
 
 
-def examine(
+def decode_file(
     data: bytes | str | os.PathLike[str],
-    *,
     size: int,
-    crop: Crop = "center",
-    background: RGB = (255, 255, 255),
-    max_pixels: int = MAX_PIXELS,
+    crop: Crop,
+    background: RGB,
+    max_pixels: int,
     min_side: int = 0,
-) -> Decoded:
-    """Decode one image and tell of its file; arguments and errors as of ``decode``."""
-    content = data if isinstance(data, bytes) else read(data, most=16 * max(max_pixels, MAX_PIXELS))
+) -> DecodedFile:
+    """Decode one image and describe its file; arguments and errors as of ``decode``."""
+    content = data if isinstance(data, bytes) else read_file(data, max_bytes(max_pixels))
     if not content:
         raise BadImageError("empty")
     if content.startswith(JPEG):
-        pixels, (height, width), orientation, deep = _jpeg(content, size, max_pixels)
+        raw = _decode_jpeg(content, size, max_pixels)
     else:
-        pixels, (height, width), orientation, deep = _other(content, background, max_pixels)
-    side = min(height, width)
-    if side < min_side:
-        raise ImageTooSmallError(f"{width} x {height} pixels")
-    pixels = _resize(pixels, height, width, size, max_pixels)
-    swap, flip_y, flip_x = UPRIGHT.get(orientation, (False, False, False))
+        raw = _decode_other(content, background, max_pixels)
+    short_side = min(raw.height, raw.width)
+    if short_side < min_side:
+        raise ImageTooSmallError(f"{raw.width} x {raw.height} pixels")
+    pixels = _resize(raw, size, max_pixels)
+    swap, flip_y, flip_x = UPRIGHT.get(raw.orientation, (False, False, False))
     if swap:
         pixels = pixels.transpose(0, 2, 1)
     pixels = pixels[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
     if crop == "center":
         top, left = ((side - size) // 2 for side in pixels.shape[1:])
         pixels = pixels[:, top : top + size, left : left + size]
-    return Decoded(np.ascontiguousarray(pixels), side, deep)
+    return DecodedFile(np.ascontiguousarray(pixels), short_side, raw.is_deep)
 
 
-def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
-    """The bytes of a regular file of at most ``most`` bytes; pipes, sockets and devices are never
-    opened.
+def max_bytes(max_pixels: int) -> int:
+    """Return the largest size of a file whose image may have ``max_pixels`` pixels."""
+    return 16 * max(max_pixels, MAX_PIXELS)
+
+
+def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Pipes, sockets and devices are never opened.
+
+    Raises:
+        BadImageError: the file is missing, too large, no regular file, or may not be read.
+        OSError: the disk failed.
     """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImageError("not a regular file")
-        if status.st_size > most:
+        if status.st_size > limit:
             raise BadImageError(
-                f"{status.st_size / 1e6:,.0f} MB is over the limit of {most / 1e6:,.0f} MB"
+                f"{status.st_size / 1e6:,.0f} MB is over the limit of {limit / 1e6:,.0f} MB"
             )
-        # non-blocking: between stat and open the file may have become a pipe, which would hang
+        # Non-blocking, because the file may have become a pipe since ``stat``.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read()
     except OSError as error:
@@ -175,107 +171,93 @@ def read(path: str | os.PathLike[str], *, most: int = 16 * MAX_PIXELS) -> bytes:
             errno.EPERM: "permission denied",
             errno.ELOOP: "link to itself",
         }
-        if (
-            error.errno not in reasons
-        ):  # the machine's fault; a failing read does not tell of which file
+        if error.errno not in reasons:  # a failing ``read`` does not name the file
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise BadImageError(reasons[error.errno]) from None
 
 
-class Opened(NamedTuple):
-    pixels: np.ndarray  # (h, w, 3), uint8
-    shape: tuple[int, int]  # (h, w) of the file
-    orientation: int  # of EXIF
-    deep: bool
-
-
-def _jpeg(content: bytes, size: int, max_pixels: int) -> Opened:
+def _decode_jpeg(content: bytes, size: int, max_pixels: int) -> _RawImage:
     try:
-        pixels, shape = _strict(content, size, max_pixels)
+        raw = _decode_jpeg_strictly(content, size, max_pixels)
     except ValueError as error:
         try:
-            pixels, shape = _strict(mend_jpeg(content), size, max_pixels)
+            raw = _decode_jpeg_strictly(repair_jpeg(content), size, max_pixels)
         except ValueError:
             raise BadImageError(_reason(error)) from None
-    orientation = 1
     if b"Exif\0" in content or b"tiff:Orientation" in content:
-        with QUIET, contextlib.suppress(Exception):
-            orientation = _orientation(JpegImageFile(io.BytesIO(content)))
-    return Opened(pixels, shape, orientation, deep=False)
+        with SILENT_PILLOW, contextlib.suppress(Exception):
+            return raw._replace(orientation=_orientation(JpegImageFile(io.BytesIO(content))))
+    return raw
 
 
-def _strict(content: bytes, size: int, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a JPEG of which libjpeg says nothing at all; raise ``ValueError`` with its first
-    warning otherwise.
-    """
+def _decode_jpeg_strictly(content: bytes, size: int, max_pixels: int) -> _RawImage:
+    """Decode a JPEG; raise ``ValueError`` with the first warning of libjpeg if there is any."""
     height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-    _allow(height, width, max_pixels)
+    _check_pixels(height, width, max_pixels)
     space = "CMYK" if space in ("CMYK", "YCCK") else "RGB"
-    # decoded at n/8 of its size where that leaves the short side at least twice the target
+    # Decoded at n/8 of its size where the short side stays at least twice ``size``.
     pixels = simplejpeg.decode_jpeg(content, space, min_height=2 * size, min_width=2 * size)
     if space == "CMYK":
-        pixels = from_cmyk(pixels if ADOBE in content else 255 - pixels)
-    return pixels, (height, width)
+        pixels = _cmyk_to_rgb(pixels if ADOBE in content else 255 - pixels)
+    return _RawImage(pixels, height, width)
 
 
-def _other(content: bytes, background: RGB, max_pixels: int) -> Opened:
-    opener = opener_of(content)
+def _decode_other(content: bytes, background: RGB, max_pixels: int) -> _RawImage:
+    opener = find_opener(content)
     if opener is None:
-        raise BadImageError(what_else(content))
-    with QUIET:
+        raise BadImageError(describe_other_file(content))
+    with SILENT_PILLOW:
         try:
-            return _pillow(opener, content, background, max_pixels)
-        except BadImageError as broken:
-            if opener is not PngImageFile or (mended := mend_png(content)) == content:
+            return _decode_with_pillow(opener, content, background, max_pixels)
+        except BadImageError as error:
+            if opener is not PngImageFile or (repaired := repair_png(content)) == content:
                 raise
             try:
-                return _pillow(opener, mended, background, max_pixels)
+                return _decode_with_pillow(opener, repaired, background, max_pixels)
             except BadImageError:
-                raise broken from None
+                raise error from None
 
 
-def _pillow(opener: Opener, content: bytes, background: RGB, max_pixels: int) -> Opened:
+def _decode_with_pillow(
+    opener: Opener, content: bytes, background: RGB, max_pixels: int
+) -> _RawImage:
     try:
         image = opener(io.BytesIO(content))
-        _allow(image.height, image.width, max_pixels)
-        opener(io.BytesIO(content)).verify()  # the checksums of a PNG, which load does not read
+        _check_pixels(image.height, image.width, max_pixels)
+        opener(io.BytesIO(content)).verify()  # the checksums of a PNG, which ``load`` ignores
         image.load()
-        orientation = _orientation(image)  # after load: a TIFF is upright by then
-        pixels = from_pillow(image, background)
+        orientation = _orientation(image)  # after ``load``, which turns a TIFF
+        pixels = _to_rgb(image, background)
     except (BadImageError, MemoryError):
         raise
-    except Image.DecompressionBombError:  # some plugins look at the size first
+    except Image.DecompressionBombError:  # some plugins check the size first
         raise BadImageError(f"over the limit of {max_pixels / 1e6:,.0f} megapixels") from None
-    except Exception as error:  # Pillow's plugins raise a dozen types on damaged files
+    except Exception as error:  # Pillow's plugins raise many types on damaged files
         raise BadImageError(_reason(error)) from None
-    return Opened(pixels, pixels.shape[:2], orientation, is_deep(image))
+    height, width = pixels.shape[:2]
+    return _RawImage(pixels, height, width, orientation, _is_deep(image))
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none: damaged metadata say nothing, and the pixels are
-    sound.
-    """
+    """Return the orientation in EXIF; 1 where there is none, or where it is damaged."""
     with contextlib.suppress(Exception):
         return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
 
-def _resize(pixels: np.ndarray, height: int, width: int, size: int, max_pixels: int) -> np.ndarray:
-    """``(h, w, 3)`` to ``(3, h', w')``, the short side ``size``, in the proportions ``height :
-    width``.
-    """
-    short = min(height, width)
-    height, width = (
-        (2 * side * size + short) // (2 * short) for side in (height, width)
-    )  # the nearest pixel
-    _allow(height, width, max_pixels, " after the resize")
-    x = torch.from_numpy(pixels).permute(2, 0, 1)  # strides stay as they are: the fast layout
+def _resize(raw: _RawImage, size: int, max_pixels: int) -> np.ndarray:
+    """Resize to ``(3, h, w)`` with a short side of ``size``, in the proportions of the file."""
+    short = min(raw.height, raw.width)
+    height = (2 * raw.height * size + short) // (2 * short)  # rounded to the nearest pixel
+    width = (2 * raw.width * size + short) // (2 * short)
+    _check_pixels(height, width, max_pixels, " after the resize")
+    x = torch.from_numpy(raw.pixels).permute(2, 0, 1)  # a view, which is the fast memory format
     if x.shape[1:] != (height, width):
         x = interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0]
     return x.numpy()
 
 
-def _allow(height: int, width: int, max_pixels: int, when: str = "") -> None:
+def _check_pixels(height: int, width: int, max_pixels: int, when: str = "") -> None:
     if height < 1 or width < 1:
         raise BadImageError("no pixels")
     if height * width > max_pixels:
@@ -290,3 +272,77 @@ def _reason(error: Exception) -> str:
     if "truncated" in text.lower() or "premature end of jpeg" in text.lower():
         return "truncated"
     return f"corrupt ({text[:80] or type(error).__name__})"
+
+
+# --- Any kind of pixel to 8-bit RGB
+
+
+def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
+    """Convert uint8 ``(h, w, 4) -> (h, w, 3)``; 255 is no ink."""
+    colour = cmyk[..., :3].astype(np.uint16)
+    black = cmyk[..., 3:]
+    return ((colour * black + 127) // 255).astype(np.uint8)
+
+
+def _to_rgb(image: Image.Image, background: RGB) -> np.ndarray:
+    """Convert an image of any mode of Pillow to uint8 ``(h, w, 3)``."""
+    if _is_deep(image):
+        return np.repeat(_to_8_bits(image)[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, background)
+        canvas.paste(image, mask=image.getchannel("A"))
+        return np.array(canvas)
+    try:
+        return np.array(image.convert("RGB"))
+    except ValueError:
+        raise BadImageError(f"colour mode {image.mode} is not supported") from None
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether the image has more than 8 bits of grey."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """Convert more than 8 bits of grey to uint8 ``(h, w)``."""
+    values = np.array(image)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if image.mode.startswith("I;16"):
+        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
+        grey = (values >> (bits - 8)).astype(np.uint8)
+    else:
+        if not np.isfinite(values).all():
+            raise BadImageError("pixels that are not finite")
+        brightest = values.max()
+        white = next((w for w in (1, 255, 65535) if brightest <= w), brightest)
+        grey = np.rint(values.clip(0) * np.float64(255 / white)).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
+
+
+class _SilentPillow:
+    """Silences the warnings of Pillow while any thread is inside.
+
+    ``warnings.catch_warnings`` alone is not safe with threads.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads_inside = 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.threads_inside == 0:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self.threads_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.threads_inside -= 1
+            if self.threads_inside == 0:
+                self.caught.__exit__(None, None, None)
+
+
+SILENT_PILLOW = _SilentPillow()

@@ -1,8 +1,10 @@
-"""Images by position: which one, its crop, its mirror and its augmentation are functions of (seed,
-position).
+"""Batches of images by position.
+
+    batch = f(seed, positions)
+
+Which image is taken, its crop, its flip and its augmentation are functions of seed and position.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +16,16 @@ from torch.utils.data import Dataset
 from exact_resume.randomness import Draws
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache
-from sturdy.data.split import Split
+from sturdy.data.split import Order, Split
 
 
 class Batch(NamedTuple):
-    """Images ``(b, c, h, w)``, uint8 in the loader and float32 in [-1, 1] on the device; labels
-    ``(b,)``.
+    """Images with their labels.
+
+    Attributes:
+        image: ``(b, c, h, w)``; uint8 in the loader, float32 in [-1, 1] on the device.
+        label: ``(b,)``; 0 when there are no labels.
+        positions: ``(b,)``, of the samples in the run.
     """
 
     image: Tensor
@@ -27,70 +33,79 @@ class Batch(NamedTuple):
     positions: NDArray[np.int64]
 
 
-class Augmented(NamedTuple):
-    """A ``Batch``, and what was done to its images, ``(b, Augment.size)``."""
+class AugmentedBatch(NamedTuple):
+    """A ``Batch`` of augmented images; ``augmentation`` describes how, ``(b, Augment.size)``."""
 
     image: Tensor
     label: Tensor
     positions: NDArray[np.int64]
-    condition: Tensor
+    augmentation: Tensor
 
 
-class Images(Dataset[Batch | Augmented]):
-    """The images at given positions, ``size`` by ``size``.
+class ImageDataset(Dataset[Batch | AugmentedBatch]):
+    """The images at given positions, cropped to ``size`` by ``size`` pixels.
 
-    With a ``seed`` they are cropped, mirrored if ``flip``, and augmented, by the draws of each
-    position; without one nothing is random about them and crops are central.
+    Args:
+        cache: the decoded images.
+        split: its places are given by ``first + order(positions)``.
+        order: the order of the images by position; ``None`` for the order of ``split``.
+        first: the first place in ``split``.
+        size: height and width of the crops.
+        seed: crops, flips and augmentation are drawn from it and the position. Without a seed,
+            crops are central and nothing else is done.
+        flip: whether to mirror every second image.
+        augment: whether and how to augment.
     """
 
     def __init__(
         self,
         cache: Cache,
         split: Split,
-        order: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        order: Order | None = None,
         *,
-        first: int,
+        first: int = 0,
         size: int,
         seed: int | None = None,
         flip: bool = False,
         augment: Augment | None = None,
     ) -> None:
-        self.cache, self.split, self.order, self.first, self.size = cache, split, order, first, size
-        self.seed, self.flip, self.augment = seed, flip, augment
+        self.cache = cache
+        self.split = split
+        self.order = order
+        self.first = first
+        self.size = size
+        self.seed = seed
+        self.flip = flip
+        self.augment = augment
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> Batch | Augmented:
-        """The batch at ``positions``, ``(b,)``; without workers or loaders this is all there is to
-        it.
-        """
-        indices = self.split(self.first + self.order(positions))
-        labels = torch.from_numpy(self.cache.labels[indices])
+    def __getitem__(self, positions: NDArray[np.int64]) -> Batch | AugmentedBatch:
+        """Return the batch at ``positions``, ``(b,)``."""
+        places = self.order(positions) if self.order else positions
+        indices = self.split.indices(self.first + places)
+        label = torch.from_numpy(self.cache.labels[indices])
         if self.seed is None:
-            return Batch(torch.from_numpy(self._pixels(indices, None)), labels, positions)
+            return Batch(torch.from_numpy(self._crops(indices, None)), label, positions)
         draws = Draws(self.seed, positions.tolist())
-        image = torch.from_numpy(self._pixels(indices, draws))
+        image = torch.from_numpy(self._crops(indices, draws))
         if self.flip:
             flipped = draws.uniform("flip") < 0.5
             image[flipped] = image[flipped].flip(-1)
         if self.augment:
-            image, condition = self.augment(image, draws)
-            return Augmented(image, labels, positions, condition)
-        return Batch(image, labels, positions)
+            image, augmentation = self.augment(image, draws)
+            return AugmentedBatch(image, label, positions, augmentation)
+        return Batch(image, label, positions)
 
-    def _pixels(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.uint8]:
-        if self.cache.uniform and self.cache.image(0).shape[1:] == (self.size, self.size):
-            return self.cache.gather(indices)
-        centre = np.nextafter(
-            np.full((len(indices), 2), 0.5), 0
-        )  # just below: of two middles the first
-        corners = centre if draws is None else draws.uniform("crop", (2,)).numpy()
-        out = np.empty((len(indices), 3, self.size, self.size), np.uint8)
-        for row, index, corner in zip(out, indices, corners, strict=True):
-            image = self.cache.image(int(index))
-            y, x = (corner * (np.array(image.shape[1:]) - self.size + 1)).astype(int)
-            row[:] = image[:, y : y + self.size, x : x + self.size]
-        return out
-
-
-def in_sequence(positions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The order of the held-out images: always the same."""
-    return positions
+    def _crops(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.generic]:
+        """Return crops ``(b, c, size, size)``: at drawn places, or in the middle without draws."""
+        room = self.cache.shapes[indices] - self.size  # (b, 2)
+        if draws is None or not room.any():
+            # Just below 0.5: of two pixels in the middle, the first.
+            places = np.full(room.shape, np.nextafter(0.5, 0))
+        else:
+            places = draws.uniform("crop", (2,)).numpy()
+        corners = (places * (room + 1)).astype(int)
+        shape = (len(indices), self.cache.channels, self.size, self.size)
+        crops = np.empty(shape, self.cache.dtype)
+        for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
+            crop[:] = self.cache.image(index)[:, y : y + self.size, x : x + self.size]
+        return crops

@@ -1,48 +1,56 @@
-"""What lies under a folder: the images, and what was left out, so that a user can be told.
+"""The files under a folder: which are images, what was left out, and which classes they have.
 
-name of an image = prefix + its path under the root
+    cat, dog          folders that are classes
+    train, test       parts of a data set: the classes are one level below
+    images, masks     the images, and what belongs to them
+
+Where folders may be parts of a data set, the user is asked.
 """
 
 import fnmatch
 import os
+import shlex
 import stat
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from sturdy.data.formats import INSTALL_HEIC, READS_HEIC, is_image
+from sturdy.data.formats import HEAD, INSTALL_HEIC, READS_HEIC, is_image
 
 HEIC = frozenset({b".heic", b".heif", b".hif"})
 SUFFIXES = frozenset(
     b".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .png .tif .tiff .webp".split()
 ) | (HEIC if READS_HEIC else frozenset())
-TEXTS = frozenset(
-    b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split()
-)  # captions, labels, tables
-ARCHIVES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
-# folders that systems make, in lower case; those with a dot in front are hidden anyway
-SYSTEM = frozenset(
-    name.encode()
-    for name in (
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "@eadir",
-        "@recently-snapshot",
-        "@recycle",
-        "__macosx",
-        "__pycache__",
-        "lost+found",
-        "recycler",
-        "system volume information",
-    )
+# of captions, labels and tables
+TEXT_SUFFIXES = frozenset(b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split())
+ARCHIVE_SUFFIXES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
+# folders that systems make, in lower case; hidden ones begin with a dot and are left out anyway
+SYSTEM_FOLDERS = frozenset(
+    b"#recycle #snapshot $recycle.bin @eadir @recently-snapshot @recycle __macosx __pycache__ "
+    b"lost+found recycler".split()
+) | {b"system volume information"}
+
+SPLIT_NAMES = frozenset("train training val valid validation dev test testing".split())
+IMAGE_NAMES = frozenset("image images img imgs jpegimages".split())
+# folders of files that belong to images and are not to be trained on
+COMPANION_NAMES = frozenset(
+    "annotation annotations conditioning conditioning_image conditioning_images label labels mask "
+    "masks segmentation segmentations segmentationclass segmentationobject".split()
 )
+MAX_CLASSES = 10  # most classes that are named
+MAX_KINDS = 8  # most kinds of left out files that are named
 
 
-class Found(NamedTuple):
-    """An image: its name, what identifies its content, and the two upper folders it is in, empty if
-    there are none.
+class ImageFile(NamedTuple):
+    """An image file.
+
+    Attributes:
+        name: its path under the folder that all roots are in.
+        status: identifies its content: times, size and inode; empty if it cannot be read.
+        top: the folder of its root that it is in; empty if it is in the root itself.
+        second: the folder of ``top`` that it is in; empty if there is none.
     """
 
     name: bytes
@@ -52,76 +60,70 @@ class Found(NamedTuple):
 
 
 class Listing:
-    """The images under some folders at any depth, and how many other things there are; links are
-    followed.
+    """The images under some folders at any depth, and the number of other files.
 
-    Hidden files and folders, folders of the system and what ``exclude`` matches are left out.
+    Links are followed. Hidden files and folders, folders of the system, and what ``exclude``
+    matches are left out.
 
     Args:
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
-        any_suffix: read the first bytes of files with other suffixes, and take those that are
-            images.
+        any_suffix: whether to read the first bytes of files with other suffixes, and to take those
+            that are images.
+
+    Attributes:
+        images: the images found so far.
+        tops: the folders in the roots, with images or without.
     """
 
     def __init__(self, exclude: Sequence[str] = (), *, any_suffix: bool = False) -> None:
         self.exclude = {pattern: os.fsencode(pattern.strip("/")) for pattern in exclude}
         self.any_suffix = any_suffix
-        self.images: list[Found] = []
-        self.tops: set[bytes] = set()  # with images or without
-        self.suffixes: Counter[bytes] = Counter()  # of files left out
+        self.images: list[ImageFile] = []
+        self.tops: set[bytes] = set()
+        self.other_files: Counter[bytes] = Counter()  # by suffix
         self.examples: dict[bytes, list[bytes]] = {}  # the first paths of each of these suffixes
         self.hidden = 0
-        self.system: Counter[bytes] = Counter()  # folders, by name
+        self.system_folders: Counter[bytes] = Counter()  # by name
         self.excluded: Counter[str] = Counter()  # files and folders, by pattern
 
     def add(self, root: bytes, prefix: bytes = b"") -> None:
-        """List what is under ``root``.
+        """List the files under ``root``; their names begin with ``prefix``.
 
-        A pipe or a link to nowhere is listed too when it has the suffix of an image, so that it is
-        reported as broken and not silently missing.
+        A pipe or a dangling link with the suffix of an image is listed too, so that it is reported
+        as broken.
 
         Raises:
-            PermissionError: a folder may not be read; a class silently missing would be worse.
+            PermissionError: a folder may not be read. To skip it could lose a class silently.
         """
         status = os.stat(root)
         waiting = [(root, b"", frozenset({(status.st_dev, status.st_ino)}))]
         while waiting:
-            folder, inside, above = waiting.pop()
+            folder, inside, ancestors = waiting.pop()
             top, second = [*inside.split(b"/")[:-1], b"", b""][:2]
-            try:
-                scan = os.scandir(folder)
-            except PermissionError as error:
-                way_out = (
-                    f", or leave it out with data.exclude=[{printable(inside[:-1])}]"
-                    if inside
-                    else ""
-                )
-                message = f"data.root holds a folder that may not be read; change its permissions{way_out}"
-                raise PermissionError(error.errno, message, printable(folder)) from None
-            with scan as entries:
-                for entry in entries:
-                    path = inside + entry.name
-                    if self._left_out(path, entry.name):
-                        continue
-                    try:
-                        status = entry.stat()
-                    except OSError:
-                        if _suffix(entry.name) in SUFFIXES:
-                            self.images.append(Found(prefix + path, b"", top, second))
-                        continue
-                    if not stat.S_ISDIR(status.st_mode):
-                        if what := self._file(entry.path, status):
-                            self.images.append(Found(prefix + path, what, top, second))
-                    elif entry.name.lower() in SYSTEM:
-                        self.system[entry.name] += 1
-                    else:
-                        if not inside:
-                            self.tops.add(entry.name)
-                        here = (status.st_dev, status.st_ino)
-                        if here not in above:  # a link to a folder that it is in would be endless
-                            waiting.append((entry.path, path + b"/", above | {here}))
+            for entry in _scan(folder, inside):
+                path = inside + entry.name
+                if self._is_left_out(path, entry.name):
+                    continue
+                try:
+                    status = entry.stat()
+                except OSError:
+                    if _suffix(entry.name) in SUFFIXES:
+                        self.images.append(ImageFile(prefix + path, b"", top, second))
+                    continue
+                if not stat.S_ISDIR(status.st_mode):
+                    if self._is_image(entry.path):
+                        file = ImageFile(prefix + path, _pack(status), top, second)
+                        self.images.append(file)
+                elif entry.name.lower() in SYSTEM_FOLDERS:
+                    self.system_folders[entry.name] += 1
+                else:
+                    if not inside:
+                        self.tops.add(entry.name)
+                    here = (status.st_dev, status.st_ino)
+                    if here not in ancestors:  # a link to a folder above would never end
+                        waiting.append((entry.path, path + b"/", ancestors | {here}))
 
-    def _left_out(self, path: bytes, name: bytes) -> bool:
+    def _is_left_out(self, path: bytes, name: bytes) -> bool:
         if name.startswith(b"."):
             self.hidden += 1
             return True
@@ -131,83 +133,203 @@ class Listing:
                 return True
         return False
 
-    def _file(self, path: bytes, status: os.stat_result) -> bytes:
-        """What identifies the content of an image; empty, and counted, if the file is none."""
+    def _is_image(self, path: bytes) -> bool:
+        """Return whether a file is listed as an image; count it otherwise."""
         suffix = _suffix(path)
         if suffix in SUFFIXES or (self.any_suffix and begins_as_image(path)):
-            return struct.pack(
-                "<2q2Q", status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
-            )
-        self.suffixes[suffix] += 1
+            return True
+        self.other_files[suffix] += 1
         examples = self.examples.setdefault(suffix, [])
         if len(examples) < 3:
             examples.append(path)
-        return b""
+        return False
 
-    def left_out(self, *, texts: bool = False, most: int = 8) -> list[str]:
-        """What was left out, how many of it and what would read it; ``texts`` counts captions and
-        tables, too.
-        """
-        others = [(s, count) for s, count in _by_count(self.suffixes) if texts or s not in TEXTS]
-        parts = [f"{count:,} {self._suffix_says(suffix)}" for suffix, count in others[:most]]
-        if rest := sum(count for _, count in others[most:]):
+    def left_out(self, *, texts: bool = False) -> list[str]:
+        """Count what was left out, and say what would read it; captions and tables if ``texts``."""
+        others = [
+            (suffix, n)
+            for suffix, n in _most_frequent(self.other_files)
+            if texts or suffix not in TEXT_SUFFIXES
+        ]
+        parts = [f"{n:,} {self._describe_suffix(suffix)}" for suffix, n in others[:MAX_KINDS]]
+        if rest := sum(n for _, n in others[MAX_KINDS:]):
             parts.append(f"{rest:,} other files")
         if self.hidden:
             parts.append(f"{self.hidden:,} hidden by a dot in front")
-        for name, count in _by_count(self.system):
-            parts.append(f"{count:,} {printable(name)} folder{'s' * (count > 1)}")
-        for pattern, count in self.excluded.items():
-            parts.append(f"{count:,} matched by data.exclude={pattern}")
+        for name, n in _most_frequent(self.system_folders):
+            parts.append(f"{n:,} {printable(name)} folder{'s' * (n > 1)}")
+        for pattern, n in self.excluded.items():
+            parts.append(f"{n:,} matched by exclude={pattern}")
         return parts
 
     def texts(self) -> list[str]:
-        """Captions, labels and tables: by name where there are few of a kind, else how many."""
+        """Name the files of captions, labels and tables; count them where there are many."""
         parts = []
-        for suffix, count in _by_count(self.suffixes):
-            if suffix in TEXTS:
-                few = count <= len(self.examples[suffix])
-                names = sorted(printable(os.path.basename(path)) for path in self.examples[suffix])
-                parts += names if few else [f"{count:,} {printable(suffix)}"]
+        for suffix, n in _most_frequent(self.other_files):
+            examples = self.examples[suffix]
+            if suffix not in TEXT_SUFFIXES:
+                continue
+            if n <= len(examples):
+                parts += sorted(printable(os.path.basename(path)) for path in examples)
+            else:
+                parts.append(f"{n:,} {printable(suffix)}")
         return parts
 
     def unmatched(self) -> list[str]:
-        """Patterns of ``exclude`` that match nothing."""
+        """Return the patterns of ``exclude`` that match nothing."""
         return [pattern for pattern in self.exclude if not self.excluded[pattern]]
 
-    def _suffix_says(self, suffix: bytes) -> str:
-        what = printable(suffix) or "without a suffix"
+    def _describe_suffix(self, suffix: bytes) -> str:
+        text = printable(suffix) or "without a suffix"
         if suffix in HEIC:
-            return f"{what} ({INSTALL_HEIC} them)"
-        if suffix in ARCHIVES:
-            return f"{what} (unpack first)"
+            return f"{text} ({INSTALL_HEIC} them)"
+        if suffix in ARCHIVE_SUFFIXES:
+            return f"{text} (unpack first)"
         if any(begins_as_image(path) for path in self.examples[suffix]):
-            return f"{what} (data.any_suffix=true reads those that are images)"
-        return what
+            return f"{text} (any_suffix=true reads those that are images)"
+        return text
+
+
+def _scan(folder: bytes, inside: bytes) -> list[os.DirEntry[bytes]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except PermissionError as error:
+        message = "root=... holds a folder that may not be read; change its permissions"
+        if inside:
+            message += f", or leave it out with exclude=[{printable(inside[:-1])}]"
+        raise PermissionError(error.errno, message, printable(folder)) from None
+
+
+def _pack(status: os.stat_result) -> bytes:
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return struct.pack("<2q2Q", *times, status.st_size, status.st_ino)
+
+
+def _suffix(name: bytes) -> bytes:
+    return os.path.splitext(name)[1].lower()
+
+
+def _most_frequent(counter: Counter[bytes]) -> list[tuple[bytes, int]]:
+    """Return names and numbers, the largest number first, then by name."""
+    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
 
 
 def begins_as_image(path: bytes) -> bool:
-    """Whether the first bytes of a regular file are those of an image that is read."""
+    """Return whether the first bytes of a regular file are those of an image that is read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
         with open(path, "rb") as file:
-            return is_image(file.read(64))
+            return is_image(file.read(HEAD))
     except OSError:
         return False
 
 
 def printable(name: bytes | os.PathLike[str]) -> str:
-    """A file name as text that any terminal, JSON or table can take."""
+    """Return a file name as text that any terminal, JSON or table can hold."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _by_count(counter: Counter[bytes]) -> list[tuple[bytes, int]]:
-    """The most frequent first, then by name."""
-    return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+# --- Classes
 
 
-def _suffix(name: bytes) -> bytes:
-    return os.path.splitext(name)[1].lower()
+def find_classes(
+    roots: Sequence[Path], images: Sequence[ImageFile], labels: bool | str
+) -> list[bytes]:
+    """Return the classes in byte order, none when unlabelled; see ``Folder`` for ``labels``.
+
+    Raises:
+        ValueError: images lie in folders and beside them, or ``labels`` is ``"auto"`` and the
+            folders are named like parts of a data set.
+    """
+    tops = sorted({image.top for image in images} - {b""})
+    if labels is False or (labels == "auto" and not tops):
+        return []
+    loose = next((image.name for image in images if not image.top), None)
+    if loose is not None:
+        names = ", ".join(printable(top) for top in tops[:3]) + ", ..." * (len(tops) > 3)
+        folders = f"{len(tops)} folders of images" + (f" ({names})" if tops else "")
+        raise ValueError(
+            f"{as_override('root', roots)} has images in the folder itself, such as "
+            f"{printable(loose)}, and {folders}: move those into folders of classes, take all as "
+            f"unlabelled with labels=false, or leave folders out with exclude=[...]"
+        )
+    if labels == "auto":
+        _ask_about_parts(roots, images, tops)
+    return tops if labels is True or len(tops) > 1 else []
+
+
+def _ask_about_parts(roots: Sequence[Path], images: Sequence[ImageFile], tops: list[bytes]) -> None:
+    """Raise ``ValueError`` with the possible answers if ``tops`` may be parts of a data set."""
+    lower = {top: printable(top).lower() for top in tops}
+    parts = [top for top in tops if lower[top] in SPLIT_NAMES | IMAGE_NAMES | COMPANION_NAMES]
+    if not parts or (len(tops) == 1 and not count_classes_below(images, tops)):
+        return
+    usable = [top for top in parts if lower[top] not in COMPANION_NAMES]
+    usable.sort(key=lambda top: not lower[top].startswith("train"))  # the most likely first
+    selections = [usable[:1]] if usable else []
+    if len(usable) > 1:
+        selections.append(usable)
+
+    answers = []
+    for selection in selections:
+        folders = subfolders(roots, selection)
+        n = sum(image.top in selection for image in images)
+        classes = describe_classes(count_classes_below(images, selection))
+        answers.append((as_override("root", folders), f"{n:,} images, {classes}"))
+    if len(tops) > 1:
+        classes = describe_classes(count_images(image.top for image in images))
+        answers.append(("labels=true", f"{len(images):,} images, {classes}"))
+    answers.append(("labels=false", f"{len(images):,} images, no classes"))
+    width = max(len(override) for override, _ in answers)
+    names = ", ".join(printable(top) for top in parts)
+    raise ValueError(
+        f"{as_override('root', roots)} has folders that may be parts of a data set and not "
+        f"classes: {names}. Give one of:\n"
+        + "\n".join(f"  {override:<{width}}  {meaning}" for override, meaning in answers)
+    )
+
+
+def subfolders(roots: Iterable[Path], tops: Iterable[bytes]) -> list[Path]:
+    """Return the folders named ``tops`` that exist in ``roots``."""
+    roots = list(roots)
+    paths = [root / os.fsdecode(top) for top in tops for root in roots]
+    return [path for path in paths if path.is_dir()]
+
+
+def count_images(folders: Iterable[bytes]) -> Counter[bytes]:
+    """Count how often each folder occurs, in byte order."""
+    return Counter(dict(sorted(Counter(folders).items())))
+
+
+def count_classes_below(images: Iterable[ImageFile], tops: Iterable[bytes]) -> Counter[bytes]:
+    """Count the images of each folder one level below ``tops``; none if they are not classes."""
+    counts = count_images(image.second for image in images if image.top in tops)
+    return counts if len(counts) > 1 and b"" not in counts else Counter()
+
+
+def as_override(name: str, paths: Sequence[Path]) -> str:
+    """Return ``name=path`` or ``name=[path,path]``, quoted as it is typed on a command line."""
+    texts = [printable(path) for path in paths]
+    special = set(" ()[]{},:=\\'\"$&#;|<>*?!`")
+    must_quote = any(special & set(text) or not text.isascii() for text in texts)
+    if must_quote:
+        texts = ['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]
+    value = texts[0] if len(texts) == 1 else f"[{','.join(texts)}]"
+    return shlex.quote(f"{name}={value}") if must_quote else f"{name}={value}"
+
+
+def describe_classes(counts: Counter[bytes]) -> str:
+    """Return ``"classes: cat 40, dog 38"``; of many their number, and the smallest and largest."""
+    if not counts:
+        return "no classes"
+    first = ", ".join(f"{printable(name)} {n:,}" for name, n in list(counts.items())[:MAX_CLASSES])
+    if len(counts) <= MAX_CLASSES:
+        return f"classes: {first}"
+    (largest, most), *_, (smallest, least) = counts.most_common()
+    sizes = f"{least:,} ({printable(smallest)}) to {most:,} ({printable(largest)})"
+    return f"{len(counts):,} classes of {sizes} images: {first}, ..."

@@ -1,44 +1,69 @@
-"""What a source of images is, and how it says that one of them cannot be used."""
+"""The seam of this package: a source of images, and the errors by which it refuses one of them."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 
 class BadImageError(Exception):
-    """An image that cannot be used; the message is a short plain reason."""
+    """An image cannot be used; the message is a short plain reason."""
 
 
 class ImageTooSmallError(BadImageError):
-    """An image that is whole, and smaller than the user accepts."""
+    """An image is intact, but smaller than the user accepts."""
 
 
 class Source(Protocol):
-    """A finite collection of images that can be decoded one by one, from several threads at once.
+    """A finite collection of images, which are decoded one by one.
 
-    It may also have ``content(index) -> bytes``: bytes that tell the image from all others and stay
-    the same at any image size, such as those of its file. ``data.split=content`` is decided by
-    them; else by the decoded pixels.
+    A class need not inherit from it. ``decode`` is called from several threads at once.
 
-    It may also have ``understood()``, lines that tell the user what it found and what it left out,
-    and two sets of
-    indices that it fills while it decodes: ``scaled_up``, of images smaller than what is made of
-        them, and ``deep``, of
-    those with more than 8 bits of grey.
+    A source may also have:
+
+    - ``channels``, the number of channels of each image (3 where it has none), and ``dtype``, the
+      name of their NumPy type (``"uint8"`` where it has none). ``uint8`` becomes [-1, 1] in
+      training; another type stays as it is.
+    - ``content(index) -> bytes``: bytes that identify the image and do not depend on the image
+      size, such as those of its file. ``split="content"`` is decided by them; without them it is
+      decided by the decoded pixels.
+    - ``summary_lines() -> list[str]``: lines that tell the user which images were found.
+    - ``scaled_up`` and ``deep``: sets that ``decode`` fills with the indices of images that were
+      smaller than their decoded size, and of images with more than 8 bits of grey.
+
+    Attributes:
+        classes: the name of each class; empty when the images have no labels.
+        key: changes whenever ``decode`` or ``label`` of any index could return something else.
     """
 
     classes: tuple[str, ...]
-    """Label ``k`` is ``classes[k]``; empty when unlabelled."""
     key: str
-    """Changes whenever ``decode`` or ``label`` of any index could give something else."""
 
     def __len__(self) -> int: ...
 
     def label(self, index: int) -> int:
-        """The number of the class, 0 when unlabelled."""
+        """Return the index of the image's class in ``classes``; 0 when there are no labels."""
 
     def name(self, index: int) -> str:
-        """What to call the image in messages and tables."""
+        """Return the name of the image in messages and tables."""
 
     def decode(self, index: int) -> np.ndarray:
-        """The image, uint8 ``(3, h, w)``; raises ``BadImageError`` with the reason."""
+        """Return the image, ``(channels, h, w)``.
+
+        Raises:
+            BadImageError: the image cannot be used.
+        """
+
+
+class PixelFormat(NamedTuple):
+    """The number of channels and the NumPy type of the images of a source."""
+
+    channels: int = 3
+    dtype: str = "uint8"
+
+
+def pixel_format(source: Source) -> PixelFormat:
+    """Return the format of the images that ``source`` decodes."""
+    default = PixelFormat()
+    channels = getattr(source, "channels", default.channels)
+    dtype = getattr(source, "dtype", default.dtype)
+    return PixelFormat(channels, np.dtype(dtype).name)

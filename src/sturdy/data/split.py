@@ -8,123 +8,127 @@ from numpy.typing import ArrayLike, NDArray
 
 from exact_resume.permutation import FeistelPermutation
 
-Places = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # an index in [0, n) at each place
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""A function from places in an order to indices of images, ``(b,) -> (b,)``."""
 
 
 class Split:
-    """All images in one order, those held out first; which these are depends on no seed.
+    """An order of all images in which the held-out images come first; it depends on no seed.
 
-    By count, the order is a permutation of the ``n`` images: one image more, and most of those held
-        out are others.
-    By content, the order is that of a number in [0, 1) which each image has from a hash of its
-    content, and those
-    whose number lies in a fixed interval are held out: no image changes sides when others come, go
-        or are renamed.
+    By count, the order is a permutation of the ``n`` images. Another number of images is another
+    permutation, and most of the held-out images are then others.
+
+    By content, each image has a number in [0, 1) from a hash of its content, and the order is that
+    of these numbers. The held-out images are those whose number lies in a fixed interval, so that
+    no image changes sides when others are added, removed or renamed.
 
     Args:
-        order: the image's index in [0, n) at each place, ``(b,) -> (b,)``.
+        order: gives the index in [0, n) of the image at each place.
         n: number of images.
-        held_out: where those held out are in that order.
+        held_out: the places of the held-out images.
     """
 
-    def __init__(self, order: Places, n: int, held_out: range) -> None:
-        self.order, self.n, self.held_out = order, n, held_out
+    def __init__(self, order: Order, n: int, held_out: range) -> None:
+        self.order = order
+        self.n = n
+        self.held_out = held_out
 
-    @classmethod
-    def share(cls, n: int, share: float) -> "Split":
-        """Hold out that ``share`` by count, but at least one image, and not all."""
-        return cls(
-            FeistelPermutation(n, 0, purpose="split"),
-            n,
-            range(min(max(1, round(n * share)), n - 1)),
-        )
+    def indices(self, places: ArrayLike) -> NDArray[np.int64]:
+        """Return the index in [0, n) of the image at each place, ``(b,) -> (b,)``.
 
-    @classmethod
-    def fold(cls, n: int, number: int, folds: int) -> "Split":
-        """Hold out part ``number``, from 1 on, of ``folds`` parts by count, whose sizes differ by
-        one at most.
-
-        Raises:
-            ValueError: if some would be empty.
+        Places ``0`` to ``len(held_out) - 1`` are those of the held-out images, the others those of
+        the training images.
         """
-        if folds > n:
-            raise ValueError(f"data.folds={folds} cannot be made of {n} images; use at most {n}")
-        part = range(n * (number - 1) // folds, n * number // folds)
-        return cls(FeistelPermutation(n, 0, purpose="split"), n, part)
-
-    @classmethod
-    def content_share(cls, contents: NDArray[np.uint64], share: float) -> "Split":
-        """Hold out the images whose number is below ``share``, but at least that of the smallest,
-        and not all.
-
-        Args:
-            contents: a hash of each image, ``(n,)``. Equal ones fall on the same side, unless all
-                are equal.
-        """
-        order, numbers = _by_content(contents)
-        least = np.searchsorted(numbers, numbers[0], side="right")
-        most = np.searchsorted(numbers, numbers[-1], side="left")
-        n = max(1, min(max(np.searchsorted(numbers, share), least), most))
-        return cls(order, len(contents), range(int(n)))
-
-    @classmethod
-    def content_fold(cls, contents: NDArray[np.uint64], number: int, folds: int) -> "Split":
-        """Hold out the images whose number is in [(number - 1) / folds, number / folds); arguments
-        as above.
-
-        Raises:
-            ValueError: if these are none, or all.
-        """
-        order, numbers = _by_content(contents)
-        first, end = np.searchsorted(numbers, [(number - 1) / folds, number / folds]).tolist()
-        if (size := end - first) in (0, len(contents)):
-            raise ValueError(
-                f"data.fold={number} of data.folds={folds} would hold out {size} of "
-                f"{len(contents)} images, as their "
-                f"contents decide: use fewer folds, or data.split=count for equal ones"
-            )
-        return cls(order, len(contents), range(first, end))
-
-    def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
-        """The image's index in [0, n) at each of the places, ``(b,) -> (b,)``."""
         return self.order((self.held_out.start + np.asarray(places, dtype=np.int64)) % self.n)
 
+    @classmethod
+    def by_count(cls, n: int, fraction: float) -> "Split":
+        """Hold out this fraction of ``n`` images, but at least one image and not all of them."""
+        held_out = min(max(1, round(n * fraction)), n - 1)
+        return cls(_permutation(n), n, range(held_out))
 
-def _by_content(contents: NDArray[np.uint64]) -> tuple[Places, NDArray[np.float64]]:
-    """The order of the images by their numbers in [0, 1), and these numbers in that order,
-    ``(n,)``.
-    """
-    order = np.argsort(contents, kind="stable")
-    numbers = (contents[order] >> np.uint64(11)).astype(
-        np.float64
-    ) * 2.0**-53  # as many bits as float64 has below 1
-    return partial(np.take, order), numbers
+    @classmethod
+    def fold_by_count(cls, n: int, fold: int, folds: int) -> "Split":
+        """Hold out part ``fold``, counted from 1, of ``folds`` parts of nearly equal size.
+
+        Raises:
+            ValueError: some parts would be empty.
+        """
+        if folds > n:
+            raise ValueError(f"folds={folds} cannot be made of {n} images; use at most {n}")
+        return cls(_permutation(n), n, range(n * (fold - 1) // folds, n * fold // folds))
+
+    @classmethod
+    def by_content(cls, hashes: NDArray[np.uint64], fraction: float) -> "Split":
+        """Hold out the images whose number is below ``fraction``.
+
+        At least the image with the smallest number is held out, and the one with the largest is
+        not.
+
+        Args:
+            hashes: a hash of the content of each image, ``(n,)``. Images with equal hashes fall on
+                the same side, unless all are equal.
+            fraction: about this fraction of the images is held out.
+        """
+        order, numbers = _order_by_content(hashes)
+        smallest = np.searchsorted(numbers, numbers[0], side="right")
+        all_but_largest = np.searchsorted(numbers, numbers[-1], side="left")
+        below = np.searchsorted(numbers, fraction)
+        held_out = max(1, min(max(below, smallest), all_but_largest))
+        return cls(order, len(hashes), range(int(held_out)))
+
+    @classmethod
+    def fold_by_content(cls, hashes: NDArray[np.uint64], fold: int, folds: int) -> "Split":
+        """Hold out the images whose number is in [(fold - 1) / folds, fold / folds).
+
+        Raises:
+            ValueError: this would be no image, or all of them.
+        """
+        order, numbers = _order_by_content(hashes)
+        first, end = np.searchsorted(numbers, [(fold - 1) / folds, fold / folds]).tolist()
+        held_out = range(first, end)
+        if len(held_out) in (0, len(hashes)):
+            raise ValueError(
+                f"fold={fold} of folds={folds} would hold out {len(held_out)} of {len(hashes)} "
+                f"images, as their contents decide: use fewer folds, or split=count for equal ones"
+            )
+        return cls(order, len(hashes), held_out)
+
+
+def _permutation(n: int) -> FeistelPermutation:
+    return FeistelPermutation(n, 0, purpose="split")
+
+
+def _order_by_content(hashes: NDArray[np.uint64]) -> tuple[Order, NDArray[np.float64]]:
+    """Return the order of the images by their numbers, and the sorted numbers, ``(n,)``."""
+    order = np.argsort(hashes, kind="stable")
+    high_bits = hashes[order] >> np.uint64(11)  # as many bits as float64 has below 1
+    return partial(np.take, order), high_bits.astype(np.float64) * 2.0**-53
 
 
 class BalancedPermutation:
-    """An order in which classes come as often as is wanted: class k at the share (1 - balance) n_k
-    / n + balance / K.
+    """An order of the training images with a chosen frequency of each class.
 
-    Every virtual epoch has the same number of each class, its rank by rank:
+    Class k, with n_k of the n images, comes with the frequency (1 - balance) n_k / n + balance / K.
+    Every virtual epoch has m places and the same number m_k of each class:
 
-        k, rank(p) = the class and the place in it of slot permutation[seed, p // m](p % m),    m
-        slots an epoch
-        index(p)   = images of k[permutation[seed, k](count of k before this epoch + rank)]
+        (k, rank) = class and rank of slot permutation[seed, p // m](p % m)
+        index(p)  = images of k[permutation[seed, k](m_k (p // m) + rank)]
 
     Args:
-        labels: of the ``n`` images, ``(n,)``; classes without an image are none.
-        balance: from 0, as often as they are, to 1, all equally often.
+        labels: of the ``n`` images, ``(n,)``. Classes without an image do not count.
+        seed: key of the order.
+        balance: from 0, as frequent as in the data, to 1, all classes equally frequent.
     """
 
     def __init__(self, labels: NDArray[np.int64], seed: int, *, balance: float) -> None:
         names, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-        n, k = len(labels), len(names)
+        n = len(labels)
+        k = len(names)
         self.images = np.argsort(classes, kind="stable")  # class after class
         self.starts = np.cumsum(sizes) - sizes
-        wanted = ((1 - balance) * sizes / n + balance / k) * (
-            k * -(-n // k)
-        )  # a multiple of k, so that 1 is exact
-        self.counts = _rounded(wanted)
+        places = k * -(-n // k)  # n rounded up to a multiple of k, so that balance=1 is exact
+        self.counts = _round_keeping_sum(((1 - balance) * sizes / n + balance / k) * places)
         self.ends = np.cumsum(self.counts)
         self.slots = FeistelPermutation(int(self.ends[-1]), seed, purpose="classes")
         self.orders = [
@@ -133,27 +137,23 @@ class BalancedPermutation:
         ]
 
     def __call__(self, positions: ArrayLike) -> NDArray[np.int64]:
-        """The image's index in [0, n) at each global position, ``(b,) -> (b,)``."""
+        """Return the index in [0, n) of the image at each global position, ``(b,) -> (b,)``."""
         positions = np.asarray(positions, dtype=np.int64)
         slots = self.slots(positions)
         classes = np.searchsorted(self.ends, slots, side="right")
-        ranks = (
-            positions // self.slots.n * self.counts[classes]
-            + slots
-            - (self.ends - self.counts)[classes]
-        )
+        epochs = positions // self.slots.n
+        ranks_in_epoch = slots - (self.ends - self.counts)[classes]
+        ranks = epochs * self.counts[classes] + ranks_in_epoch
         indices = np.empty_like(positions)
         for k in np.unique(classes):
-            here = classes == k
-            indices[here] = self.images[self.starts[k] + self.orders[k](ranks[here])]
+            of_class = classes == k
+            indices[of_class] = self.images[self.starts[k] + self.orders[k](ranks[of_class])]
         return indices
 
 
-def _rounded(wanted: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Whole numbers of the same sum, none further off than 1: the largest remainders are rounded
-    up.
-    """
-    whole = np.floor(wanted + 1e-9).astype(np.int64)
-    short = round(wanted.sum()) - whole.sum()
-    whole[np.argsort(whole - wanted, kind="stable")[:short]] += 1
-    return whole
+def _round_keeping_sum(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Round to whole numbers of the same sum; the largest remainders are rounded up."""
+    rounded = np.floor(values + 1e-9).astype(np.int64)
+    missing = round(values.sum()) - rounded.sum()
+    rounded[np.argsort(rounded - values, kind="stable")[:missing]] += 1
+    return rounded

@@ -79,7 +79,7 @@ class LoadedRun:
         self.data = data = open_data(cfg, self.config, self.entry, self.trust)
         self.folder = Path(cfg.paths.cache) / "evaluation"
         train, held_out, self.answers, self.labelled = load_reference_images(data, most)
-        first = data.val_dataloader().dataset.split(np.arange(8)).tolist()  # tells folds apart
+        first = data.split.indices(np.arange(8)).tolist()  # tells folds apart
         self.known = (data.digest, data.image_size, len(train), data.held_out, first)
         images, labels = train.pixels, cast(Tensor, train.labels)
         self.features.prepare(
@@ -238,7 +238,7 @@ def open_data(
     trust.check(entry.state, config, ["data"])
     data = instantiate(settings)
     trained_on = entry.manifest.get("fingerprint", {}).get("data")
-    data.open(begun=trained_on)
+    data.open(expected_digest=trained_on)
     for note in data.notes:
         print(note, flush=True)
     if trained_on not in (None, data.digest):
@@ -282,7 +282,7 @@ def load_reference_images(
         and not data.cache.quarantine
     ):
         known = [
-            [vars(data.source.attributes(i)) for i in images.split(np.array(where))]
+            [vars(data.source.attributes(i)) for i in images.split.indices(np.array(where))]
             for where in counts
         ]
         names = [name for name, value in known[0][0].items() if isinstance(value, str)]

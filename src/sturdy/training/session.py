@@ -50,7 +50,7 @@ from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
-from sturdy.errors import EXIT_USAGE, ConfigError, as_config_error
+from sturdy.errors import EXIT_USAGE, ConfigError, add_key, as_config_error
 from sturdy.training.build import build_module
 from sturdy.training.ema_snapshots import path_of
 from sturdy.training.fingerprint import run_fingerprint
@@ -366,15 +366,15 @@ class Session:
 
     def _announce(self, guarantee: Guarantee | None) -> None:
         """Say what was understood of the data, and whether the run is fresh or resumed."""
-        for line in self.data.understood():
-            log.info(line)
+        for line in self.data.summary_lines():
+            log.info(add_key(line, "data", self.cfg.data))
         if report := self.data.cache.report():
             log.warning(report)
         log.info(self._banner(guarantee))
         for line in self.restored:
             log.warning(f"the configuration was edited: {line}")
         for line in self.data.notes:
-            log.warning(line)
+            log.warning(add_key(line, "data", self.cfg.data))
 
     def _banner(self, guarantee: Guarantee | None) -> str:
         cfg = self.cfg

@@ -124,10 +124,11 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     data.rank = distributed.rank()
     data.processes = distributed.world_size()
     data.limit_val = cfg.trainer.limit_val_batches
-    data.open(begun)
+    with as_config_error("data", cfg.data):
+        data.open(begun)
     cfg.classes = list(data.classes)
     cfg.num_classes = len(data.classes)
-    cfg.num_conditions = data.conditions
+    cfg.num_conditions = data.augmentation_size
     cfg.prior = data.prior
     return data
 
@@ -198,7 +199,7 @@ def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tenso
     end = min(data.held_out + encoder.most, len(data.cache))
     positions = np.arange(data.held_out, end)
     batch = images[positions]
-    first = images.split(np.arange(8)).tolist()  # tells folds apart
+    first = images.split.indices(np.arange(8)).tolist()  # tells folds apart
     key = (data.digest, data.image_size, len(positions), data.held_out, first)
     progress = ProgressPrinter("the encoder of alignment")
     encoder.prepare(

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from pictures import Noise
-from test_module import batches, equal, opened
+from image_files import Noise
+from test_datamodule import batches, equal, opened
 
 from sturdy.data.datamodule import ImageData
 from sturdy.data.split import BalancedPermutation
@@ -92,9 +92,9 @@ def test_what_has_no_classes_cannot_be_balanced(tmp_path):
         classes = ()
 
     with pytest.raises(
-        ValueError, match=r"data\.balance=0\.5 balances classes, and these images have none"
+        ValueError, match=r"balance=0\.5 balances classes, and these images have none"
     ):
         opened(tmp_path, Plain(key="plain"), balance=0.5)
     assert opened(tmp_path, Plain(key="plain")).prior == []
-    with pytest.raises(ValueError, match=r"data\.balance=2 is a share"):
+    with pytest.raises(ValueError, match=r"balance=2 is a share"):
         ImageData(Noise(), image_size=8, balance=2)

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from runs import COMMON, train
-from sturdy.data.build import seal
 from sturdy.data.cache import open_cache
+from sturdy.data.cache_writer import seal
 from sturdy.data.datamodule import folder_data
 from sturdy.data.folder import Folder
-from sturdy.data.layout import summary, words
+from sturdy.data.listing import as_override, describe_classes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 6, 6, 3), dtype=np.uint8)
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]
@@ -36,7 +36,7 @@ def put_bytes(path, content=b"nothing"):
 
 
 def refusal(**options):
-    with pytest.raises(ValueError, match=r"data\.") as error:
+    with pytest.raises(ValueError, match=r"\w+=") as error:
         Folder(**options)
     return str(error.value)
 
@@ -48,15 +48,17 @@ def test_classes_are_named_and_counted(tmp_path):
     put(tmp_path / "cat", 3)
     put(tmp_path / "dog", 2)
     (tmp_path / "van").mkdir()
-    assert Folder(root=tmp_path).understood() == [
+    assert Folder(root=tmp_path).summary_lines() == [
         f"{tmp_path}: 5 images, classes: cat 3, dog 2",
         "left out: the folder van (no images)",
     ]
-    assert Folder(root=tmp_path, labels=False).understood() == [f"{tmp_path}: 5 images, no classes"]
+    assert Folder(root=tmp_path, labels=False).summary_lines() == [
+        f"{tmp_path}: 5 images, no classes"
+    ]
 
 
 def test_of_many_classes_the_smallest_and_the_largest():
-    said = summary(Counter({f"{k:02d}".encode(): 5 + k % 7 for k in range(40)}))
+    said = describe_classes(Counter({f"{k:02d}".encode(): 5 + k % 7 for k in range(40)}))
     assert said.startswith("40 classes of 5 (")
     assert "to 11 (06) images: 00 5, 01 6" in said
     assert said.endswith("09 7, ...")
@@ -65,11 +67,8 @@ def test_of_many_classes_the_smallest_and_the_largest():
 def test_one_folder_of_folders_is_pointed_out(tmp_path):
     put(tmp_path / "photos/cat", 3)
     put(tmp_path / "photos/dog", 2)
-    (line,) = Folder(root=tmp_path).understood()
-    assert (
-        line
-        == f"{tmp_path}: 5 images, no classes; data.root={tmp_path}/photos would make 2 classes"
-    )
+    (line,) = Folder(root=tmp_path).summary_lines()
+    assert line == f"{tmp_path}: 5 images, no classes; root={tmp_path}/photos would make 2 classes"
     assert Folder(root=tmp_path / "photos").classes == ("cat", "dog")
 
 
@@ -97,11 +96,11 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "sturdy.data.listing.SUFFIXES", frozenset({b".png"})
     )  # whatever is installed here
-    first, left_out, unused = Folder(root=tmp_path).understood()
+    first, left_out, unused = Folder(root=tmp_path).summary_lines()
     assert first == f"{tmp_path}: 4 images, no classes"
     assert set(left_out.removeprefix("left out: ").split(", ")) == {
         "6 .heic (pip install 'sturdy-diffusion[heic]' reads them)",
-        "6 without a suffix (data.any_suffix=true reads those that are images)",
+        "6 without a suffix (any_suffix=true reads those that are images)",
         "1 .npy",
         "1 .tar (unpack first)",
         "3 hidden by a dot in front",
@@ -147,7 +146,7 @@ def test_folders_of_the_system_are_no_classes(tmp_path, name):
     folder = Folder(root=tmp_path)
     assert (folder.classes, len(folder), folder.key) == (("cat", "dog"), 5, key)
     hidden = name.startswith(".")
-    assert folder.understood()[1:] == [
+    assert folder.summary_lines()[1:] == [
         f"left out: 2 {'hidden by a dot in front' if hidden else f'{name} folders'}"
     ]
 
@@ -171,13 +170,13 @@ def test_exclude(tmp_path):
         "dog/003.gif",
         "dog/004.gif",
     ]
-    assert folder.understood()[1:] == [
-        "left out: 1 matched by data.exclude=thumbs/, 1 matched by data.exclude=*/old",
-        "data.exclude matches nothing with *_none*",
+    assert folder.summary_lines()[1:] == [
+        "left out: 1 matched by exclude=thumbs/, 1 matched by exclude=*/old",
+        "exclude=[*_none*] matches nothing",
     ]
     assert Folder(root=tmp_path, exclude="*.gif").classes == ("cat", "dog", "thumbs")
     for wrong in (3, [3], [""]):
-        assert "data.exclude" in refusal(root=tmp_path, exclude=wrong)
+        assert "exclude=" in refusal(root=tmp_path, exclude=wrong)
 
 
 # --- folders that may be no classes
@@ -188,12 +187,12 @@ def test_splits_are_asked_about_and_every_word_of_the_answer_works(tmp_path):
         for k, name in enumerate(("cat", "dog", "bird")):
             put(tmp_path / split / name, n, start=100 * k + 10 * n)
     said = refusal(root=tmp_path).splitlines()
-    assert said[0].startswith(f"data.root={tmp_path} has folders that may be parts of a data set")
+    assert said[0].startswith(f"root={tmp_path} has folders that may be parts of a data set")
     assert [line.split("  ")[1] for line in said[1:]] == [
-        f"data.root={tmp_path}/Train",
-        f"data.root=[{tmp_path}/Train,{tmp_path}/test]",
-        "data.labels=true",
-        "data.labels=false",
+        f"root={tmp_path}/Train",
+        f"root=[{tmp_path}/Train,{tmp_path}/test]",
+        "labels=true",
+        "labels=false",
     ]
     promised = [line.split("  ")[-1].strip() for line in said[1:]]
     answers = [
@@ -203,7 +202,7 @@ def test_splits_are_asked_about_and_every_word_of_the_answer_works(tmp_path):
         {"root": tmp_path, "labels": False},
     ]
     for answer, promise in zip(answers, promised, strict=True):
-        assert Folder(**answer).understood()[0].endswith(f": {promise}")
+        assert Folder(**answer).summary_lines()[0].endswith(f": {promise}")
     assert promised[1] == "24 images, classes: bird 8, cat 8, dog 8"
 
 
@@ -226,10 +225,10 @@ def test_what_is_asked_about(tmp_path, layout, first):
     assert first in said[1]
     promised = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in said[1:]}
     for word in promised:
-        if word.startswith("data.root=/"):
+        if word.startswith("root=/"):
             assert (
-                Folder(root=word.removeprefix("data.root="))
-                .understood()[0]
+                Folder(root=word.removeprefix("root="))
+                .summary_lines()[0]
                 .endswith(f": {promised[word]}")
             )
     assert Folder(root=tmp_path, labels=True).classes == tuple(
@@ -250,13 +249,13 @@ def test_what_is_not_asked_about(tmp_path, layout):
 @pytest.mark.parametrize(
     ("path", "word"),
     [
-        ("/data/train", "data.root=/data/train"),
-        ("/my data/zoë (1)", """'data.root="/my data/zoë (1)"'"""),
-        ('/a"b', """'data.root="/a\\"b"'"""),
+        ("/data/train", "root=/data/train"),
+        ("/my data/zoë (1)", """'root="/my data/zoë (1)"'"""),
+        ('/a"b', """'root="/a\\"b"'"""),
     ],
 )
 def test_words_can_be_typed(path, word):
-    assert words("data.root", [Path(path)]) == word
+    assert as_override("root", [Path(path)]) == word
 
 
 # --- several roots
@@ -267,7 +266,7 @@ def test_several_roots_unite_classes_by_name(tmp_path):
     put(tmp_path / "a/dog", 1, start=10)
     put(tmp_path / "b/deep/cat", 1, start=20)
     put(tmp_path / "b/deep/bird", 1, start=30)
-    folder = Folder(root=[tmp_path / "a", tmp_path / "b/deep"], size=16)
+    folder = Folder(root=[tmp_path / "a", tmp_path / "b/deep"], image_size=16)
     assert folder.classes == ("bird", "cat", "dog")
     found = {folder.name(i): folder.classes[folder.label(i)] for i in range(len(folder))}
     assert found == {
@@ -278,12 +277,15 @@ def test_several_roots_unite_classes_by_name(tmp_path):
         "b/deep/cat/020.png": "cat",
     }
     assert all(folder.decode(i).shape == (3, 16, 16) for i in range(5))
-    again = Folder(root=[tmp_path / "b/deep", tmp_path / "a"], size=16)
+    again = Folder(root=[tmp_path / "b/deep", tmp_path / "a"], image_size=16)
     assert again.key == folder.key  # the order of the roots means nothing
-    insisted = Folder(root=tmp_path, size=16, labels=True)  # the same names with other labels
+    insisted = Folder(root=tmp_path, image_size=16, labels=True)  # the same names with other labels
     assert insisted.classes == ("a", "b")
     assert insisted.key != folder.key
-    assert Folder(root=[tmp_path / "a"], size=16).key == Folder(root=tmp_path / "a", size=16).key
+    assert (
+        Folder(root=[tmp_path / "a"], image_size=16).key
+        == Folder(root=tmp_path / "a", image_size=16).key
+    )
 
 
 def test_roots_that_overlap_are_refused(tmp_path):
@@ -299,20 +301,20 @@ def test_roots_that_overlap_are_refused(tmp_path):
     [
         (
             "s3://bucket/photos",
-            "data.root=s3://bucket/photos is not on this machine: download it, or mount it",
+            "root=s3://bucket/photos is not on this machine: download it, or mount it",
         ),
-        ([], "data.root is empty"),
-        (None, "data.root=None is not the name of a folder"),
-        (True, "data.root=True is not the name of a folder"),
-        (7, "data.root=7 is not the name of a folder here; quote a name"),
-        ("x" * 300, "data.root cannot be read"),
+        ([], "is empty: give the folder"),
+        (None, "root=None is not the name of a folder"),
+        (True, "root=True is not the name of a folder"),
+        (7, "root=7 is not the name of a folder here; quote a name"),
+        ("x" * 300, " cannot be read (File name too long)"),
         ("photos.zip", "photos.zip is an archive: unpack it"),
     ],
 )
 def test_roots_that_are_no_folders(tmp_path, monkeypatch, root, message):
     monkeypatch.chdir(tmp_path)
     put_bytes(tmp_path / "photos.zip")
-    with pytest.raises((ValueError, OSError), match=r"data\.root") as error:
+    with pytest.raises((ValueError, OSError), match="root=") as error:
         Folder(root=root)
     assert message in str(error.value)
 
@@ -327,12 +329,12 @@ def test_a_number_may_be_the_name_of_a_folder(tmp_path, monkeypatch):
 
 
 def remarks(tmp_path, **options):
-    folder = Folder(root=tmp_path / "photos", **{"size": 16, **options})
+    folder = Folder(root=tmp_path / "photos", **{"image_size": 16, **options})
     cache = open_cache(folder, root=tmp_path / "cache")
     assert (
-        open_cache(folder, root=tmp_path / "cache").remarks == cache.remarks
+        open_cache(folder, root=tmp_path / "cache").unusual == cache.unusual
     )  # said again from the manifest
-    return cache, cache.remarks
+    return cache, cache.unusual
 
 
 def test_nothing_odd_is_said_of_nothing_odd(tmp_path):
@@ -365,19 +367,17 @@ def test_small_images_are_told_and_can_be_left_out(tmp_path):
     put(tmp_path / "photos", 2, start=10, size=12)
     cache, lines = remarks(tmp_path)
     assert lines == [
-        "smaller than data.image_size, scaled up: 2 of 5 images (010.png, 011.png); "
-        "data.min_side=16 leaves them out"
+        "smaller than image_size, scaled up: 2 of 5 images (010.png, 011.png); "
+        "min_side=16 leaves them out"
     ]
     cache, lines = remarks(tmp_path, min_side=16)
-    assert lines == ["smaller than data.min_side, left out: 2 of 5 images (010.png, 011.png)"]
+    assert lines == ["smaller than min_side, left out: 2 of 5 images (010.png, 011.png)"]
     assert (len(cache), cache.quarantine, cache.report()) == (3, [], "")  # they are not broken
     assert cache.small == ["010.png", "011.png"]
-    assert "010.png\tsmaller than data.min_side" in (cache.path / "quarantine.txt").read_text()
-    with pytest.raises(
-        ValueError, match=r"no image is left: 5 of 5 are smaller than data\.min_side"
-    ):
+    assert "010.png\tsmaller than min_side" in (cache.path / "quarantine.txt").read_text()
+    with pytest.raises(ValueError, match=r"no image is left: 5 of 5 are smaller than min_side"):
         remarks(tmp_path, min_side=41)
-    assert "data.min_side=0" in refusal(root=tmp_path / "photos", min_side=0)
+    assert "min_side=0" in refusal(root=tmp_path / "photos", min_side=0)
 
 
 def test_images_of_one_colour_and_of_twelve_bits_are_told(tmp_path):
@@ -398,16 +398,16 @@ def test_images_of_one_colour_and_of_twelve_bits_are_told(tmp_path):
 
 def test_a_cache_without_remarks_opens(tmp_path):
     put(tmp_path / "photos", 3)
-    folder = Folder(root=tmp_path / "photos", size=16)
+    folder = Folder(root=tmp_path / "photos", image_size=16)
     cache = open_cache(folder, root=tmp_path / "cache")
     file = cache.path / "manifest.json"
     manifest = json.loads(file.read_text())
-    for key in ("remarks", "small", "seal"):  # as older versions wrote it
+    for key in ("remarks", "small", "channels", "dtype", "seal"):  # as older versions wrote it
         del manifest[key]
     file.write_text(json.dumps({**manifest, "seal": seal(manifest)}))
     inode = (cache.path / "images.bin").stat().st_ino
     cache = open_cache(folder, root=tmp_path / "cache")
-    assert (cache.remarks, cache.small, (cache.path / "images.bin").stat().st_ino) == (
+    assert (cache.unusual, cache.small, (cache.path / "images.bin").stat().st_ino) == (
         [],
         [],
         inode,
@@ -430,7 +430,7 @@ def test_a_number_of_broken_images_may_be_accepted(tmp_path):
 
     assert opened(2) == opened(1.0) == 20
     for few in (1, 0, 0.01):
-        with pytest.raises(ValueError, match=r"accept so many with data\.max_broken=2\."):
+        with pytest.raises(ValueError, match=r"accept so many with max_broken=2\."):
             opened(few)
 
 

@@ -6,11 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from pictures import encode, quarters
+from image_files import encode, quarters
 from PIL import Image
 
 from sturdy.data.decode import decode
-from sturdy.data.mend import mend_jpeg, mend_png
+from sturdy.data.formats import repair_jpeg, repair_png
 from sturdy.data.source import BadImageError
 
 
@@ -86,7 +86,7 @@ def test_zeros_in_place_of_pixels_are_refused():
         PROGRESSIVE.index(b"\xff\xda") + 14, len(PROGRESSIVE), 7
     ):  # a scan less is not noticed
         zeros = PROGRESSIVE[:at] + bytes(99) + PROGRESSIVE[-2:]
-        assert mend_jpeg(zeros) == zeros
+        assert repair_jpeg(zeros) == zeros
 
 
 def test_what_is_mended_is_judged_as_strictly_as_without_the_odd_metadata():
@@ -171,13 +171,13 @@ def test_damaged_pixels_of_a_png_are_refused_whatever_its_metadata():
 
 def test_whole_files_are_left_alone():
     for whole in (JPEG, RESTARTS, PROGRESSIVE, encode(photo().convert("CMYK"), "JPEG")):
-        assert mend_jpeg(whole) == whole
-    assert mend_png(PNG) == PNG
+        assert repair_jpeg(whole) == whole
+    assert repair_png(PNG) == PNG
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xe0\xff\xff", b"\xff\xd8" + b"\xff" * 99]
 )
 def test_nothing_is_read_beyond_the_end(data):
-    mend_jpeg(data)
-    mend_png(b"\x89PNG\r\n\x1a\n" + data)
+    repair_jpeg(data)
+    repair_png(b"\x89PNG\r\n\x1a\n" + data)
