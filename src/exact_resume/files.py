@@ -39,19 +39,38 @@ def open_durable(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open what will be the file ``path`` when the block ends, durably; until then, an older one
-    stays as it is.
+def atomic_write(
+    path: Path, *, durable: bool = True, unique: bool = False, overwrite: bool = True
+) -> Iterator[BinaryIO]:
+    """Open a file that replaces ``path`` when the block ends, completely or not at all.
+
+    The bytes go into a temporary file in the same directory, ``.NAME``, which is then renamed.
+
+    Args:
+        path: in a directory that exists.
+        durable: whether it must survive a power cut. Leave it out for what can be made again.
+        unique: whether other processes may write ``path`` at the same time. The temporary file
+            then has the number of the process in its name, and the last writer wins.
+        overwrite: whether to replace an older file. Else the first of several writers wins.
+
+    Raises:
+        FileExistsError: if ``path`` exists and ``overwrite`` is off.
     """
-    aside = path.with_name(f".{path.name}")
+    suffix = f".{os.getpid()}" if unique else ""
+    temporary = path.with_name(f".{path.name}{suffix}")
     try:
-        with open_durable(aside) as file:
+        with open_durable(temporary) if durable else temporary.open("wb") as file:
             yield file
-        os.replace(aside, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+            temporary.unlink()
     except BaseException:
-        aside.unlink(missing_ok=True)  # a full disk gets its room back
+        temporary.unlink(missing_ok=True)  # on a full disk this frees the space
         raise
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def make_directory(directory: Path) -> None:

@@ -16,11 +16,11 @@ from hydra.utils import instantiate
 from exact_resume.lock import AlreadyRunningError, lock_run
 from exact_resume.replay import ReplayLogger, recorded_rows
 from exact_resume.resume import ResumePoint
-from sturdy.sampling.config import TRUST_NONE
 from sturdy.training.loggers.evaluations import keep
 from sturdy.trust import Trust
 
 log = logging.getLogger(__name__)
+TRUST_NONE = Trust()
 
 
 def figures(numbers: Mapping[str, Any]) -> dict[str, float]:

@@ -112,8 +112,8 @@ REFUSALS = {
     "sample.image=car.png sample.strength=0": "sample.strength=0 must be above 0, where nothing changes, and at most 1",
     "sample.image=car.png sample.strength=1.5": "sample.strength=1.5 must be above 0",
     "sample.image=car.png sample.strength=much": "sample.strength=much must be above 0",
-    "sample.mask=left.png": "sample.mask=left.png needs a picture to change: sample.image=FILE",
-    "sample.strength=0.5": "sample.strength=0.5 needs a picture to change: sample.image=FILE",
+    "sample.mask=left.png": "sample.mask=left.png needs an image to change: sample.image=FILE",
+    "sample.strength=0.5": "sample.strength=0.5 needs an image to change: sample.image=FILE",
 }
 
 
