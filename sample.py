@@ -1,4 +1,4 @@
-"""Draw pictures from a run's EMA weights: python sample.py run=cars sample.label=pickup"""
+"""Draw images from a run's EMA weights: python sample.py run=cars sample.label=pickup"""
 
 from pathlib import Path
 

@@ -90,5 +90,5 @@ def test_embedded_is_made_once_for_the_data_and_for_its_options(tmp_path):
     assert torch.equal(
         first.extract_cached(some()[:3], data=("digest", "training"), folder=tmp_path), kept
     )  # not computed
-    with pytest.raises(ValueError, match=r"features\.seen=0"):
+    with pytest.raises(ValueError, match=r"^seen=0 must be"):
         Embedded(seen=0)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LEVELS = (0.1, 0.4, 1.0, 2.5, 10.0)  # noise sigma / alpha, for images in [-1, 1]
 # Tokens whose attention is shown, as fractions of the height and of the width.
-QUERY_POINTS = {"from the centre": (0.5, 0.5), "from the upper left": (0.2, 0.2)}
+QUERY_POINTS = {"centre": (0.5, 0.5), "upper left": (0.2, 0.2)}
 N_MEASURED = 8  # images
 N_EXAMPLES = 2
 QUERIES_AT_ONCE = 64  # bounds the memory
@@ -198,8 +198,10 @@ def _figure(
         names: of the layers.
     """
     columns = ["with noise", "estimate"]
-    columns += [f"{name}\n{point}" for point in QUERY_POINTS for name in names]
-    row_names, rows, marks = [], [], []
+    columns += [f"{name}\n{point} token" for point in QUERY_POINTS for name in names]
+    row_names: list[str] = []
+    rows: list[Tensor] = []
+    marks = []
     for i, image in enumerate(examples):
         for level, pair, layers in zip(LEVELS, images, recorded, strict=True):
             row = [part[i] for part in pair]

@@ -234,10 +234,8 @@ def _class_accuracy(
     baseline = share_by_class(read[attribute] == known, known, len(classes))
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     all_right = right.double().mean().item()
-    report.numbers["class_accuracy"] = {
-        "all": all_right,
-        **dict(zip(classes, by_class, strict=True)),
-    }
+    accuracies = dict(zip(classes, by_class, strict=True))
+    report.numbers["class_accuracy"] = {"all": all_right, **accuracies}
     rows = []
     for name, count, share, usual in zip(classes, counts, by_class, baseline, strict=True):
         rows.append([name, str(count), percent(share), percent(usual)])

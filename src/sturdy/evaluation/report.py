@@ -68,7 +68,7 @@ class Report:
         """Save a matplotlib ``figure`` as ``name`` beside the report, and show it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.directory / name, durable=False, unique=True) as file:
-            figure.savefig(file, format="png", dpi=DPI)
+            figure.savefig(file, format="png", dpi=DPI, bbox_inches="tight")
         self.blocks.append(f"![{caption}]({name})\n\n*{caption}*")
 
     def write(self) -> Path:

@@ -30,7 +30,7 @@ def walk_section(
     report.heading("From noise to image")
     report.figure(
         "walk.png",
-        image_table(rows, columns=[f"t = {step.t:.2f}" for step in chosen], rows=names),
+        image_table(rows, columns=[f"t = {step.t:.2g}" for step in chosen], rows=names),
         f"Of {len(steps)} steps; of each sample the state, and below it the expected image",
     )
 
