@@ -198,7 +198,7 @@ def _figure(
         names: of the layers.
     """
     columns = ["with noise", "estimate"]
-    columns += [f"{name}\n{point} token" for point in QUERY_POINTS for name in names]
+    columns += [f"{name}\n{point}" for point in QUERY_POINTS for name in names]
     row_names: list[str] = []
     rows: list[Tensor] = []
     marks = []
