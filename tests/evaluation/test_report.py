@@ -14,7 +14,8 @@ from sturdy.evaluation.walk import select_steps, walk_section
 
 
 def test_it_is_markdown_with_pictures_beside_it(tmp_path):
-    report = Report(tmp_path / "new", "cars at step 7", "Two images.")
+    report = Report(tmp_path / "new", "cars at step 7")
+    report.introduction = "Two images."
     report.verdicts.append("good")
     report.heading("Part")
     table = report.table(["", "a|b"], [["recall", 0.123456], ["n", "1,000"]])

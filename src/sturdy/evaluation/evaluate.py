@@ -87,13 +87,13 @@ def write_report(cfg: DictConfig) -> None:
     pixels = draw_images(run, sampling, denoiser, labels, options, images_folder)
     samples = ImageSet(pixels, labels, features.extract(pixels), {})
 
-    introduction = (
+    report = Report(out, f"{cfg.run} at step {run.point.step:,}")
+    report.introduction = (
         f"{options.n:,} images of {data.image_size} x {data.image_size} pixels, "
         f"{'no labels' if labels is None else f'labels {options.labels}'}, seed {options.seed}, "
         f"{sampling.describe(labels)}. Trained on {len(data.cache) - data.held_out:,} images. "
         f"Features: {features.name}."
     )
-    report = Report(out, f"{cfg.run} at step {run.point.step:,}", introduction)
     report.numbers = {
         "run": cfg.run,
         "step": run.point.step,
@@ -105,18 +105,11 @@ def write_report(cfg: DictConfig) -> None:
             sampling, network, labels, guided_by_network=guide is not None
         ),
     }
-    train = reference.train
-    held_out = reference.held_out
-    samples_section(report, samples)
-    table = quality_section(report, features.distance, samples, train, held_out, data.classes)
-    mirrored = data.flip or getattr(data, "augment", None) is not None
-    memorisation_section(report, samples, train, held_out, mirrored=mirrored)
-    if reference.options and options.audit_seen:
-        _audit(report, samples, reference, options)
-    few = min(options.levels, len(train), len(held_out))
+    table = _compare_with_real_images(report, samples, reference, data, features, options)
     denoising = Denoising(network, run.module.space, device=run.device)
-    denoising_error_section(report, denoising, train[:few], held_out[:few])
-    attention_section(report, denoising, held_out[:few])
+    few = min(options.levels, len(reference.train), len(reference.held_out))
+    denoising_error_section(report, denoising, reference.train[:few], reference.held_out[:few])
+    attention_section(report, denoising, reference.held_out[:few])
     walk_section(report, _walk(run, sampling, denoiser, labels, options), run.module.space.decode)
 
     path = report.write()
@@ -180,6 +173,26 @@ def draw_images(
         parts.append(cached(folder, f"{first:06d}", depends, compute)["pixels"])
         progress(numbers.stop, options.n)
     return torch.cat(parts)
+
+
+def _compare_with_real_images(
+    report: Report,
+    samples: ImageSet,
+    reference: ReferenceImages,
+    data: Any,
+    features: Features,
+    options: DictConfig,
+) -> str:
+    """Add the sections on quality, memorisation and attributes; return the table of quality."""
+    train = reference.train
+    held_out = reference.held_out
+    samples_section(report, samples)
+    table = quality_section(report, features.distance, samples, train, held_out, data.classes)
+    mirrored = data.flip or getattr(data, "augment", None) is not None
+    memorisation_section(report, samples, train, held_out, mirrored=mirrored)
+    if reference.options and options.audit_seen:
+        _audit(report, samples, reference, options)
+    return table
 
 
 def _audit(

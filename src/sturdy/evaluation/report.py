@@ -23,18 +23,18 @@ class Report:
     Args:
         directory: is made if it does not exist.
         title: of the report.
-        introduction: a paragraph below the title.
 
     Attributes:
+        introduction: a paragraph below the title.
         verdicts: the most important results, a line each; they follow the introduction.
         blocks: the sections, in Markdown.
         numbers: all results, as primitives.
     """
 
-    def __init__(self, directory: Path, title: str, introduction: str = "") -> None:
+    def __init__(self, directory: Path, title: str) -> None:
         self.directory = directory
         self.title = title
-        self.introduction = introduction
+        self.introduction = ""
         self.verdicts: list[str] = []
         self.blocks: list[str] = []
         self.numbers: dict[str, Any] = {}
