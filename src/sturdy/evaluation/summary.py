@@ -14,17 +14,20 @@ from sturdy.sampling.config import SamplingConfig
 
 
 class CallCounter:
-    """Takes the place of a denoiser and counts the images that it is called with."""
+    """A denoiser that counts the images that it is called with, and does not compute."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        self.schedule = denoiser.schedule
-        self.num_classes = denoiser.num_classes
+        self.denoiser = denoiser
         self.calls = 0
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
         """Count ``len(x_t)`` calls; return ``x_t``."""
         self.calls += len(x_t)
         return x_t
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the attribute of the denoiser, such as its schedule."""
+        return getattr(self.denoiser, name)
 
 
 def count_network_calls(
