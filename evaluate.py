@@ -1,4 +1,7 @@
-"""Judge a run's pictures against its images: python evaluate.py run=cars evaluate.n=5000"""
+"""Compare the images of a run with real ones.
+
+python evaluate.py run=cars evaluate.n=5000
+"""
 
 from pathlib import Path
 

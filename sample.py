@@ -1,4 +1,7 @@
-"""Draw pictures from a run's EMA weights: python sample.py run=cars sample.label=pickup"""
+"""Draw images from the EMA weights of a run.
+
+python sample.py run=cars sample.label=pickup
+"""
 
 from pathlib import Path
 

@@ -56,7 +56,6 @@ EVALUATE = [
     "evaluate.audit_seen=0",
     "features.seen=16",
 ]
-TUNE = ["tune.n=8", "tune.batch_size=4", "tune.scales=[1]", "tune.steps=[1]", "features.seen=16"]
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +137,13 @@ def test_its_code_is_in_the_promise(outside, words, once):
     assert differences(outside, "once", "edited") == []
 
 
-def test_its_run_is_sampled_evaluated_and_tuned_without_a_word(outside, once):
+def test_its_run_is_sampled_and_evaluated_without_a_word(outside, once):
     said = through(outside, "sample", "run=once", "sample.n=4")
     assert "drawn by Midpoint (steps 2), guidance 2" in said
     pictures = outside / "runs" / "once" / "pictures"
     assert sorted(p.name for p in pictures.glob("0*.png")) == [f"{k:06d}.png" for k in range(4)]
     assert "the whole report is" in through(outside, "evaluate", "run=once", *EVALUATE)
     assert "Midpoint" in (outside / "runs" / "once" / "evaluation" / "report.md").read_text()
-    through(outside, "tune", "run=once", *TUNE)
-    said = through(outside, "sample", "run=once", "sample.n=1")
-    assert "drawn by Midpoint (steps 1), guidance 1" in said
-    assert "sampling.yaml" in said
 
 
 def test_from_elsewhere_it_takes_a_word(outside, once):
@@ -226,17 +221,16 @@ def test_what_is_typed_is_run(outside):
         "guidance": {"scale": 1.0},
     }
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        recipe = resolve_sampling(compose("sample", given), stock, None)
-        assert type(recipe.sampler).__name__ == "Midpoint"
-        assert isinstance(
-            resolve_sampling(compose("sample", ["run=any"]), stock, None).sampler, Heun
-        )
+        typed = resolve_sampling(compose("sample", given), stock)
+        assert type(typed.make_sampler()).__name__ == "Midpoint"
+        sampling = resolve_sampling(compose("sample", ["run=any"]), stock)
+        assert isinstance(sampling.make_sampler(), Heun)
     own = {**stock, "sampler": {"_target_": "mypackage.sampler.Midpoint"}}
     with pytest.raises(
         ValueError,
         match=r"asks for mypackage\.sampler\.Midpoint as its sampler.*trust=\[mypackage\]",
     ):
-        resolve_sampling(OmegaConf.create(), own, None)
+        resolve_sampling(OmegaConf.create(), own)
 
 
 WORDS = {

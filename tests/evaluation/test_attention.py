@@ -13,15 +13,15 @@ from sturdy.backbone import dit, unet
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.schedule import RectifiedFlow
 from sturdy.diffusion.target import Velocity
-from sturdy.encoders.pictures import ImageSet, scaled
+from sturdy.encoders.images import ImageSet, scaled
 from sturdy.evaluation.attention import (
     LEVELS,
     Attends,
+    attention_maps,
     attention_section,
-    look,
-    token,
-    watching,
-    weights,
+    attention_weights,
+    record_attention,
+    token_at,
 )
 from sturdy.evaluation.levels import Denoising
 from sturdy.evaluation.report import Report
@@ -70,11 +70,11 @@ def after(layer, mixed, args):
 def test_weights_are_those_of_forward(layer, args):
     q, k, v = layer.queries_keys_values(*args)
     assert torch.equal(layer(*args), after(layer, F.scaled_dot_product_attention(q, k, v), args))
-    found = weights(q, k)
+    found = attention_weights(q, k)
     torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 15))
     torch.testing.assert_close(layer(*args), after(layer, found @ v, args), rtol=0, atol=1e-5)
     assert not torch.allclose(
-        layer(*args), after(layer, weights(k, q) @ v, args), atol=1e-3
+        layer(*args), after(layer, attention_weights(k, q) @ v, args), atol=1e-3
     )  # the control
     assert isinstance(layer, Attends)
 
@@ -84,11 +84,14 @@ def test_distances_that_are_known():
     height, width, side = 12, 20, 4
     tokens = height * width // side**2
     q = F.one_hot(torch.arange(tokens)).float().expand(2, 3, -1, -1)
-    itself, everywhere = look(1000 * q, q, height, width), look(0 * q, q, height, width)
+    itself, everywhere = (
+        attention_maps(1000 * q, q, height, width),
+        attention_maps(0 * q, q, height, width),
+    )
     torch.testing.assert_close(itself.distance, torch.zeros(2))
     assert itself.maps.shape == (2, 2, 3, 5)
     assert [m.argmax().item() for m in itself.maps[0]] == [1 * 5 + 2, 1]
-    assert token((0.5, 0.5), 3, 5) == (1, 2)
+    assert token_at((0.5, 0.5), 3, 5) == (1, 2)
     places = [(side * row, side * column) for row in range(3) for column in range(5)]
     mean = (
         sum(((a - c) ** 2 + (b - d) ** 2) ** 0.5 for a, b in places for c, d in places) / tokens**2
@@ -101,8 +104,8 @@ def test_distances_that_are_known():
 def test_more_tokens_than_are_measured_at_once_change_nothing():
     q, k = random(1, 2, 256, 8), random(1, 2, 256, 8, name="keys")
     places = torch.cartesian_prod(torch.arange(16.0), torch.arange(16.0))
-    whole = (weights(q, k).mean(1) * torch.cdist(places, places)).sum(2).mean(1)
-    torch.testing.assert_close(look(q, k, 16, 16).distance, whole)
+    whole = (attention_weights(q, k).mean(1) * torch.cdist(places, places)).sum(2).mean(1)
+    torch.testing.assert_close(attention_maps(q, k, 16, 16).distance, whole)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,7 @@ def test_more_tokens_than_are_measured_at_once_change_nothing():
 )
 def test_tokens_that_are_no_squares_are_left_alone(tokens, height, width):
     q = random(1, 1, tokens, 4)
-    assert (look(q, q, height, width) is None) == (tokens != 18)
+    assert (attention_maps(q, q, height, width) is None) == (tokens != 18)
 
 
 def held_out(n=3):
@@ -139,7 +142,7 @@ def test_a_section_for_networks_with_attention(kind, tmp_path):
     assert (
         len({d for name in names for d in numbers[name]}) == 15
     )  # each of a level and a layer of its own
-    assert "## Where it looks" in report.blocks
+    assert "## Attention" in report.blocks
     with Image.open(tmp_path / "attention.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
         assert picture.width > 8 * 96
@@ -153,7 +156,7 @@ def test_looking_changes_nothing_and_sees_what_the_layer_computes(kind):
     found = [module for module in network.modules() if isinstance(module, Attends)]
     x, t = scaled(real.pixels), torch.full((3,), 0.4)
     before = network(x, t, real.labels)
-    with watching(found, SIZE, SIZE) as looks:
+    with record_attention(found, SIZE, SIZE) as looks:
         assert torch.equal(network(x, t, real.labels), before)
     assert len(looks) == len(found) == 4
     for one in looks:
@@ -182,6 +185,6 @@ class Registers(nn.Module):
 def test_no_section_for_other_networks(network, tmp_path):
     report = Report(tmp_path, "attention")
     attention_section(report, denoising(network), held_out())
-    assert report.blocks == ["# attention"]
+    assert report.blocks == []
     assert report.numbers == {}
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from exact_resume.randomness import generator
-from sturdy.encoders.pictures import ImageSet
-from sturdy.evaluation.audit import accuracy, audit, by_class, classifiers, frequencies
+from sturdy.encoders.images import ImageSet
+from sturdy.evaluation.audit import (
+    accuracy,
+    audit_section,
+    frequencies,
+    share_by_class,
+    train_classifiers,
+)
 from sturdy.evaluation.report import Report
 
 OPTIONS = {"shape": ("square", "bar"), "colour": ("red", "green", "blue")}
@@ -34,19 +40,19 @@ def judge(tmp_path_factory):
     train, held_out = balanced(300, "train"), balanced(60, "held out")
     folder = tmp_path_factory.mktemp("cache")
     how = {"seen": 2500, "data": ("digest",), "folder": folder, "tell": lambda done, total: None}
-    return train, held_out, classifiers(train, OPTIONS, count=2, **how)
+    return train, held_out, train_classifiers(train, OPTIONS, count=2, **how)
 
 
 def test_good_samples_pass(judge, tmp_path):
     train, held_out, readers = judge
     report = Report(tmp_path, "good")
-    verdict = audit(report, readers, balanced(120, "samples"), train, held_out, OPTIONS, "shape")
+    audit_section(report, readers, balanced(120, "samples"), train, held_out, OPTIONS, "shape")
     assert report.numbers["classifier_accuracy"]["shape"] > 0.95
     assert report.numbers["class_accuracy"]["all"] > 0.95
     assert all(abs(f["samples"] - f["truth"]) < 0.05 for f in report.numbers["frequencies"])
-    assert "class accuracy" in verdict
+    assert "class accuracy" in report.verdicts[0]
     assert any(
-        "a quarter would be off by 4.0 points with 120 pictures" in block for block in report.blocks
+        "a quarter would be off by 4.0 points with 120 images" in block for block in report.blocks
     )
 
 
@@ -58,13 +64,13 @@ def test_a_missing_colour_and_a_wrong_class_are_seen(judge, tmp_path):
         samples.pixels, torch.where(torch.arange(120) < 30, 1 - shape, shape), samples.features, {}
     )
     report = Report(tmp_path, "bad")
-    verdict = audit(report, readers, wrong, train, held_out, OPTIONS, "shape")
+    audit_section(report, readers, wrong, train, held_out, OPTIONS, "shape")
     assert report.numbers["class_accuracy"]["all"] == pytest.approx(0.75, abs=0.04)
     blue = next(f for f in report.numbers["frequencies"] if f["option"] == "blue")
     assert blue["samples"] < 0.02
     assert blue["truth"] == pytest.approx(1 / 3)
-    assert "worst frequency: colour blue, -3" in verdict
-    assert "rarest: colour" in verdict
+    assert "worst frequency: colour blue, -3" in report.verdicts[0]
+    assert "rarest: colour" in report.verdicts[0]
 
 
 def test_shares_by_hand():
@@ -78,11 +84,13 @@ def test_shares_by_hand():
         0.625,
     )
     assert (bar.samples, bar.known) == (0.375, 0)
-    assert (square.apart, bar.apart) == (0.25, 0.25)
+    assert (square.spread, bar.spread) == (0.25, 0.25)
     assert math.isnan(bar.ratio)
     assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
-    shares = by_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 3)
-    assert by_class(torch.tensor([[True, False, True]] * 2), torch.tensor([0, 0, 2]), 3)[::2] == [
+    shares = share_by_class(torch.tensor([True, False, True]), torch.tensor([0, 0, 2]), 3)
+    assert share_by_class(torch.tensor([[True, False, True]] * 2), torch.tensor([0, 0, 2]), 3)[
+        ::2
+    ] == [
         0.5,
         1,
     ]
@@ -98,7 +106,7 @@ def test_between_two_options_readers_part_and_on_real_pictures_they_do_not(judge
 
     def apart(pixels):
         report = Report(tmp_path, "apart")
-        audit(
+        audit_section(
             report,
             readers,
             ImageSet(pixels, shape, torch.empty(100, 0), {}),
@@ -107,7 +115,7 @@ def test_between_two_options_readers_part_and_on_real_pictures_they_do_not(judge
             OPTIONS,
             "shape",
         )
-        return max(f["apart"] for f in report.numbers["frequencies"] if f["attribute"] == "colour")
+        return max(f["spread"] for f in report.numbers["frequencies"] if f["attribute"] == "colour")
 
     assert max(map(apart, pure)) < 0.02
     between = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exact_resume.randomness import generator
-from sturdy.evaluation.distances import frechet, kid, manifold, radii
+from sturdy.evaluation.distances import frechet, kid, manifold, neighbour_distances
 
 RNG = np.random.default_rng
 
@@ -126,9 +126,9 @@ def test_a_dropped_mode_is_missed_by_recall_and_coverage():
 
 
 def test_radii_of_points_on_a_line():
-    assert radii(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 1, 2, 9).tolist() == [
+    assert neighbour_distances(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), 1, 2, 9).tolist() == [
         [1, 1, 2, 4],
         [3, 2, 3, 6],
         [7, 6, 4, 7],
     ]
-    assert radii(torch.zeros(3, 2), 2).tolist() == [[0, 0, 0]]
+    assert neighbour_distances(torch.zeros(3, 2), 2).tolist() == [[0, 0, 0]]

@@ -49,7 +49,7 @@ def test_a_network_in_a_file_gives_its_features(tmp_path):
     features.prepare()
     assert features.distance == "fid"
     expected = torch.nn.functional.adaptive_avg_pool2d(some().float(), 2).flatten(1)
-    assert torch.equal(features.of(some()), expected)
+    assert torch.equal(features.extract(some()), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -82,13 +82,13 @@ def test_embedded_is_made_once_for_the_data_and_for_its_options(tmp_path):
 
     (first, made), (second, again) = prepared(100, "digest"), prepared(100, "digest")
     assert (made, again) == (True, False)
-    assert torch.equal(first.of(some()), second.of(some()))
+    assert torch.equal(first.extract(some()), second.extract(some()))
     assert prepared(200, "digest")[1]
     assert prepared(100, "other digest")[1]
-    kept = first.kept(some(), data=("digest", "training"), folder=tmp_path)
-    assert torch.equal(kept, first.of(some()))
+    kept = first.extract_cached(some(), data=("digest", "training"), folder=tmp_path)
+    assert torch.equal(kept, first.extract(some()))
     assert torch.equal(
-        first.kept(some()[:3], data=("digest", "training"), folder=tmp_path), kept
+        first.extract_cached(some()[:3], data=("digest", "training"), folder=tmp_path), kept
     )  # not computed
-    with pytest.raises(ValueError, match=r"features\.seen=0"):
+    with pytest.raises(ValueError, match=r"^seen=0 must be"):
         Embedded(seen=0)

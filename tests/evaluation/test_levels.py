@@ -7,8 +7,14 @@ import torch
 
 from exact_resume.randomness import Draws, generator
 from sturdy.diffusion.schedule import Cosine, RectifiedFlow
-from sturdy.encoders.pictures import ImageSet, scaled
-from sturdy.evaluation.levels import KINDS, Denoising, denoising_error_section, noise, psnr
+from sturdy.encoders.images import ImageSet, scaled
+from sturdy.evaluation.levels import (
+    NOISE_KINDS,
+    Denoising,
+    denoising_error_section,
+    make_noise,
+    psnr,
+)
 from sturdy.evaluation.report import Report
 
 
@@ -35,16 +41,16 @@ def pictures(n=60):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 def test_noise_has_mean_zero_and_variance_one(kind):
-    z = noise(Draws(0, range(200)), (3, 8, 8), kind)
+    z = make_noise(Draws(0, range(200)), (3, 8, 8), kind)
     assert abs(z.mean()) < 0.02
     assert z.var().item() == pytest.approx(1, abs=0.03)
     with pytest.raises(ValueError, match="salt and pepper"):
-        noise(Draws(0, range(2)), (3, 8, 8), "pink")
+        make_noise(Draws(0, range(2)), (3, 8, 8), "pink")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NOISE_KINDS)
 @pytest.mark.parametrize("ratio", [0.1, 0.4, 2.5])
 @pytest.mark.parametrize(
     "schedule", [RectifiedFlow(), Cosine()], ids=lambda schedule: type(schedule).__name__
@@ -53,12 +59,12 @@ def test_errors_are_the_closed_form(schedule, ratio, kind):
     real = pictures()
     denoiser = Wiener(schedule, real.pixels)
     s, r = denoiser.variance.item(), ratio**2
-    found, error = Denoising(denoiser, batch=17).error(real, ratio, kind)
+    found, error = Denoising(denoiser, batch_size=17).error(real, ratio, kind)
     assert found == pytest.approx(s * r / (s + r), abs=4 * error)
     assert 0 < error < 0.03 * found
     assert torch.equal(torch.cat(denoiser.labels), real.labels)
     assert found == pytest.approx(
-        Denoising(denoiser, batch=60).error(real, ratio, kind)[0], rel=1e-5
+        Denoising(denoiser, batch_size=60).error(real, ratio, kind)[0], rel=1e-5
     )
 
 
@@ -83,7 +89,7 @@ def test_what_was_learned_by_heart_shows(tmp_path):
     )
     found = report.numbers["levels"]
     assert found["training"][0] == 0 < found["held-out"][0]
-    assert set(report.numbers["robustness"]) == {"noise", *KINDS}
+    assert set(report.numbers["robustness"]) == {"noise", *NOISE_KINDS}
     said = report.write().read_text()
     assert "worse than the mean image" in said, "where it cannot see, it chooses one image"
     assert "a sampler.start below 0." in said

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from exact_resume.randomness import generator
+from sturdy.encoders.images import scaled
 from sturdy.encoders.network import answer, embed, fit, nt_xent, view
-from sturdy.encoders.pictures import scaled
 
 
 def patches(n, seed):

@@ -1,0 +1,1 @@
+"""Small frozen networks, their features, and sets of images."""

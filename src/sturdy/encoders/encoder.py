@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from sturdy.encoders.cached import cached
 from sturdy.encoders.network import VERSION, Network, Tell, fit
-from sturdy.evaluation.features import digest, for_imagenet, script, there
+from sturdy.encoders.weights import file_digest as digest
+from sturdy.encoders.weights import for_imagenet
+from sturdy.encoders.weights import load_torchscript as script
+from sturdy.encoders.weights import require_file as there
 
 
 class Encoder(nn.Module, ABC):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exact_resume.randomness import generator, key
-from sturdy.encoders.pictures import scaled
+from sturdy.encoders.images import scaled
 
 VERSION = (
     1  # raise it whenever what is trained changes, so that nothing of the old is read from a cache

@@ -1,13 +1,10 @@
-"""Is everything generated as often as it should be? Attributes of samples, as classifiers of real
-images read them.
+"""Is everything generated as often as it should be? Attributes of samples, read by classifiers.
 
-    share of samples that are read as an option   against   its share in truth
+    share of samples that are classified as an option   against   its share in truth
 
-Classifiers err too: what they make of held-out images, whose attributes are known, stands beside
-    every figure. And
-between two options no real image tells where one ends: there several readers differ, who were
-    trained from other
-weights, so a share is their mean, with how far apart they are.
+Classifiers err, too: their shares of held-out images, whose attributes are known, are beside every
+number. And the border between two options is ambiguous: several classifiers are trained from
+different weights, and the share is their mean, with their spread.
 """
 
 import math
@@ -20,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sturdy.encoders.cached import cached
+from sturdy.encoders.images import ImageSet
 from sturdy.encoders.network import VERSION, Network, Tell, answer, fit
-from sturdy.encoders.pictures import ImageSet
 from sturdy.evaluation.report import Report, percent
 
 Answers = Mapping[str, Tensor]
@@ -29,14 +26,16 @@ Answers = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Frequency:
-    """One option of one attribute, as shares of pictures.
+    """One option of one attribute, as shares of images.
 
     Attributes:
-        truth: of the training images; of a class, what was asked for.
-        samples: read off the samples by the classifiers, on average.
-        read, known: of the held-out images, by the classifiers and in truth.
-        apart: between the classifier that reads it off the samples most often and the one that does
-            so least often.
+        attribute: its name.
+        option: its name.
+        truth: of the training images; for the class, of the labels that were asked for.
+        samples: of the samples, by the classifiers, on average.
+        read: of the held-out images, by the classifiers.
+        known: of the held-out images, in truth.
+        spread: between the classifiers with the largest and the smallest share of the samples.
     """
 
     attribute: str
@@ -45,16 +44,16 @@ class Frequency:
     samples: float
     read: float
     known: float
-    apart: float
+    spread: float
 
     @property
     def difference(self) -> float:
-        """In points of a hundred, of samples to the truth."""
+        """The difference of samples and truth, in percentage points."""
         return 100 * (self.samples - self.truth)
 
     @property
     def ratio(self) -> float:
-        """Of samples to the truth; NaN where the truth is none."""
+        """The ratio of samples to truth; NaN if the truth is 0."""
         return self.samples / self.truth if self.truth else float("nan")
 
 
@@ -65,41 +64,55 @@ def frequencies(
     read: Answers,
     known: Answers,
 ) -> list[Frequency]:
-    """Every option's. ``truth`` and ``known`` are ``(n,)`` an attribute, counted in its
-    ``options``; what was read,
-    ``samples`` and ``read``, is ``(readers, n)``."""
-    rows = []
-    for name, names in options.items():
-        each = shares(samples[name], len(names))
-        apart = (each.amax(0) - each.amin(0)).tolist()
-        means = [
-            shares(those[name], len(names)).mean(0).tolist()
-            for those in (truth, samples, read, known)
+    """Return the frequencies of all options.
+
+    Args:
+        options: names of the options of each attribute.
+        truth: index of the option of each training image, ``(n,)`` by attribute.
+        samples: of each sample, by each classifier, ``(classifiers, n)``.
+        read: of each held-out image, by each classifier, ``(classifiers, n)``.
+        known: of each held-out image, in truth, ``(n,)``.
+    """
+    found = []
+    for attribute, names in options.items():
+        by_classifier = shares(samples[attribute], len(names))
+        spread = by_classifier.amax(0) - by_classifier.amin(0)
+        columns = [
+            shares(answers[attribute], len(names)).mean(0).tolist()
+            for answers in (truth, samples, read, known)
         ]
-        rows += [Frequency(name, *row) for row in zip(names, *means, apart, strict=True)]
-    return rows
+        for row in zip(names, *columns, spread.tolist(), strict=True):
+            found.append(Frequency(attribute, *row))
+    return found
 
 
 def shares(answers: Tensor, options: int) -> Tensor:
-    """Of each option among ``answers`` ``(n,)`` or ``(readers, n)``: ``(readers, options)`` in
-    float64.
+    """Return the share of each option, ``(classifiers, options)`` in float64.
+
+    Args:
+        answers: ``(n,)`` or ``(classifiers, n)``.
+        options: how many there are.
     """
     return F.one_hot(torch.atleast_2d(answers), options).double().mean(1)
 
 
-def accuracy(answers: Tensor, right: Tensor) -> float:
-    """Share of answers, ``(n,)`` or ``(readers, n)``, that are right."""
-    return (answers == right).double().mean().item()
+def accuracy(answers: Tensor, truth: Tensor) -> float:
+    """Return the share of ``answers``, ``(n,)`` or ``(classifiers, n)``, that are right."""
+    return (answers == truth).double().mean().item()
 
 
-def by_class(hits: Tensor, labels: Tensor, classes: int) -> list[float]:
-    """The share of ``hits`` ``(n,)`` or ``(readers, n)`` in each class; NaN for a class without
-    pictures.
+def share_by_class(hits: Tensor, labels: Tensor, classes: int) -> list[float]:
+    """Return the share of ``hits`` in each class; NaN for a class without images.
+
+    Args:
+        hits: bool ``(n,)`` or ``(classifiers, n)``.
+        labels: ``(n,)``.
+        classes: how many there are.
     """
     return [hits[..., labels == k].double().mean().item() for k in range(classes)]
 
 
-def classifiers(
+def train_classifiers(
     train: ImageSet,
     options: Mapping[str, Sequence[str]],
     *,
@@ -109,112 +122,140 @@ def classifiers(
     folder: Path,
     tell: Tell,
 ) -> list[Network]:
-    """``count`` of them, trained to read ``options`` off the training images; arguments as of
-    ``Features.prepare``.
+    """Train classifiers of the attributes, or read them from ``folder``.
+
+    Args:
+        train: the training images with their attributes.
+        options: names of the options of each attribute.
+        count: number of classifiers.
+        seen: images that each is trained on, repetitions counted.
+        data: primitives that identify the training images.
+        folder: for the classifiers.
+        tell: called with ``(done, total)``.
     """
     questions = {name: (train.answers[name], len(names)) for name, names in options.items()}
 
-    def trained(seed: int) -> Network:
-        network = Network(
-            train.pixels.shape[-1], {name: n for name, (_, n) in questions.items()}
-        ).eval()
+    def train_one(seed: int) -> Network:
+        network = Network(train.pixels.shape[-1], {name: len(o) for name, o in options.items()})
 
-        def so_far(done: int, total: int) -> None:
+        def progress(done: int, total: int) -> None:
             tell(seed * total + done, count * total)
 
-        def make() -> dict[str, Tensor]:
-            return fit(
-                train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=so_far
-            ).state_dict()
+        def compute() -> dict[str, Tensor]:
+            trained = fit(
+                train.pixels, questions, contrast=False, seen=seen, seed=seed, tell=progress
+            )
+            return trained.state_dict()
 
         depends = (VERSION, seen, sorted(questions), *data)
-        network.load_state_dict(cached(folder, f"audit-network-{seed}", depends, make))
-        return network
+        network.load_state_dict(cached(folder, f"audit-network-{seed}", depends, compute))
+        return network.eval()
 
-    return [trained(seed) for seed in range(count)]
+    return [train_one(seed) for seed in range(count)]
 
 
-def audit(
+def classify(classifiers: Sequence[Network], images: ImageSet) -> dict[str, Tensor]:
+    """Return the answers of all classifiers for all images, ``(classifiers, n)`` by attribute."""
+    answers = [answer(classifier, images.pixels) for classifier in classifiers]
+    return {name: torch.stack([one[name] for one in answers]) for name in answers[0]}
+
+
+def audit_section(
     report: Report,
-    readers: Sequence[Network],
+    classifiers: Sequence[Network],
     samples: ImageSet,
     train: ImageSet,
     held_out: ImageSet,
     options: Mapping[str, Sequence[str]],
-    labelled: str | None,
-) -> str:
-    """How often each option comes, and whether samples are of the class asked for; returns the
-    verdict.
+    class_attribute: str | None,
+) -> None:
+    """Add how often each option occurs, and whether samples are of the class asked for.
 
     Args:
-        readers: as of ``classifiers``.
-        options: names of the answers of each attribute.
-        labelled: the attribute that is the class.
+        report: gets the section.
+        classifiers: as of ``train_classifiers``.
+        samples: the images that were drawn.
+        train: the training images.
+        held_out: the held-out images.
+        options: names of the options of each attribute.
+        class_attribute: the attribute that is the class; None if none is.
     """
-    read, sampled, asked = answers(readers, held_out), answers(readers, samples), samples.labels
-    trust = {name: accuracy(read[name], held_out.answers[name]) for name in options}
+    read = classify(classifiers, held_out)
+    sampled = classify(classifiers, samples)
+    correct = {name: accuracy(read[name], held_out.answers[name]) for name in options}
+    report.numbers["classifier_accuracy"] = correct
     report.heading("Audit")
+    correct_text = ", ".join(f"{name} {percent(share)}" for name, share in correct.items())
     report.text(
-        f"What classifiers trained on the training images ({len(readers)}) read off the samples, "
-        f"on average. Of "
-        f"{len(held_out):,} held-out images they get right: "
-        + ", ".join(f"{name} {percent(right)}" for name, right in trust.items())
-        + "."
+        f"The attributes of the samples, as {len(classifiers)} classifiers that were trained on "
+        f"the training images read them, on average. Of {len(held_out):,} held-out images they "
+        f"get right: {correct_text}."
     )
-    report.numbers["classifier_accuracy"] = trust
-    verdicts, truth = [], dict(train.answers)
-    if labelled and asked is not None:
-        truth[labelled], names = asked, options[labelled]
-        right = accuracy(sampled[labelled], asked)
-        each = by_class(sampled[labelled] == asked, asked, len(names))
-        usual = by_class(
-            read[labelled] == held_out.answers[labelled], held_out.answers[labelled], len(names)
+    truth = dict(train.answers)
+    verdicts = []
+    if class_attribute and samples.labels is not None:
+        truth[class_attribute] = samples.labels
+        all_right = _class_accuracy(
+            report, options[class_attribute], class_attribute, sampled, samples, read, held_out
         )
-        counts = torch.bincount(asked, minlength=len(names)).tolist()
-        report.numbers["class_accuracy"] = {"all": right, **dict(zip(names, each, strict=True))}
         verdicts.append(
-            f"class accuracy {percent(right)} of {len(samples):,} samples (held-out images: "
-            f"{percent(trust[labelled])})"
-        )
-        rows = zip(names, counts, each, usual, strict=True)
-        report.table(
-            [labelled, "asked for", "samples read as it", "held-out read as it"],
-            [[name, str(count), percent(e), percent(u)] for name, count, e, u in rows],
+            f"class accuracy {percent(all_right)} of {len(samples):,} samples (held-out images: "
+            f"{percent(correct[class_attribute])})"
         )
     found = frequencies(options, truth, sampled, read, held_out.answers)
-    report.numbers["frequencies"] = [asdict(f) | {"ratio": f.ratio} for f in found]
-    report.text(
-        "How often each attribute comes; *difference* (in points) and *ratio* are of samples to "
-        "the truth, and *apart* "
-        "(in points) are the two classifiers that read it most and least often. Of a perfect "
-        "model, a quarter would be "
-        f"off by {100 * math.sqrt(0.25 * 0.75 / len(samples)):.1f} points with {len(samples):,} "
-        f"pictures, by "
-        "chance (standard error)."
-    )
-    head = (
-        "attribute, option, truth, samples, difference, apart, ratio, held-out read, held-out truth"
-    )
-    report.table(head.split(", "), [_row(f) for f in found])
+    _frequency_table(report, found, len(samples))
     worst = max(found, key=lambda f: abs(f.difference))
     rarest = min((f for f in found if f.truth), key=lambda f: f.truth)
-    differs = f"{worst.difference:+.1f} points (classifiers {100 * worst.apart:.1f} apart)"
-    verdicts.append(f"worst frequency: {worst.attribute} {worst.option}, {differs}")
+    verdicts.append(
+        f"worst frequency: {worst.attribute} {worst.option}, {worst.difference:+.1f} points "
+        f"(spread of the classifiers: {100 * worst.spread:.1f})"
+    )
     verdicts.append(
         f"rarest: {rarest.attribute} {rarest.option}, {rarest.ratio:.2f} times the truth"
     )
-    return "; ".join(verdicts)
+    report.verdicts.append("; ".join(verdicts))
 
 
-def answers(readers: Sequence[Network], pictures: ImageSet) -> dict[str, Tensor]:
-    """Of all readers about all pictures, ``(readers, n)`` a question."""
-    each = [answer(reader, pictures.pixels) for reader in readers]
-    return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+def _class_accuracy(
+    report: Report,
+    classes: Sequence[str],
+    attribute: str,
+    sampled: Answers,
+    samples: ImageSet,
+    read: Answers,
+    held_out: ImageSet,
+) -> float:
+    """Add a table of the accuracy by class; return that of all samples."""
+    labels = samples.labels
+    assert labels is not None
+    known = held_out.answers[attribute]
+    right = sampled[attribute] == labels
+    by_class = share_by_class(right, labels, len(classes))
+    baseline = share_by_class(read[attribute] == known, known, len(classes))
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    all_right = right.double().mean().item()
+    accuracies = dict(zip(classes, by_class, strict=True))
+    report.numbers["class_accuracy"] = {"all": all_right, **accuracies}
+    rows = []
+    for name, count, share, usual in zip(classes, counts, by_class, baseline, strict=True):
+        rows.append([name, str(count), percent(share), percent(usual)])
+    report.table([attribute, "asked for", "samples read as it", "held-out read as it"], rows)
+    return all_right
 
 
-def _row(f: Frequency) -> list[str]:
-    truth, samples, read, known = (
-        percent(share) for share in (f.truth, f.samples, f.read, f.known)
+def _frequency_table(report: Report, found: Sequence[Frequency], n: int) -> None:
+    report.numbers["frequencies"] = [asdict(f) | {"ratio": f.ratio} for f in found]
+    chance = 100 * math.sqrt(0.25 * 0.75 / n)
+    report.text(
+        "How often each attribute occurs. *Difference* (in points) and *ratio* compare the samples "
+        "with the truth. *Spread* (in points) is between the classifiers that read it most and "
+        "least often. For a perfect model, a share of a quarter would be off by "
+        f"{chance:.1f} points with {n:,} images, by chance (standard error)."
     )
-    points = f"{f.difference:+.1f}", f"{100 * f.apart:.1f}"
-    return [f.attribute, f.option, truth, samples, *points, f"{f.ratio:.2f}", read, known]
+    rows = []
+    for f in found:
+        row = [f.attribute, f.option, percent(f.truth), percent(f.samples)]
+        row += [f"{f.difference:+.1f}", f"{100 * f.spread:.1f}", f"{f.ratio:.2f}"]
+        rows.append([*row, percent(f.read), percent(f.known)])
+    head = ["attribute", "option", "truth", "samples", "difference", "spread", "ratio"]
+    report.table([*head, "held-out read", "held-out truth"], rows)

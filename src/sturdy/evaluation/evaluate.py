@@ -1,41 +1,38 @@
-"""A report on a run: its pictures, drawn from the EMA weights, against its training and its
-held-out images.
+"""A report on a run: images from its EMA weights, against its training and held-out images.
 
-Picture ``k`` of seed ``s`` and its label are functions of ``(s, k)``, so a larger ``evaluate.n``
-only adds to those there are; they are kept as they are drawn, and a killed evaluation goes on where
-it was.
+Image ``k`` of seed ``s`` and its label are functions of ``(s, k)``, so a larger ``evaluate.n`` only
+adds images. They are cached as they are drawn, so an evaluation that was killed continues.
 """
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from exact_resume.randomness import Draws, key
-from exact_resume.resume import ResumePoint, ResumeRefusedError
-from sturdy.diffusion.denoiser import Denoiser
-from sturdy.diffusion.sampler import sample
+from sturdy.diffusion.sampler import Estimator, sample
 from sturdy.encoders.cached import cached
-from sturdy.encoders.pictures import ImageSet
+from sturdy.encoders.images import ImageSet
 from sturdy.evaluation.attention import attention_section
-from sturdy.evaluation.audit import audit, classifiers
+from sturdy.evaluation.audit import audit_section, train_classifiers
 from sturdy.evaluation.features import Features
 from sturdy.evaluation.levels import Denoising, denoising_error_section
-from sturdy.evaluation.memorisation import memorisation
-from sturdy.evaluation.quality import overview, quality
+from sturdy.evaluation.memorisation import memorisation_section
+from sturdy.evaluation.quality import quality_section, samples_section
 from sturdy.evaluation.record import record
-from sturdy.evaluation.report import Report
-from sturdy.evaluation.walk import walk
+from sturdy.evaluation.reference import ReferenceImages, load_reference_images, open_data
+from sturdy.evaluation.report import Report, write_json
+from sturdy.evaluation.summary import count_network_calls, summary_row
+from sturdy.evaluation.walk import walk_section
 from sturdy.progress import ProgressPrinter
-from sturdy.sampling.config import TRUST_NONE, SamplingConfig, labels_for, resolve_sampling
+from sturdy.sampling.config import SamplingConfig, resolve_sampling
 from sturdy.sampling.grids import to_uint8
-from sturdy.sampling.loaded_run import check_integers, open_run, own_folder, provenance, run_job
-from sturdy.trust import Trust
+from sturdy.sampling.labels import labels_for
+from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
+from sturdy.sampling.output_folder import claim_folder, provenance
 
 LABELS = ("prior", "even", "none")
 MINIMUMS = {
@@ -47,255 +44,191 @@ MINIMUMS = {
     "auditors": 1,
     "seed": None,
 }
-OUT = "evaluation"  # in the run's directory
+OUTPUT = "evaluation"  # in the run's directory
+NOT_IN_REPORT = ("out", "batch_size", "summary")  # options that change nothing in a report
+WALKS = 4
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
-    """Write ``report.md`` and ``report.json``; returns the exit code."""
-    return run_job(report_on, cfg)
+    """Write ``report.md`` and ``report.json``; return the exit code."""
+    return run_job(write_report, cfg)
 
 
-class LoadedRun:
-    """A run that is opened to be judged.
-
-    Attributes:
-        run, entry, module, config, data: its directory, its checkpoint, what is in that, and its
-            data module.
-        trust: what its files may name.
-        train, held_out: its real images, with their features.
-        answers, labelled: as of ``load_reference_images``.
-        known, folder: primitives that tell the images from all others, and where what is made of
-            them is kept.
+def write_report(cfg: DictConfig) -> None:
+    """Write the report, and print its most important results.
 
     Raises:
-        ValueError, OSError, Refused, NothingVerifies, InstantiationException: with what to do.
+        ValueError, OSError, ResumeRefusedError, NoValidCheckpointError, InstantiationException:
+            with what to do; no report was written.
     """
+    options = cfg.evaluate
+    check_options(options)
+    features: Features = instantiate({"features": cfg.features})["features"]
+    run = open_run(cfg)
+    data = open_data(cfg, run)
+    reference = load_reference_images(data, features, options.most, Path(cfg.paths.cache))
+    labels = labels_for(options.labels, reference.train.labels, len(data.classes), options.n)
+    sampling = resolve_sampling(
+        cfg, run.config, options.ema, state=run.point.state, trust=run.trust
+    )
+    sampling.make_sampler()  # before anything is written, as the settings may make none
+    network = sampling.load_network(run)
+    guide = sampling.load_guide(run)
+    denoiser = sampling.add_guidance(network, labels, guide)
 
-    def __init__(self, cfg: DictConfig, most: int) -> None:
-        self.features: Features = instantiate(cfg.features)
-        self.trust = Trust(cfg.trust, cfg.paths.runs)
-        self.run, self.entry, self.module, self.device = open_run(cfg)
-        self.config = cast(Mapping[str, Any], self.module.config)
-        self.data = data = open_data(cfg, self.config, self.entry, self.trust)
-        self.folder = Path(cfg.paths.cache) / "evaluation"
-        train, held_out, self.answers, self.labelled = load_reference_images(data, most)
-        first = data.split.indices(np.arange(8)).tolist()  # tells folds apart
-        self.known = (data.digest, data.image_size, len(train), data.held_out, first)
-        images, labels = train.pixels, cast(Tensor, train.labels)
-        self.features.prepare(
-            images,
-            labels,
-            len(data.classes),
-            data=self.known,
-            folder=self.folder,
-            tell=ProgressPrinter("features"),
-        )
-        self.train, self.held_out = (
-            ImageSet(
-                p.pixels,
-                p.labels if data.classes else None,
-                self.features.kept(p.pixels, data=(*self.known, which), folder=self.folder),
-                p.answers,
-            )
-            for p, which in ((train, "training"), (held_out, "held-out"))
-        )
+    used = {str(name): value for name, value in options.items() if name not in NOT_IN_REPORT}
+    how = provenance(run, sampling.sampler) | sampling.primitives(labels) | used
+    how |= {"data": data.digest, "features": OmegaConf.to_container(cfg.features, resolve=True)}
+    default = run.directory / OUTPUT
+    out = claim_folder("evaluate.out", options.out, default, how, ["report.*"])
+    print(sampling.describe(labels), flush=True)
+    # Reports in the default folders share their images.
+    images_folder = (default if options.out is None else out) / "drawn"
+    pixels = draw_images(run, sampling, denoiser, labels, options, images_folder)
+    samples = ImageSet(pixels, labels, features.extract(pixels), {})
 
-    def recipe(self, cfg: DictConfig, run: Path | None, ema: float | None = None) -> SamplingConfig:
-        """As of ``resolve_sampling``."""
-        return resolve_sampling(
-            cfg, self.config, run, ema, state=self.entry.state, trust=self.trust
-        )
-
-    def draw(
-        self,
-        recipe: SamplingConfig,
-        network: Denoiser,
-        labels: Tensor | None,
-        options: DictConfig,
-        out: Path | None = None,
-    ) -> ImageSet:
-        """``options.n`` samples, each batch kept in ``out``, by default with the run, as soon as it
-        is drawn.
-        """
-        denoiser, size, tell = (
-            recipe.guided(network, labels),
-            self.data.image_size,
-            ProgressPrinter("pictures"),
-        )
-        how = (
-            provenance(self.entry, self.device, self.config, recipe.given),
-            recipe.primitives(labels),
-            options.seed,
-        )
-        parts = []
-        for first in range(0, options.n, options.batch_size):
-            numbers = range(first, min(first + options.batch_size, options.n))
-            chosen = None if labels is None else labels[numbers.start : numbers.stop]
-
-            def make(numbers: range = numbers, chosen: Tensor | None = chosen) -> dict[str, Tensor]:
-                draws = Draws(key(options.seed, "sample"), numbers)
-                label = None if chosen is None else chosen.to(self.device)
-                noise = draws.normal("start", (3, size, size)).to(self.device)
-                batch = sample(recipe.sampler, denoiser, noise, label, draws)
-                return {"pixels": to_uint8(batch).permute(0, 3, 1, 2).contiguous()}
-
-            given = (*how, list(numbers), None if chosen is None else chosen.tolist())
-            parts.append(
-                cached((out or self.run / OUT) / "drawn", f"{first:06d}", given, make)["pixels"]
-            )
-            tell(numbers.stop, options.n)
-        pixels = torch.cat(parts)
-        return ImageSet(pixels, labels, self.features.of(pixels), {})
-
-
-def report_on(cfg: DictConfig) -> None:
-    """Write the report, and print its most important figures.
-
-    Raises:
-        ValueError, OSError, Refused, NothingVerifies, InstantiationException: with what to do; no
-            report was written.
-    """
-    options = check(cfg.evaluate, "evaluate")
-    subject = LoadedRun(cfg, options.most)
-    data, entry, train, held_out = subject.data, subject.entry, subject.train, subject.held_out
-    labels = labels_for(options.labels, train.labels, len(data.classes), options.n)
-    recipe = subject.recipe(cfg, subject.run, options.get("ema"))
-    network = recipe.network(subject.module, entry)
-    how = provenance(entry, subject.device, subject.config, recipe.given)
-    how |= recipe.primitives(labels) | {"data": data.digest}
-    how |= {str(k): v for k, v in options.items() if k not in ("out", "batch_size")}
-    how |= {"features": OmegaConf.to_container(cfg.features, resolve=True)}
-    out = own_folder("evaluate.out", options.out, subject.run / OUT, how, ["report.*"])
-    print(recipe.told(labels), flush=True)
-    samples = subject.draw(recipe, network, labels, options, None if options.out is None else out)
-
-    report = Report(out, f"{cfg.run} at step {entry.step:,}")
-    report.numbers |= {
+    report = Report(out, f"{cfg.run} at step {run.point.step:,}")
+    report.introduction = (
+        f"{options.n:,} images of {data.image_size} x {data.image_size} pixels, "
+        f"{'no labels' if labels is None else f'labels {options.labels}'}, seed {options.seed}, "
+        f"{sampling.describe(labels)}. Trained on {len(data.cache) - data.held_out:,} images. "
+        f"Features: {features.name}."
+    )
+    report.numbers = {
         "run": cfg.run,
-        "step": entry.step,
+        "step": run.point.step,
         "n": options.n,
-        "features": subject.features.name,
+        "seed": options.seed,
+        "features": features.name,
+        **sampling.primitives(labels),
+        "network_calls": count_network_calls(
+            sampling, network, labels, guided_by_network=guide is not None
+        ),
     }
-    report.numbers |= {**recipe.primitives(labels), "seed": options.seed}
-    with_labels = "no labels" if labels is None else f"labels {options.labels}"
-    report.text(
-        f"{options.n:,} pictures of {data.image_size} x {data.image_size} pixels, "
-        f"{with_labels}, seed {options.seed}, {recipe.told(labels)}. "
-        f"Trained on {len(data.cache) - data.held_out:,} images. Features: {subject.features.name}."
-    )
-    overview(report, samples)
-    mirrored = data.flip or getattr(data, "augment", None) is not None
-    said = [quality(report, subject.features.distance, samples, train, held_out, data.classes)]
-    said.append(memorisation(report, samples, train, held_out, mirrored=mirrored))
-    if subject.answers and options.audit_seen:
-        readers = classifiers(
-            train,
-            subject.answers,
-            count=options.auditors,
-            seen=options.audit_seen,
-            data=subject.known,
-            folder=subject.folder,
-            tell=ProgressPrinter("the auditing classifiers"),
-        )
-        said.append(
-            audit(report, readers, samples, train, held_out, subject.answers, subject.labelled)
-        )
-    report.blocks.insert(2, "\n".join(f"- {line}" for line in said[1:]))
-    few = slice(0, min(options.levels, len(train), len(held_out)))
-    denoising = Denoising(network, device=subject.device)
-    denoising_error_section(report, denoising, train[few], held_out[few])
-    attention_section(report, denoising, held_out[few])
-    draws = Draws(key(options.seed, "sample"), range(4))
-    start = draws.normal("start", (3, data.image_size, data.image_size)).to(subject.device)
-    four = None if labels is None else labels[:4].to(subject.device)
-    walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
-    print(*said, f"the whole report is {report.write()}", sep="\n")
-    print(record(subject.run, entry, subject.config, report.numbers, subject.trust))
+    table = _compare_with_real_images(report, samples, reference, data, features, options)
+    denoising = Denoising(network, run.module.space, device=run.device)
+    few = min(options.levels, len(reference.train), len(reference.held_out))
+    denoising_error_section(report, denoising, reference.train[:few], reference.held_out[:few])
+    attention_section(report, denoising, reference.held_out[:few])
+    walk_section(report, _walk(run, sampling, denoiser, labels, options), run.module.space.decode)
+
+    path = report.write()
+    print(table, *report.verdicts, f"the whole report is {path}", sep="\n")
+    print(record(run.directory, run.point, run.config, report.numbers, run.trust))
+    if options.summary is not None:
+        write_json(Path(options.summary), summary_row(report.numbers))
 
 
-def check(options: DictConfig, name: str) -> DictConfig:
-    """Raises ValueError, naming the key after ``name``, for values that make no sense."""
-    check_integers(options, MINIMUMS, f"{name}.")
+def check_options(options: DictConfig) -> None:
+    """Check the options ``evaluate.*``.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    check_integers(options, MINIMUMS, "evaluate.")
     if options.labels not in LABELS:
-        raise ValueError(f"{name}.labels={options.labels} must be one of {', '.join(LABELS)}")
-    return options
+        raise ValueError(f"evaluate.labels={options.labels} must be one of {', '.join(LABELS)}")
 
 
-def open_data(
-    cfg: DictConfig, config: Mapping[str, Any], entry: ResumePoint, trust: Trust = TRUST_NONE
-) -> Any:
-    """The run's own data module, open on the images that it was trained on.
+def draw_images(
+    run: LoadedRun,
+    sampling: SamplingConfig,
+    denoiser: Estimator,
+    labels: Tensor | None,
+    options: DictConfig,
+    folder: Path,
+) -> Tensor:
+    """Draw ``options.n`` images, uint8 ``(n, 3, h, w)``, or read them from ``folder``.
 
-    Raises:
-        ValueError: if it is code that is not trusted.
-        ResumeRefusedError: if they are neither in the cache nor what the source has now.
+    Args:
+        run: the run and its checkpoint.
+        sampling: the settings.
+        denoiser: with guidance.
+        labels: of all images.
+        options: ``evaluate.*``.
+        folder: for the images, a file for each batch.
     """
-    settings = {**config["data"], "cache": cfg.paths.cache}
-    if cfg.data_root is not None:
-        settings["root"] = cfg.data_root
-    if settings.get("labels") == "auto" and config.get("classes") is not None:
-        settings["labels"] = bool(config["classes"])  # decided when it was trained
-    trust.check(entry.state, config, ["data"])
-    data = instantiate(settings)
-    trained_on = entry.manifest.get("fingerprint", {}).get("data")
-    data.open(expected_digest=trained_on)
-    for note in data.notes:
-        print(note, flush=True)
-    if trained_on not in (None, data.digest):
-        raise ResumeRefusedError(
-            f"the images are not those that {cfg.run} was trained on (digest {trained_on[:12]}, "
-            f"now "
-            f"{data.digest[:12]}): nothing could be said about memorisation. Give the folder of "
-            f"those as data_root=..."
-        )
-    return data
+    sampler = sampling.make_sampler()
+    space = run.module.space
+    shape = space.shape(run.config["data"]["image_size"])
+    how = (provenance(run, sampling.sampler), sampling.primitives(labels), options.seed)
+    progress = ProgressPrinter("images")
+
+    def draw(numbers: range, chosen: Tensor | None) -> dict[str, Tensor]:
+        draws = Draws(key(options.seed, "sample"), numbers)
+        noise = draws.normal("start", shape).to(run.device)
+        label = None if chosen is None else chosen.to(run.device)
+        x0 = sample(sampler, denoiser, noise, label, draws, clip=space.clip)
+        return {"pixels": to_uint8(space.decode(x0)).permute(0, 3, 1, 2).contiguous()}
+
+    parts = []
+    for first in range(0, options.n, options.batch_size):
+        numbers = range(first, min(first + options.batch_size, options.n))
+        chosen = None if labels is None else labels[numbers.start : numbers.stop]
+        depends = (*how, list(numbers), None if chosen is None else chosen.tolist())
+
+        def compute(numbers: range = numbers, chosen: Tensor | None = chosen) -> dict[str, Tensor]:
+            return draw(numbers, chosen)
+
+        parts.append(cached(folder, f"{first:06d}", depends, compute)["pixels"])
+        progress(numbers.stop, options.n)
+    return torch.cat(parts)
 
 
-def load_reference_images(
-    data: Any, most: int
-) -> tuple[ImageSet, ImageSet, dict[str, Sequence[str]], str | None]:
-    """Training and held-out images, without features; what the answers to each question are called,
-    and which
-    question is the class.
+def _compare_with_real_images(
+    report: Report,
+    samples: ImageSet,
+    reference: ReferenceImages,
+    data: Any,
+    features: Features,
+    options: DictConfig,
+) -> str:
+    """Add the sections on quality, memorisation and attributes; return the table of quality."""
+    train = reference.train
+    held_out = reference.held_out
+    samples_section(report, samples)
+    table = quality_section(report, features.distance, samples, train, held_out, data.classes)
+    mirrored = data.flip or getattr(data, "augment", None) is not None
+    memorisation_section(report, samples, train, held_out, mirrored=mirrored)
+    if reference.options and options.audit_seen:
+        _audit(report, samples, reference, options)
+    return table
 
-    Raises:
-        ValueError: if there are too few of either to be compared with.
-    """
-    if data.held_out < 2 or len(data.cache) - data.held_out < 4:
-        raise ValueError(
-            f"{data.held_out} of {len(data.cache)} images are held out; a report compares with at "
-            f"least 2 "
-            f"that are, and 4 that are not: train with another data.holdout, or with more images"
-        )
-    images = data.val_dataloader().dataset  # the held-out images come first, then the others
-    counts = range(data.held_out), range(data.held_out, min(data.held_out + most, len(data.cache)))
-    batches = [images[np.array(positions)] for positions in counts]
-    classes = tuple(data.classes)
-    options: dict[str, Sequence[str]] = {"class": classes} if classes else {}
-    answers: list[dict[str, Tensor]] = [
-        {"class": batch.label} if classes else {} for batch in batches
-    ]
-    labelled = "class" if classes else None
-    if (
-        hasattr(data.source, "attributes")
-        and data.source.key == data.cache.key
-        and not data.cache.quarantine
-    ):
-        known = [
-            [vars(data.source.attributes(i)) for i in images.split.indices(np.array(where))]
-            for where in counts
-        ]
-        names = [name for name, value in known[0][0].items() if isinstance(value, str)]
-        options = {name: sorted({one[name] for part in known for one in part}) for name in names}
-        labelled = next((name for name in names if set(options[name]) <= set(classes)), None)
-        if labelled:
-            options[labelled] = classes
-        answers = [
-            {name: torch.tensor([options[name].index(one[name]) for one in part]) for name in names}
-            for part in known
-        ]
-    held_out, train = (
-        ImageSet(batch.image, batch.label, torch.empty(len(batch.image), 0), answer)
-        for batch, answer in zip(batches, answers, strict=True)
+
+def _audit(
+    report: Report, samples: ImageSet, reference: ReferenceImages, options: DictConfig
+) -> None:
+    classifiers = train_classifiers(
+        reference.train,
+        reference.options,
+        count=options.auditors,
+        seen=options.audit_seen,
+        data=reference.cache_key,
+        folder=reference.cache_folder,
+        tell=ProgressPrinter("the auditing classifiers"),
     )
-    return train, held_out, options, labelled
+    audit_section(
+        report,
+        classifiers,
+        samples,
+        reference.train,
+        reference.held_out,
+        reference.options,
+        reference.class_attribute,
+    )
+
+
+def _walk(
+    run: LoadedRun,
+    sampling: SamplingConfig,
+    denoiser: Estimator,
+    labels: Tensor | None,
+    options: DictConfig,
+) -> list[Any]:
+    """Return the steps of the sampler for the first images."""
+    space = run.module.space
+    draws = Draws(key(options.seed, "sample"), range(WALKS))
+    shape = space.shape(run.config["data"]["image_size"])
+    noise = draws.normal("start", shape).to(run.device)
+    label = None if labels is None else labels[:WALKS].to(run.device)
+    return list(sampling.make_sampler()(denoiser, noise, label, draws, clip=space.clip))

@@ -1,186 +1,207 @@
-"""How well a denoiser denoises, by noise level: images it was trained on, held-out ones, and noise
-of another kind.
+"""The denoising error by noise level, of training images, held-out images, and other noise.
 
-    error(r) = mean (D(alpha (x + r z)) - x)^2   at the time where sigma / alpha = r
+    error(r) = mean (D(alpha (x_0 + r z)) - x_0)^2   at the time where sigma / alpha = r
 
-Training and held-out images get the same noise, so what differs between them is what was learned by
-heart.
+Training and held-out images get the same noise, so a difference between them was memorised.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.sampler import Estimator
-from sturdy.encoders.pictures import ImageSet, scaled
-from sturdy.evaluation.charts import chart
+from sturdy.diffusion.space import Pixels, Space
+from sturdy.encoders.images import ImageSet, scaled
+from sturdy.evaluation.figures import image_table, log_chart
 from sturdy.evaluation.report import Report
-from sturdy.sampling.grids import grid
 
-RATIOS = (
-    0.05,
-    0.1,
-    0.2,
-    0.4,
-    0.7,
-    1.0,
-    1.5,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    100.0,
-)  # noise to picture, which is in [-1, 1]
-FEW = (0.2, 0.7, 1.5)
-KINDS = ("gaussian", "uniform", "salt and pepper")  # all of mean 0 and variance 1
+# Noise levels sigma / alpha, for x_0 in [-1, 1].
+LEVELS = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0, 30.0, 100.0)
+FEW_LEVELS = (0.2, 0.7, 1.5)
+NOISE_KINDS = ("gaussian", "uniform", "salt and pepper")  # all of mean 0 and variance 1
+N_EXAMPLES = 12
 
 
-def noise(draws: Draws, shape: Sequence[int], kind: str) -> Tensor:
-    """One of ``KINDS``, ``(b, *shape)``."""
-    match kind:
-        case "gaussian":
-            return draws.normal("level", shape)
-        case "uniform":
-            return math.sqrt(3) * (2 * draws.uniform("level", shape) - 1)
-        case "salt and pepper":  # one value in ten is hit
-            u = draws.uniform("level", shape)
-            return math.sqrt(10) * ((u < 0.05).float() - (u >= 0.95).float())
-    raise ValueError(f"there is no noise of kind {kind!r}; there are: {', '.join(KINDS)}")
+class Estimate(NamedTuple):
+    """A mean and its standard error."""
+
+    mean: float
+    error: float
+
+
+def make_noise(draws: Draws, shape: Sequence[int], kind: str) -> Tensor:
+    """Return noise ``(b, *shape)`` of one of ``NOISE_KINDS``."""
+    if kind == "gaussian":
+        return draws.normal("level", shape)
+    if kind == "uniform":
+        return math.sqrt(3) * (2 * draws.uniform("level", shape) - 1)
+    if kind == "salt and pepper":  # one value in ten is hit
+        u = draws.uniform("level", shape)
+        return math.sqrt(10) * ((u < 0.05).float() - (u >= 0.95).float())
+    raise ValueError(f"there is no noise of kind {kind!r}; there are: {', '.join(NOISE_KINDS)}")
 
 
 class Denoising:
-    """Noise on pictures, taken off again in one step; the noise of a picture depends on its number
-    in the set only.
+    """Adds noise to images and removes it in one step.
+
+    The noise of an image depends only on its number in the set.
+
+    Args:
+        denoiser: the network.
+        space: in which it works.
+        device: of the network.
+        batch_size: images at a time.
     """
 
-    def __init__(self, denoiser: Estimator, *, device: str = "cpu", batch: int = 50) -> None:
-        self.denoiser, self.device, self.batch = denoiser, device, batch
+    def __init__(
+        self,
+        denoiser: Estimator,
+        space: Space | None = None,
+        *,
+        device: str = "cpu",
+        batch_size: int = 50,
+    ) -> None:
+        self.denoiser = denoiser
+        self.space = space or Pixels()
+        self.device = device
+        self.batch_size = batch_size
 
-    def error(self, real: ImageSet, ratio: float, kind: str = "gaussian") -> tuple[float, float]:
-        """The mean squared error on the scale where pictures are in [-1, 1], and its standard
-        error.
-        """
-        each = torch.cat(
-            [(x - x0).square().flatten(1).mean(1) for x0, _, x in self._each(real, ratio, kind)]
-        )
-        return each.mean().item(), (each.std(correction=0) / math.sqrt(len(each))).item()
+    def error(self, real: ImageSet, level: float, kind: str = "gaussian") -> Estimate:
+        """Return the mean squared error of x_0."""
+        errors = []
+        for x0, _, estimate in self._denoise(real, level, kind):
+            errors.append((estimate - x0).square().flatten(1).mean(1))
+        each = torch.cat(errors)
+        standard_error = each.std(correction=0).item() / math.sqrt(len(each))
+        return Estimate(each.mean().item(), standard_error)
 
-    def pictures(self, real: ImageSet, ratio: float) -> list[Tensor]:
-        """Those with noise and those without it again, ``(n, c, h, w)`` each."""
-        return [
-            torch.cat(parts)
-            for parts in list(zip(*self._each(real, ratio, "gaussian"), strict=True))[1:]
-        ]
+    def error_of_mean(self, train: ImageSet, held_out: ImageSet) -> float:
+        """Return the error of the mean training image, as an estimate of the held-out images."""
+        mean = torch.cat([x0 for x0, _ in self._encoded(train)]).mean(0)
+        others = torch.cat([x0 for x0, _ in self._encoded(held_out)])
+        return (others - mean).square().mean().item()
+
+    def images(self, real: ImageSet, level: float) -> tuple[Tensor, Tensor]:
+        """Return the images with noise, and the estimates, ``(n, 3, h, w)`` each."""
+        noisy, estimates = [], []
+        for _, x, estimate in self._denoise(real, level, "gaussian"):
+            noisy.append(self.space.decode(x))
+            estimates.append(self.space.decode(estimate))
+        return torch.cat(noisy), torch.cat(estimates)
+
+    def _encoded(self, real: ImageSet) -> Iterator[tuple[Tensor, Draws]]:
+        """Yield x_0 and the draws of each batch."""
+        for first in range(0, len(real), self.batch_size):
+            images = scaled(real.pixels[first : first + self.batch_size])
+            draws = Draws(key("levels"), range(first, first + len(images)))
+            yield self.space.encode(images, draws), draws
 
     @torch.no_grad()
-    def _each(
-        self, real: ImageSet, ratio: float, kind: str
+    def _denoise(
+        self, real: ImageSet, level: float, kind: str
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield x_0, x_t / alpha and the estimate of x_0 of each batch."""
         schedule = self.denoiser.schedule
-        t = schedule.time(torch.tensor([ratio], dtype=torch.float64))
+        t = schedule.time(torch.tensor([level], dtype=torch.float64))
         alpha, sigma = (coefficient.item() for coefficient in schedule(t))
-        for first in range(0, len(real), self.batch):
-            part = real[first : first + self.batch]
-            x0, label = (
-                scaled(part.pixels),
-                None if part.labels is None else part.labels.to(self.device),
-            )
-            draws = Draws(key("levels"), range(first, first + len(part)))
-            x_t = alpha * x0 + sigma * noise(draws, x0.shape[1:], kind)
-            x = self.denoiser(x_t.to(self.device), t.float().expand(len(x0)).to(self.device), label)
-            yield x0, x_t / alpha if alpha else x_t, x.cpu().clamp(-1, 1)
-
-
-def _ratio(b: tuple[float, float], a: tuple[float, float]) -> str:
-    """b / a with the standard error that follows from theirs."""
-    if not a[0] or not b[0]:
-        return "–"
-    ratio = b[0] / a[0]
-    return f"{ratio:.3f} ± {ratio * math.hypot(a[1] / a[0], b[1] / b[0]):.3f}"
+        done = 0
+        for x0, draws in self._encoded(real):
+            labels = None
+            if real.labels is not None:
+                labels = real.labels[done : done + len(x0)].to(self.device)
+            done += len(x0)
+            x_t = alpha * x0 + sigma * make_noise(draws, x0.shape[1:], kind)
+            times = t.float().expand(len(x0)).to(self.device)
+            estimate = self.denoiser(x_t.to(self.device), times, labels).cpu()
+            if self.space.clip is not None:
+                estimate = estimate.clamp(*self.space.clip)
+            yield x0, x_t / alpha if alpha else x_t, estimate
 
 
 def psnr(error: float) -> float:
-    """Peak signal to noise of a mean squared error, in dB, for a range of 2."""
+    """Return the peak signal-to-noise ratio of a mean squared error, in dB, for a range of 2."""
     return 10 * math.log10(4 / error) if error else math.inf
 
 
 def denoising_error_section(
     report: Report, denoising: Denoising, train: ImageSet, held_out: ImageSet
 ) -> None:
-    """Errors by noise level on training and held-out images, other noise, and pictures of it."""
+    """Add a section on the errors by noise level, for other noise too, with examples."""
     report.heading("Loss by noise level")
-    nothing = (scaled(held_out.pixels) - scaled(train.pixels).mean(0)).square().mean().item()
+    error_of_mean = denoising.error_of_mean(train, held_out)
     report.text(
         f"The mean squared error of denoising {len(train):,} training and {len(held_out):,} "
-        f"held-out images in one "
-        f"step, by noise (sigma / alpha, of pictures in [-1, 1]). Held-out above training is what "
-        f"was learned by "
-        f"heart. The mean training image, which sees nothing, errs by {nothing:.5f}."
+        f"held-out images in one step, by noise (sigma / alpha, of images in [-1, 1]). The "
+        f"difference between held-out and training images was memorised. The mean training image, "
+        f"as an estimate of the held-out images, has the error {error_of_mean:.5f}."
     )
-    found = {
-        name: [denoising.error(real, ratio) for ratio in RATIOS]
-        for name, real in (("training", train), ("held-out", held_out))
+    train_errors = [denoising.error(train, level) for level in LEVELS]
+    held_out_errors = [denoising.error(held_out, level) for level in LEVELS]
+    lines = {
+        "training": [error.mean for error in train_errors],
+        "held-out": [error.mean for error in held_out_errors],
     }
-    lines = {name: [mean for mean, _ in errors] for name, errors in found.items()}
-    caption = "Mean squared error by noise"
-    curves = {**lines, "the mean image": [nothing] * len(RATIOS)}
-    report.picture(
-        "levels.png", chart(RATIOS, curves, title=caption, across="noise / picture"), caption
-    )
-    report.table(
-        [
-            "noise",
-            "training",
-            "held-out",
-            "held-out / training",
-            "PSNR with noise",
-            "PSNR denoised, held-out",
-        ],
-        [
-            [
-                f"{r:g}",
-                f"{a[0]:.5f}",
-                f"{b[0]:.5f}",
-                _ratio(b, a),
-                *(f"{psnr(e):.1f} dB" for e in (r * r, b[0])),
-            ]
-            for r, a, b in zip(RATIOS, *found.values(), strict=True)
-        ],
-    )
-    worse = [
-        f"{r:g}" for r, error in zip(RATIOS, lines["held-out"], strict=True) if error > nothing
-    ]
-    if worse:
-        at = denoising.denoiser.schedule.time(
-            torch.tensor([float(worse[0])], dtype=torch.float64)
-        ).item()
-        report.text(
-            f"At noise {', '.join(worse)} the network is worse than the mean image, and walks that "
-            f"start there begin "
-            f"with a step astray: draw with a sampler.start below {at:.2f}, or train there more "
-            f"often (objective.time)."
-        )
-    report.numbers["levels"] = {"noise": list(RATIOS), **lines, "mean_image": nothing}
+    report.numbers["levels"] = {"noise": list(LEVELS), **lines, "mean_image": error_of_mean}
+    curves = {**lines, "the mean image": [error_of_mean] * len(LEVELS)}
+    chart = log_chart(LEVELS, curves, xlabel="noise: sigma / alpha", ylabel="mean squared error")
+    report.figure("levels.png", chart, "Mean squared error by noise")
+    head = ["noise", "training", "held-out", "held-out / training"]
+    head += ["PSNR with noise", "PSNR denoised, held-out"]
+    rows = []
+    for level, a, b in zip(LEVELS, train_errors, held_out_errors, strict=True):
+        row = [f"{level:g}", f"{a.mean:.5f}", f"{b.mean:.5f}", _format_ratio(b, a)]
+        rows.append([*row, f"{psnr(level**2):.1f} dB", f"{psnr(b.mean):.1f} dB"])
+    report.table(head, rows)
+    _warn_of_bad_levels(report, denoising, lines["held-out"], error_of_mean)
+    _other_noise(report, denoising, held_out)
+    _examples(report, denoising, held_out[:N_EXAMPLES])
+
+
+def _warn_of_bad_levels(
+    report: Report, denoising: Denoising, errors: Sequence[float], error_of_mean: float
+) -> None:
+    bad = [level for level, error in zip(LEVELS, errors, strict=True) if error > error_of_mean]
+    if not bad:
+        return
+    schedule = denoising.denoiser.schedule
+    time = schedule.time(torch.tensor([bad[0]], dtype=torch.float64)).item()
     report.text(
-        "The same network on held-out images with as much noise of kinds that it was never trained "
-        "on:"
+        f"At noise {', '.join(f'{level:g}' for level in bad)} the network is worse than the mean "
+        f"image. Sampling that starts at these noise levels makes a bad first step: draw with a "
+        f"sampler.start below {time:.2f}, or train there more often (objective.time)."
     )
-    kinds = {
-        kind: [psnr(denoising.error(held_out, ratio, kind)[0]) for ratio in FEW] for kind in KINDS
-    }
-    report.table(
-        ["PSNR denoised", *(f"noise {ratio:g}" for ratio in FEW)],
-        [[kind, *(f"{value:.1f} dB" for value in values)] for kind, values in kinds.items()],
+
+
+def _other_noise(report: Report, denoising: Denoising, held_out: ImageSet) -> None:
+    report.text(
+        "The same network on held-out images, with noise of the same variance that it was never "
+        "trained on:"
     )
-    report.numbers["robustness"] = {"noise": list(FEW), **kinds}
-    shown = held_out[:12]
-    strips = [strip for ratio in FEW for strip in denoising.pictures(shown, ratio)]
-    caption = f"Held-out images; below with noise {', '.join(map(str, FEW))}, each followed by what is made of it"
-    report.picture(
-        "denoised.png",
-        grid(torch.cat([scaled(shown.pixels), *strips]), columns=len(shown)),
-        caption,
-    )
+    found = {}
+    for kind in NOISE_KINDS:
+        found[kind] = [psnr(denoising.error(held_out, level, kind).mean) for level in FEW_LEVELS]
+    head = ["PSNR denoised", *(f"noise {level:g}" for level in FEW_LEVELS)]
+    rows = [[kind, *(f"{value:.1f} dB" for value in values)] for kind, values in found.items()]
+    report.table(head, rows)
+    report.numbers["robustness"] = {"noise": list(FEW_LEVELS), **found}
+
+
+def _examples(report: Report, denoising: Denoising, examples: ImageSet) -> None:
+    rows, names = [scaled(examples.pixels)], ["image"]
+    for level in FEW_LEVELS:
+        rows += denoising.images(examples, level)
+        names += [f"noise {level:g}", "estimate"]
+    figure = image_table(torch.stack(rows), columns=[""] * len(examples), rows=names)
+    report.figure("denoised.png", figure, "Held-out images, with noise, and the estimates")
+
+
+def _format_ratio(b: Estimate, a: Estimate) -> str:
+    """Format b / a with the standard error that follows from theirs."""
+    if not a.mean or not b.mean:
+        return "–"
+    ratio = b.mean / a.mean
+    return f"{ratio:.3f} ± {ratio * math.hypot(a.error / a.mean, b.error / b.mean):.3f}"

@@ -1,4 +1,4 @@
-"""The first sections of a report: samples to look at, and how far they are from the real ones."""
+"""The first sections of a report: samples to look at, and their distance to real images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,33 +6,39 @@ import torch
 from torch import Tensor
 
 from exact_resume.randomness import generator
-from sturdy.encoders.pictures import ImageSet, scaled
-from sturdy.evaluation.audit import by_class
+from sturdy.encoders.images import ImageSet, scaled
+from sturdy.evaluation.audit import share_by_class
 from sturdy.evaluation.distances import frechet, kid, manifold
 from sturdy.evaluation.report import Report, percent
 from sturdy.sampling.grids import grid
 
 MEANING = {
     "kid": "how different; 0 is not at all; ± its standard error",
-    "{fd}": "how different, by mean and covariance; the fewer pictures, the larger",
+    "{fd}": "how different, by mean and covariance; the fewer images, the larger",
     "precision": "share of samples that look real",
     "recall": "share of real images that samples come near to",
     "density": "as precision, outliers counting less; 1 is as good as real",
     "coverage": "as recall, outliers counting less",
 }
+COLUMNS = {
+    "training_samples": "vs training",
+    "training_floor": "floor",
+    "held_out_samples": "vs held-out",
+    "held_out_floor": "floor",
+}
+SHOWN = 64
 
 
-def overview(report: Report, samples: ImageSet) -> None:
-    """The first samples, class by class."""
-    shown = samples[:64]
-    order = slice(None) if shown.labels is None else shown.labels.argsort(stable=True)
-    picture = grid(scaled(shown[order].pixels), columns=16)
-    report.picture(
-        "samples.png", picture, f"The first {len(shown)} samples, not chosen, class by class"
-    )
+def samples_section(report: Report, samples: ImageSet) -> None:
+    """Add the first samples, class by class."""
+    shown = samples[:SHOWN]
+    if shown.labels is not None:
+        shown = shown[shown.labels.argsort(stable=True)]
+    caption = f"The first {len(shown)} samples, not chosen, class by class"
+    report.image("samples.png", grid(scaled(shown.pixels), columns=16), caption)
 
 
-def quality(
+def quality_section(
     report: Report,
     fd: str,
     samples: ImageSet,
@@ -40,72 +46,75 @@ def quality(
     held_out: ImageSet,
     classes: Sequence[str],
 ) -> str:
-    """Distances and shares, against training and held-out images; returns the table.
+    """Add distances and shares, against training and held-out images; return the table.
 
-    Real training images stand in for samples to give the floor: as many, and not among those
-        compared with.
+    The floor is the same measurement of real training images in the place of samples: as many of
+    them, and not among those compared with.
 
     Args:
-        fd: what the Fréchet distance is called in these features.
-        classes: their names; none where there are none.
+        report: gets the section.
+        fd: the name of the Fréchet distance in these features.
+        samples: the images that were drawn.
+        train: the training images.
+        held_out: the held-out images.
+        classes: their names; empty for none.
     """
     n = min(len(samples), len(train) // 2)
     order = torch.randperm(len(train), generator=generator("stand-ins"))
-    stand_ins, rest = train[order[:n]], train[order[n:]]
+    stand_ins = train[order[:n]]
+    rest = train[order[n:]]
+    samples = samples[:n]
     report.heading("Quality")
     report.text(
         f"{n:,} samples against {len(rest):,} training and {len(held_out):,} held-out images. The "
-        f"*floor* is the same "
-        f"measurement with {n:,} other real training images in the place of samples: nothing "
-        f"better can be expected. "
-        f"Figures of another n, or in other features, cannot be compared."
+        f"*floor* is the same measurement with {n:,} other real training images in the place of "
+        f"samples: nothing better can be expected. Numbers of another n, or in other features, "
+        f"cannot be compared."
     )
     numbers: dict[str, dict[str, float]] = {}
     inside: dict[str, Tensor] = {}
-    for of, fakes in (("samples", samples[:n]), ("floor", stand_ins)):
+    for name, fakes in (("samples", samples), ("floor", stand_ins)):
         for against, real in (("training", rest), ("held_out", held_out)):
-            found, (mmd, error) = (
-                manifold(real.features, fakes.features),
-                kid(real.features, fakes.features),
-            )
-            shares = {
-                name: getattr(found, name)
-                for name in ("precision", "recall", "density", "coverage")
-            }
-            distance = frechet(real.features, fakes.features)
-            numbers[f"{against}_{of}"] = {"kid": mmd, "kid_error": error, fd: distance, **shares}
-            inside[f"{against}_{of}"] = found.inside
-    report.numbers["quality"] = {
-        "n": n,
-        "training": len(rest),
-        "held_out": len(held_out),
-        **numbers,
-    }
-    columns = ("training_samples", "training_floor", "held_out_samples", "held_out_floor")
+            column = f"{against}_{name}"
+            numbers[column], inside[column] = _measure(fd, real.features, fakes.features)
+    sizes = {"n": n, "training": len(rest), "held_out": len(held_out)}
+    report.numbers["quality"] = {**sizes, **numbers}
     rows = []
     for template, meaning in MEANING.items():
-        name = template.format(fd=fd)
-        rows.append([name, *(_figure(numbers[column], name) for column in columns), meaning])
-    table = report.table(
-        [f"n = {n:,}", "vs training", "floor", "vs held-out", "floor", "what it means"], rows
-    )
+        measure = template.format(fd=fd)
+        values = [_format(numbers[column], measure) for column in COLUMNS]
+        rows.append([measure, *values, meaning])
+    table = report.table([f"n = {n:,}", *COLUMNS.values(), "what it means"], rows)
     if classes and samples.labels is not None and stand_ins.labels is not None:
-        found_in = by_class(inside["training_samples"], samples.labels[:n], len(classes))
-        floors = by_class(inside["training_floor"], stand_ins.labels, len(classes))
-        counts = torch.bincount(samples.labels[:n], minlength=len(classes)).tolist()
-        report.numbers["precision_by_class"] = dict(zip(classes, found_in, strict=True))
+        precision = share_by_class(inside["training_samples"], samples.labels, len(classes))
+        floor = share_by_class(inside["training_floor"], stand_ins.labels, len(classes))
+        counts = torch.bincount(samples.labels, minlength=len(classes)).tolist()
+        report.numbers["precision_by_class"] = dict(zip(classes, precision, strict=True))
         report.text("Precision of each class against the training images:")
-        each = zip(classes, counts, found_in, floors, strict=True)
-        report.table(
-            ["class", "n", "precision", "floor"],
-            [[name, str(c), percent(p), percent(f)] for name, c, p, f in each],
-        )
+        rows = []
+        for name, count, share, limit in zip(classes, counts, precision, floor, strict=True):
+            rows.append([name, str(count), percent(share), percent(limit)])
+        report.table(["class", "n", "precision", "floor"], rows)
     return table
 
 
-def _figure(numbers: Mapping[str, float], name: str) -> str:
-    return (
-        f"{numbers[name]:.4f} ± {numbers['kid_error']:.4f}"
-        if name == "kid"
-        else f"{numbers[name]:.3f}"
-    )
+def _measure(fd: str, real: Tensor, fakes: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Return all measures by name, and which of ``fakes`` count for precision, ``(n,)``."""
+    found = manifold(real, fakes)
+    mmd, error = kid(real, fakes)
+    numbers = {
+        "kid": mmd,
+        "kid_error": error,
+        fd: frechet(real, fakes),
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+    }
+    return numbers, found.inside
+
+
+def _format(numbers: Mapping[str, float], name: str) -> str:
+    if name == "kid":
+        return f"{numbers['kid']:.4f} ± {numbers['kid_error']:.4f}"
+    return f"{numbers[name]:.3f}"

@@ -16,11 +16,11 @@ from hydra.utils import instantiate
 from exact_resume.replay import ReplayLogger, recorded_rows
 from exact_resume.resume import ResumePoint
 from exact_resume.run import AlreadyRunningError, Run
-from sturdy.sampling.config import TRUST_NONE
 from sturdy.training.loggers.evaluations import keep
 from sturdy.trust import Trust
 
 log = logging.getLogger(__name__)
+TRUST_NONE = Trust()
 
 
 def figures(numbers: Mapping[str, Any]) -> dict[str, float]:
@@ -78,7 +78,7 @@ def shown(mirrors: list[ReplayLogger], run: Path, max_steps: int) -> str:
     Raises:
         AlreadyRunningError: if the run is being trained.
     """
-    with Run(run, brief=True).lock():
+    with Run(run).lock(brief=True):
         rows, pictures = recorded_rows(run)
         finished = any(int(row["step"]) >= max_steps for row in rows)
         names = [

@@ -1,39 +1,47 @@
-"""The walk from noise to a picture as a film strip, which is what people look at to trust a
-model.
-"""
+"""The steps from noise to image, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sturdy.diffusion.sampler import Step
+from sturdy.evaluation.figures import image_table
 from sturdy.evaluation.report import Report
-from sturdy.sampling.grids import grid
+
+MAX_COLUMNS = 10
 
 
-def walk(report: Report, steps: Sequence[Step]) -> None:
-    """A section on the ``steps`` of a sampler."""
-    report.heading("From noise to picture")
-    caption = f"Of {len(steps)} steps; each sample twice: the state, and below it the picture expected from there"
-    report.picture("walk.png", film(steps), caption)
+def walk_section(
+    report: Report, steps: Sequence[Step], decode: Callable[[Tensor], Tensor] = lambda x0: x0
+) -> None:
+    """Add a section on the ``steps`` of a sampler.
 
-
-def film(steps: Sequence[Step], *, columns: int = 10) -> Image.Image:
-    """In time from left to right: for each sample a row of states, and one of estimates of the
-    picture.
+    Args:
+        report: gets the section.
+        steps: of one batch.
+        decode: from x_0 ``(b, c, h, w)`` to images, as of the space.
     """
-    columns = min(columns, len(steps))
-    chosen = [steps[round(i)] for i in torch.linspace(0, len(steps) - 1, columns).tolist()]
-    states, estimates = (
-        torch.stack([_seen(getattr(step, name)) for step in chosen], 1) for name in ("x", "x0")
+    chosen = select_steps(steps)
+    states = torch.stack([decode(_visible(step.x)) for step in chosen], dim=1)
+    estimates = torch.stack([decode(step.x0).float().cpu() for step in chosen], dim=1)
+    rows = torch.stack([states.cpu(), estimates], dim=1).flatten(0, 1)  # (2 b, steps, c, h, w)
+    names = ["state", "estimate"] * (len(rows) // 2)
+    report.heading("From noise to image")
+    report.figure(
+        "walk.png",
+        image_table(rows, columns=[f"t = {step.t:.2g}" for step in chosen], rows=names),
+        f"Of {len(steps)} steps; of each sample the state, and below it the expected image",
     )
-    rows = torch.stack([states, estimates], 1)  # (b, 2, columns, c, h, w)
-    return grid(rows.flatten(0, 2), columns=columns)
 
 
-def _seen(x: Tensor) -> Tensor:
-    """On the CPU, and states of a scale far from a picture's shrunk to it."""
-    x = x.float().cpu()
+def select_steps(steps: Sequence[Step]) -> list[Step]:
+    """Return at most ``MAX_COLUMNS`` of ``steps``, evenly, with the first and the last."""
+    count = min(MAX_COLUMNS, len(steps))
+    return [steps[round(i)] for i in torch.linspace(0, len(steps) - 1, count).tolist()]
+
+
+def _visible(x: Tensor) -> Tensor:
+    """Shrink states whose values are far above those of an image."""
+    x = x.float()
     return x / max(1.0, 2 * x.std().item())

@@ -1,0 +1,1 @@
+"""Draw images from a run: the settings, the run that is loaded, and the files."""

@@ -1,6 +1,4 @@
-"""Grids of samples during training, always from the same noise, so that one sees the pictures
-come.
-"""
+"""Grids of samples during training, always from the same noise."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -10,6 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
+from typing_extensions import override
 
 from exact_resume import distributed
 from exact_resume.failures import ToleratedErrors
@@ -22,15 +22,17 @@ from sturdy.sampling.grids import class_columns, grid, save_png
 class SampleGrids(Callback):
     """Writes ``step-00000500.png`` every N steps and at the last one, from the EMA weights.
 
-    A grid that cannot be drawn or written is left out. Several processes draw it together, and if
-    one of them fails there, all are started again.
+    A grid that cannot be drawn or written is left out. Several processes draw it together. If one
+    of them fails there, the attempt ends and all are started again.
 
     Args:
         directory: ``runs/<name>/samples``.
-        sampler, guidance: how the pictures are drawn; without classes there is no guidance.
+        sampler: draws the images.
+        guidance: arguments of ``Guided``; without classes there is no guidance.
         image_size: height and width.
         every_n_steps: None for never.
-        n: number of pictures; classes take turns, so a column of the grid is a class.
+        n: number of images. Classes take turns, so a column of the grid is a class.
+        seed: of the noise.
     """
 
     def __init__(
@@ -44,44 +46,54 @@ class SampleGrids(Callback):
         n: int = 48,
         seed: int = 0,
     ) -> None:
-        self.directory, self.sampler, self.guidance = Path(directory), sampler, guidance
-        self.image_size, self.every, self.n, self.seed = image_size, every_n_steps, n, seed
-        self.spared = ToleratedErrors("the grid of samples")
+        self.directory = Path(directory)
+        self.sampler = sampler
+        self.guidance = guidance
+        self.image_size = image_size
+        self.every_n_steps = every_n_steps
+        self.n = n
+        self.seed = seed
+        self.tolerated = ToleratedErrors("the grid of samples")
 
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._draw_if_due(trainer, pl_module)  # the grid of this step, if a kill came before it
+        self._draw_if_due(trainer, pl_module)  # the last attempt may have been killed before it
 
+    @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self._draw_if_due(trainer, pl_module)
 
     def _draw_if_due(self, trainer: L.Trainer, module: Any) -> None:
         step = trainer.global_step
         path = self.directory / f"step-{step:08d}.png"
-        if not self.every or not step or (step % self.every and step != trainer.max_steps):
-            return
-        if distributed.run_on_rank_zero(path.exists):
+        if not self._is_due(step, trainer.max_steps) or distributed.run_on_rank_zero(path.exists):
             return
 
-        def keep() -> None:
-            with self.spared:
+        def save() -> None:
+            with self.tolerated:
                 save_png(image, path)
                 for logger in trainer.loggers:
                     if hasattr(logger, "log_image"):
                         logger.log_image("samples", [str(path)], step=step)
 
-        with self.spared if distributed.world_size() == 1 else nullcontext():
-            image = self.draw(
-                module
-            )  # by all processes, since each may have a part of the network only
-            distributed.run_on_rank_zero(keep)
+        with self.tolerated if distributed.world_size() == 1 else nullcontext():
+            image = self.draw(module)  # on all ranks: each may have only a part of the network
+            distributed.run_on_rank_zero(save)
 
-    def draw(self, module: Any) -> Any:
-        """The grid, with a class a column where there are classes."""
+    def _is_due(self, step: int, last: int) -> bool:
+        if not self.every_n_steps or not step:
+            return False
+        return step % self.every_n_steps == 0 or step == last
+
+    def draw(self, module: Any) -> Image.Image:
+        """Draw the grid with the EMA of ``module``, a ``DiffusionModule``."""
         denoiser = module.ema.model
-        draws = Draws(key(self.seed, "samples"), range(self.n))
-        noise = draws.normal("start", (3, self.image_size, self.image_size)).to(module.device)
         classes = denoiser.num_classes
-        guided = Guided(denoiser, **(self.guidance or {"scale": 1.0})) if classes else denoiser
-        label = torch.arange(self.n, device=module.device) % classes if classes else None
-        pictures = sample(self.sampler, guided, noise, label, draws)
-        return grid(pictures, columns=class_columns(self.n, classes))
+        draws = Draws(key(self.seed, "samples"), range(self.n))
+        noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
+        labels = None
+        if classes:
+            labels = torch.arange(self.n, device=module.device) % classes
+            denoiser = Guided(denoiser, **(self.guidance or {"scale": 1.0}))
+        x0 = sample(self.sampler, denoiser, noise, labels, draws, clip=module.space.clip)
+        return grid(module.space.decode(x0), columns=class_columns(self.n, classes))

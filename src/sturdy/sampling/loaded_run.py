@@ -1,50 +1,76 @@
-"""How the scripts that read a run begin: the run, its checkpoint, the device, and a folder that is
-theirs alone.
+"""What sample.py and evaluate.py share: a run that is loaded, and a job whose errors are one line.
 
-sample.py, evaluate.py and tune.py change nothing that training wrote, and overwrite nothing that
-another command made.
+The scripts change nothing that training wrote.
 """
 
 import difflib
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain, count
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from exact_resume.checkpoint.store import NoValidCheckpointError
-from exact_resume.fingerprint import flatten
 from exact_resume.resume import ResumePoint, ResumeRefusedError, read_resume_point
 from exact_resume.system import available_cpus
+from sturdy.errors import describe
 from sturdy.training.build import load_module
-from sturdy.training.fingerprint import sampling_code
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-PROVENANCE = "how.json"  # in a folder: what its files were made by
-DEEPEST = 4  # folders below paths.runs in which runs are looked for
+MAX_DEPTH = 4  # of the folders below paths.runs in which runs are looked for
+OLD_DEFAULTS = "sampling.yaml"  # in the run's directory
+SHOWN_RUNS = 20  # in an error message
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run, and the module of one of its checkpoints.
+
+    Attributes:
+        directory: the run's, where the images and reports go.
+        point: the checkpoint.
+        module: in eval mode, on ``device``; it has no parts that only training needs.
+        device: such as ``cuda``.
+        trust: which code the files of the run may name.
+    """
+
+    directory: Path
+    point: ResumePoint
+    module: DiffusionModule
+    device: str
+    trust: Trust
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config that the run was trained with, as primitives."""
+        return cast(Mapping[str, Any], self.module.config)
 
 
 def run_job(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
-    """Do ``job``, deterministically, with what the user can mend told in a line; returns the exit
-    code.
+    """Do ``job`` deterministically; return the exit code.
+
+    An error that the user can mend is printed as one line.
     """
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # before CUDA starts; else cuBLAS is not deterministic
+    # Before CUDA starts; without it cuBLAS is not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if cfg.threads is not None:
             check_integers(cfg, {"threads": 1})
         torch.set_num_threads(cfg.threads or available_cpus())
         torch.use_deterministic_algorithms(True)
         job(cfg)
+    except torch.OutOfMemoryError:
+        print(
+            f"error: the memory of device={cfg.device} is too small for this batch_size",
+            file=sys.stderr,
+        )
+        return 2
     except (
         ValueError,
         OSError,
@@ -52,44 +78,40 @@ def run_job(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         NoValidCheckpointError,
         InstantiationException,
     ) as error:
-        print(f"error: {error.__cause__ or error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(
-            f"error: the memory of device={cfg.device} is too small for this batch_size",
-            file=sys.stderr,
-        )
+        print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def open_run(cfg: DictConfig) -> tuple[Path, ResumePoint, DiffusionModule, str]:
-    """Read the checkpoint that ``run`` and ``ckpt_path`` name.
-
-    Returns:
-        the directory of the run, the checkpoint, the module in it, and the device that the module
-        is on.
+def open_run(cfg: DictConfig) -> LoadedRun:
+    """Load the checkpoint that ``run`` and ``ckpt_path`` name.
 
     Raises:
         ValueError, OSError, ResumeRefusedError, NoValidCheckpointError: with what to do.
     """
     device = find_device(cfg.device)
-    run = find_run(Path(cfg.paths.runs), str(cfg.run), cfg.ckpt_path)
-    entry, content = read_resume_point(run, cfg.ckpt_path)
-    module = load_module(
-        entry.state, content, trust=Trust(cfg.trust, cfg.paths.runs), training=False
-    )
-    return run, entry, module.to(device).eval(), device
+    directory = find_run(Path(cfg.paths.runs), str(cfg.run), cfg.ckpt_path)
+    trust = Trust(cfg.trust, cfg.paths.runs)
+    point, content = read_resume_point(directory, cfg.ckpt_path)
+    if (directory / OLD_DEFAULTS).exists():
+        print(
+            f"note: {directory / OLD_DEFAULTS} of an older version is not read any more: give its "
+            f"settings as sampler.steps=..., guidance.scale=... and so on",
+            flush=True,
+        )
+    module = load_module(point.state, content, trust=trust, training=False)
+    return LoadedRun(directory, point, module.to(device).eval(), device, trust)
 
 
 def find_run(runs: Path, word: str, ckpt_path: str | int | None = "last") -> Path:
-    """Find the directory of the run that ``word`` names: its name under ``runs``, or a path.
+    """Return the directory of the run ``word``: its name under ``runs``, or a path.
 
-    A checkpoint that is named by its path needs no run; what is made of it then lies where the run
-    would be.
+    A checkpoint that is given by its path needs no run. The result is then the directory that the
+    run would have.
 
     Raises:
-        ValueError: naming the runs there are, those with nearly this name first.
+        ValueError: if there is no such run, with the runs there are, those with a similar name
+            first.
     """
     if (runs / word).is_dir():
         return runs / word
@@ -97,157 +119,70 @@ def find_run(runs: Path, word: str, ckpt_path: str | int | None = "last") -> Pat
         return Path(word)
     if ckpt_path is not None and Path(str(ckpt_path)).exists():
         return runs / word
-    there = list(runs_under(runs))
-    if not there:
-        raise ValueError(
-            f"run={word} is not there; paths.runs={runs.absolute()} has no runs. Give "
-            f"paths.runs=..."
-        )
-    near = difflib.get_close_matches(Path(word).name, there, n=5, cutoff=0.6)
-    names = [*near, *(name for name in there if name not in near)]
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    raise ValueError(
-        f"run={word} is not there; paths.runs={runs.absolute()} has {', '.join(names[:20])}{more}"
-    )
+    missing = f"run={word} is not there; paths.runs={runs.absolute()} has"
+    existing = list(runs_under(runs))
+    if not existing:
+        raise ValueError(f"{missing} no runs. Give paths.runs=...")
+    similar = difflib.get_close_matches(Path(word).name, existing, n=5, cutoff=0.6)
+    names = similar + [name for name in existing if name not in similar]
+    more = f" and {len(names) - SHOWN_RUNS} more" if len(names) > SHOWN_RUNS else ""
+    raise ValueError(f"{missing} {', '.join(names[:SHOWN_RUNS])}{more}")
 
 
 def runs_under(runs: Path) -> Iterator[str]:
-    """Yield the name of each run under ``runs``, in order; the runs of a sweep lie in a folder of
-    theirs.
-    """
+    """Yield the names of the runs under ``runs``, in order; those of a sweep are in a folder."""
     for folder, names, _ in os.walk(runs):
         path = Path(folder).relative_to(runs)
         if "checkpoints" in names and path.parts:
             yield str(path)
             names.clear()
-        elif len(path.parts) >= DEEPEST:
+        elif len(path.parts) >= MAX_DEPTH:
             names.clear()
         names.sort()
 
 
 def find_device(word: object) -> str:
-    """Find the device that ``device=word`` means: ``auto`` is a GPU if there is one, ``gpu`` is
-    CUDA's.
+    """Return the torch device for ``device=word``.
+
+    ``auto`` is a GPU if there is one, and ``gpu`` is CUDA's.
 
     Raises:
-        ValueError: if it is not there, with those that are.
+        ValueError: if there is no such device, with those there are.
     """
-    there = (
-        [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    there += ["cpu"]
+    devices = []
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    devices.append("cpu")
+    kinds = [device.partition(":")[0] for device in devices]
     name = str(word).replace("gpu", "cuda")
     if name == "auto":
-        return there[0].partition(":")[0]
-    if name in (*there, *(full.partition(":")[0] for full in there)):
+        return kinds[0]
+    if name in devices or name in kinds:
         return name
     raise ValueError(
-        f"device={word} is not there; torch finds {', '.join(there)}. device=auto takes the first"
+        f"device={word} is not there; torch finds {', '.join(devices)}. device=auto takes the first"
     )
 
 
 def check_integers(
-    options: Mapping[Any, Any], least: Mapping[str, int | None], name: str = ""
+    options: Mapping[Any, Any], minimums: Mapping[str, int | None], prefix: str = ""
 ) -> None:
-    """Raise ValueError for an option that is no whole number, or below its ``least``, where None is
-    any.
+    """Check that options are integers.
 
     Args:
-        name: what stands before the options' names in the message.
-    """
-    for k in options.keys() & least.keys():
-        value, lowest = options[k], least[k]
-        if (
-            not isinstance(value, int)
-            or isinstance(value, bool)
-            or (lowest is not None and value < lowest)
-        ):
-            of = "" if lowest is None else f" of at least {lowest}"
-            raise ValueError(f"{name}{k}={value} must be a whole number{of}")
-
-
-def provenance(
-    entry: ResumePoint, device: str, config: Mapping[str, Any], sampler: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What all images drawn from ``entry`` on ``device`` depend on, as primitives: the checkpoint
-    and the code.
-
-    Args:
-        config: of the run.
-        sampler: the config of the sampler that draws them.
-    """
-    if entry.manifest:
-        sha256 = entry.manifest["files"][entry.state.name]["sha256"]
-    else:
-        with entry.state.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "checkpoint": {"step": entry.step, "sha256": sha256},
-        "device": device.partition(":")[0],
-        "code": hashlib.sha256(repr(sampling_code(config, sampler)).encode()).hexdigest()[:16],
-    }
-
-
-def own_folder(
-    key: str, given: object, default: Path, how: Mapping[str, Any], made: Sequence[str]
-) -> Path:
-    """Make or find the folder for what a command makes; it holds the files of one command only.
-
-    Its ``how.json`` says what they were made by. The same command comes back to the folder, and
-    another one gets
-    another: where none is ``given``, the first of ``default``, ``default-2``, ... that is free or
-        its own.
-
-    Args:
-        key: the option that gives a folder, for the messages.
-        how: primitives; what files of the same name depend on.
-        made: patterns of the files that the command writes. A folder that has any and no
-            ``how.json`` is not free.
+        options: all of them; those without a minimum are not checked.
+        minimums: the smallest value of each option; None for no bound.
+        prefix: of the options' names in the message, such as ``sample.``.
 
     Raises:
-        ValueError: naming the key, if the folder cannot be made or written in, or holds another
-            command's files.
+        ValueError: naming the option.
     """
-    numbered = (default.with_name(f"{default.name}-{i}") for i in count(2))
-    for folder in [Path(str(given))] if given is not None else chain([default], numbered):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            other = _claim(folder, how, made)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(0, "Permission denied")
-        except OSError as error:
-            raise ValueError(
-                f"{key}={folder} cannot be written in: {error.strerror}. Give another folder"
-            ) from None
-        if other is None:
-            return folder
-    raise ValueError(
-        f"{key}={given} holds what another command made ({other}): give another folder, or delete "
-        f"it"
-    )
-
-
-def _claim(folder: Path, how: Mapping[str, Any], made: Sequence[str]) -> str | None:
-    """Say in ``folder`` that it is for files made by ``how``; returns what is different if it is
-    for others.
-    """
-    note = folder / PROVENANCE
-    if not note.exists():
-        if any(any(folder.glob(pattern)) for pattern in made):
-            return f"there is no {PROVENANCE} beside it"
-        aside = folder / f".{PROVENANCE}.{os.getpid()}"
-        aside.write_text(json.dumps(how, indent=1) + "\n")
-        try:
-            os.link(aside, note)  # of two commands at the same time one is first
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
-    try:
-        then, now = flatten(json.loads(note.read_text())), flatten(json.loads(json.dumps(how)))
-    except ValueError:
-        return f"its {PROVENANCE} cannot be read"
-    changed = [k for k in {**then, **now} if then.get(k, ...) != now.get(k, ...)]
-    lines = [f"{k}: {then.get(k, 'nothing')} -> {now.get(k, 'nothing')}" for k in changed]
-    return ", ".join(lines[:5]) or None
+    for name in options.keys() & minimums.keys():
+        value = options[name]
+        minimum = minimums[name]
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or (minimum is not None and value < minimum):
+            bound = "" if minimum is None else f" of at least {minimum}"
+            raise ValueError(f"{prefix}{name}={value} must be a whole number{bound}")

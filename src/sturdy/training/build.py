@@ -18,7 +18,7 @@ from sturdy.diffusion.denoiser import Denoiser
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-SAMPLING_PARTS = ("backbone", "schedule", "target", "ema")
+SAMPLING_PARTS = ("space", "backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING_PARTS, "objective", "optimizer", "learning_rate", "alignment")
 
 
@@ -34,7 +34,7 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
     """
     reseed(config["seed"], "weights")
     nodes = {name: config.get(name) for name in parts}
-    built: dict[str, Any] = dict.fromkeys(PARTS, _not_built) | {"alignment": None}
+    built: dict[str, Any] = dict.fromkeys(PARTS, _not_built) | {"alignment": None, "space": None}
     built |= instantiate(nodes, _convert_="all")  # in one call, so that an error has the key
     denoiser = Denoiser(
         built["backbone"], built["schedule"], built["target"], config["num_classes"]
@@ -42,6 +42,7 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
     return DiffusionModule(
         denoiser,
         built["objective"],
+        space=built["space"],
         optimizer=built["optimizer"],
         ema=built["ema"],
         learning_rate=built["learning_rate"],

@@ -107,13 +107,13 @@ REFUSALS = {
     "sample.image=gone.png": "sample.image=gone.png: no such file",
     "sample.image=torn.jpg": "sample.image=torn.jpg: ",
     "sample.image=car.png sample.mask=gone.png": "sample.mask=gone.png: no such file",
-    "sample.image=car.png sample.mask=square.png": "square.png is 16 x 16 where sample.image=car.png is 24 x 16",
-    "sample.image=car.png sample.mask=nothing.png": "sample.mask=nothing.png has no white where the image is",
-    "sample.image=car.png sample.strength=0": "sample.strength=0 must be above 0, where nothing changes, and at most 1",
+    "sample.image=car.png sample.mask=square.png": "16 x 16 where sample.image=car.png is 24 x 16",
+    "sample.image=car.png sample.mask=nothing.png": "nothing.png has no white",
+    "sample.image=car.png sample.strength=0": "sample.strength=0 must be above 0",
     "sample.image=car.png sample.strength=1.5": "sample.strength=1.5 must be above 0",
     "sample.image=car.png sample.strength=much": "sample.strength=much must be above 0",
-    "sample.mask=left.png": "sample.mask=left.png needs a picture to change: sample.image=FILE",
-    "sample.strength=0.5": "sample.strength=0.5 needs a picture to change: sample.image=FILE",
+    "sample.mask=left.png": "sample.mask=left.png needs an image to change: sample.image=FILE",
+    "sample.strength=0.5": "sample.strength=0.5 needs an image to change: sample.image=FILE",
 }
 
 

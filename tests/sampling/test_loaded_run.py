@@ -10,15 +10,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sturdy.sampling.labels import select_labels
 from sturdy.sampling.loaded_run import (
-    PROVENANCE,
     check_integers,
     find_device,
     find_run,
-    own_folder,
     run_job,
 )
-from sturdy.sampling.sample import select_labels, typed
+from sturdy.sampling.output_folder import PROVENANCE, claim_folder
+from sturdy.sampling.sample import as_typed
 
 FORK = multiprocessing.get_context("fork")
 
@@ -103,7 +103,7 @@ def test_threads_and_errors_of_the_disk_are_answered_in_a_line(capsys):
 
 
 def folder(tmp_path, how, given=None):
-    return own_folder("sample.out", given, tmp_path / "pictures", how, ["*.png"])
+    return claim_folder("sample.out", given, tmp_path / "pictures", how, ["*.png"])
 
 
 def test_a_command_comes_back_to_its_folder_and_another_gets_another(tmp_path):
@@ -183,9 +183,9 @@ def test_a_word_that_names_a_class_is_that_class():
     ("word", "value"), [("1e3", 1000.0), ("true", True), ("null", None), ("007", 7)]
 )
 def test_what_hydra_takes_for_no_word_is_one(word, value):
-    assert typed(["run=a", f"sample.label={word}"], "sample.label", value) == word
+    assert as_typed(["run=a", f"sample.label={word}"], "sample.label", value) == word
     assert select_labels(
-        typed([f"sample.label={word}"], "sample.label", value), ["other", word], [], 1
+        as_typed([f"sample.label={word}"], "sample.label", value), ["other", word], [], 1
     ).tolist() == [1]
-    assert typed(["run=a"], "sample.label", None) is None
-    assert typed(["sample.label='true'"], "sample.label", "true") == "true"
+    assert as_typed(["run=a"], "sample.label", None) is None
+    assert as_typed(["sample.label='true'"], "sample.label", "true") == "true"

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from runs import ROOT, fork, train
-from sturdy.sampling.sample import is_whole, main
+from sturdy.sampling.sample import is_complete, main
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,13 @@ def test_an_image_is_a_function_of_its_number(drawn, tmp_path):
     assert (tmp_path / "parts" / "grid-000005.png").exists()
 
 
-def test_what_is_whole_is_not_drawn_again(drawn, tmp_path):
+def test_what_is_complete_is_not_drawn_again(drawn, tmp_path):
     words = ["sample.batch_size=2", f"sample.out={tmp_path}"]
     assert drawn("sample.n=6", *words)[0] == 0
     before, then = images(tmp_path), times(tmp_path)
     (tmp_path / "000001.png").unlink()
     os.truncate(tmp_path / "000004.png", 200)
-    assert not is_whole(tmp_path / "000004.png", 16)
+    assert not is_complete(tmp_path / "000004.png", 16)
     code, said = drawn("sample.n=8", *words)
     assert code == 0
     assert "8 images from step 2" in said
