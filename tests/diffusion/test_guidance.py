@@ -165,7 +165,7 @@ def drawn(scale, **options):
         Denoiser(Shifted(), SCHEDULES["cosine"], X0(), num_classes=2),
         torch.arange(16) % 2,
     )
-    return sample(Heun(20, clip=False), Guided(denoiser, scale, **options), NOISE, label), label
+    return sample(Heun(20), Guided(denoiser, scale, **options), NOISE, label, clip=None), label
 
 
 def test_guidance_moves_samples_towards_the_label():

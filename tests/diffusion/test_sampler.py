@@ -45,8 +45,8 @@ def ideal(schedule, target="x0"):
     return Denoiser(Ideal(schedule, target), SCHEDULES[schedule], TARGETS[target])
 
 
-def last(sampler, denoiser, noise=NOISE, draws=None):
-    *_, step = sampler(denoiser, noise, None, draws)
+def last(sampler, denoiser, noise=NOISE, draws=None, clip=(-1, 1)):
+    *_, step = sampler(denoiser, noise, None, draws, clip=clip)
     return step.x
 
 
@@ -59,10 +59,10 @@ def test_euler_is_deterministic_ddim(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_ddim_with_eta_1_is_ddpm(schedule):
     exact = Exact(SCHEDULES[schedule])
-    ddpm = last(DDPM(30, clip=False), exact, draws=DRAWS)
-    ddim = last(DDIM(30, eta=1, clip=False), exact, draws=DRAWS)
+    ddpm = last(DDPM(30), exact, draws=DRAWS, clip=None)
+    ddim = last(DDIM(30, eta=1), exact, draws=DRAWS, clip=None)
     assert torch.allclose(ddpm, ddim, atol=1e-10)
-    half = last(DDIM(30, eta=0.5, clip=False), exact, draws=DRAWS)
+    half = last(DDIM(30, eta=0.5), exact, draws=DRAWS, clip=None)
     assert not torch.allclose(half, ddim, atol=0.1)
 
 
@@ -81,7 +81,7 @@ def test_heun_in_sigma_on_variance_exploding():
         slope = d(x, sigma)
         ahead = x + (after - sigma) * slope
         x = x + (after - sigma) * (slope + d(ahead, after)) / 2 if after > 0 else ahead
-    assert torch.allclose(last(Heun(10, clip=False, spacing="karras"), denoiser), x, atol=1e-9)
+    assert torch.allclose(last(Heun(10, spacing="karras"), denoiser, clip=None), x, atol=1e-9)
 
 
 def test_heun_in_t_on_rectified_flow():
@@ -95,7 +95,7 @@ def test_heun_in_t_on_rectified_flow():
             ahead = x + (s - t) * u
             u = (u + (ahead - denoiser(ahead, torch.full((16,), s, dtype=torch.float64))) / s) / 2
         x = x + (s - t) * u
-    assert torch.allclose(last(Heun(n, clip=False, power=1), denoiser), x, atol=1e-12)
+    assert torch.allclose(last(Heun(n, power=1), denoiser, clip=None), x, atol=1e-12)
 
 
 @pytest.mark.parametrize("sampler", [Heun, UniPC])
@@ -103,11 +103,11 @@ def test_heun_in_t_on_rectified_flow():
 def test_a_walk_that_starts_later_is_the_exact_one_from_there(schedule, sampler):
     exact = Exact(SCHEDULES[schedule])
     ends = [exact_walk(exact.schedule, NOISE, start=start) for start in (0.7, 1.0)]
-    early, whole = (last(sampler(100, clip=False, start=start), exact) for start in (0.7, 1.0))
+    early, whole = (last(sampler(100, start=start), exact, clip=None) for start in (0.7, 1.0))
     assert torch.allclose(early, ends[0], atol=0.03)
     assert torch.allclose(whole, ends[1], atol=0.03)
-    times = [step.t for step in sampler(4, clip=False, start=0.5)(exact, NOISE)]
-    assert times == [t / 2 for t in (step.t for step in sampler(4, clip=False)(exact, NOISE))]
+    times = [step.t for step in sampler(4, start=0.5)(exact, NOISE)]
+    assert times == [t / 2 for t in (step.t for step in sampler(4)(exact, NOISE))]
 
 
 @pytest.mark.parametrize("s", [0.1, 1.0, 4.0, 16.0])
@@ -117,10 +117,11 @@ def test_twenty_calls_that_keep_every_variance(s):
     """
 
     def kept(sampler):
-        return (last(sampler, Exact(SCHEDULES["rectified_flow"], 0.0, s)) / NOISE).mean().item() / s
+        exact = Exact(SCHEDULES["rectified_flow"], 0.0, s)
+        return (last(sampler, exact, clip=None) / NOISE).mean().item() / s
 
-    assert kept(UniPC(20, spacing="log_snr", start=0.99, clip=False)) == pytest.approx(1, abs=0.02)
-    assert (kept(Heun(10, power=1, start=0.99, clip=False)) < 0.8) == (s in (0.1, 16.0))
+    assert kept(UniPC(20, spacing="log_snr", start=0.99)) == pytest.approx(1, abs=0.02)
+    assert (kept(Heun(10, power=1, start=0.99)) < 0.8) == (s in (0.1, 16.0))
 
 
 def test_start_is_a_time():
@@ -143,7 +144,7 @@ def test_thousand_steps_of_ddpm_are_the_posterior_of_the_paper(schedule):
 
     x = schedule(torch.ones(1, dtype=torch.float64))[1] * noise
     for i, step in enumerate(
-        DDPM(clip=False)(Denoiser(Half(), schedule, X0()), noise, None, draws)
+        DDPM()(Denoiser(Half(), schedule, X0()), noise, None, draws, clip=None)
     ):
         bar, bar_before = alpha_bar[1000 - i].item(), alpha_bar[999 - i].item()
         beta = 1 - bar / bar_before
@@ -188,7 +189,7 @@ def test_ddim_steps_equal_diffusers(schedule, target, eta, clip):
     noise, draws = NOISE[:3], Draws(0, range(3))
 
     x = SCHEDULES[schedule](torch.ones(1, dtype=torch.float64))[1] * noise
-    steps = DDIM(20, eta=eta, clip=clip)(denoiser, noise, None, draws)
+    steps = DDIM(20, eta=eta)(denoiser, noise, None, draws, clip=(-1, 1) if clip else None)
     for i, (index, step) in enumerate(zip(theirs.timesteps, steps, strict=True)):
         t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
         fresh = draws.normal(f"step {i}", (1, 16, 16)).double() if eta else None
@@ -237,13 +238,11 @@ def test_ddpm_steps_equal_diffusers(schedule, target):
         x = step.x
 
 
-@pytest.mark.parametrize(
-    "sampler", [DDPM(250, clip=False), DPMSolver(40, eta=1, clip=False), Churn(40, clip=False)]
-)
+@pytest.mark.parametrize("sampler", [DDPM(250), DPMSolver(40, eta=1), Churn(40)])
 @pytest.mark.parametrize("schedule", ["rectified_flow", "linear", "variance_exploding"])
 def test_random_walks_end_in_the_mixture(schedule, sampler):
     peaks = TwoPeaks(SCHEDULES[schedule])
-    x = last(sampler, peaks, draws=DRAWS)
+    x = last(sampler, peaks, draws=DRAWS, clip=None)
     quantiles = peaks.cdf(x).flatten().sort().values
     uniform = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
     assert (
@@ -305,7 +304,7 @@ def test_clipping_keeps_noise_prediction_stable():
     denoiser = Denoiser(Nearly("cosine", "noise"), SCHEDULES["cosine"], TARGETS["noise"])
     exact = exact_walk(SCHEDULES["cosine"], NOISE)
     assert (last(DDIM(50), denoiser) - exact).abs().mean() < 0.1
-    assert (last(DDIM(50, clip=False), denoiser) - exact).abs().mean() > 1
+    assert (last(DDIM(50), denoiser, clip=None) - exact).abs().mean() > 1
 
 
 def test_no_gradients_are_kept_and_callers_keep_theirs():

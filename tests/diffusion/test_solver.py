@@ -37,32 +37,32 @@ class Waves(nn.Module):
         return torch.sin(3 * x + 5 * t[:, None, None, None])
 
 
-def last(sampler, denoiser, noise=NOISE, draws=None):
-    *_, step = sampler(denoiser, noise, None, draws)
+def last(sampler, denoiser, noise=NOISE, draws=None, clip=(-1, 1)):
+    *_, step = sampler(denoiser, noise, None, draws, clip=clip)
     return step.x
 
 
 THEIR_BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 THEIR_TARGET = {"noise": "epsilon", "x0": "sample", "v": "v_prediction"}
 SOLVERS = {
-    "2M": (lambda n: DPMSolver(n, power=1, clip=False), "DPMSolverMultistepScheduler", {}),
+    "2M": (lambda n: DPMSolver(n, power=1), "DPMSolverMultistepScheduler", {}),
     "2M SDE": (
-        lambda n: DPMSolver(n, eta=1, power=1, clip=False),
+        lambda n: DPMSolver(n, eta=1, power=1),
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++"},
     ),
     "UniPC-1": (
-        lambda n: UniPC(n, order=1, power=1, clip=False),
+        lambda n: UniPC(n, order=1, power=1),
         "UniPCMultistepScheduler",
         {"solver_order": 1},
     ),
     "UniPC-2": (
-        lambda n: UniPC(n, order=2, power=1, clip=False),
+        lambda n: UniPC(n, order=2, power=1),
         "UniPCMultistepScheduler",
         {"solver_order": 2},
     ),
     "UniPC-3": (
-        lambda n: UniPC(n, order=3, power=1, clip=False),
+        lambda n: UniPC(n, order=3, power=1),
         "UniPCMultistepScheduler",
         {"solver_order": 3},
     ),
@@ -90,7 +90,7 @@ def test_steps_equal_diffusers(schedule, target, name, n):
     noise, draws = NOISE[:3], Draws(0, range(3))
     x = SCHEDULES[schedule](torch.ones(1, dtype=torch.float64))[1] * noise
     for i, (index, step) in enumerate(
-        zip(theirs.timesteps, ours(n)(denoiser, noise, None, draws), strict=True)
+        zip(theirs.timesteps, ours(n)(denoiser, noise, None, draws, clip=None), strict=True)
     ):
         t = torch.full((3,), (index.item() + 1) / 1000, dtype=torch.float64)
         fresh = (
@@ -111,10 +111,10 @@ def test_control_another_order_is_not_theirs():
 
 
 EDM_SOLVERS = {
-    "Euler": (Euler(12, spacing="karras", clip=False), "EDMEulerScheduler", {}),
-    "2M": (DPMSolver(12, spacing="karras", clip=False), "EDMDPMSolverMultistepScheduler", {}),
+    "Euler": (Euler(12, spacing="karras"), "EDMEulerScheduler", {}),
+    "2M": (DPMSolver(12, spacing="karras"), "EDMDPMSolverMultistepScheduler", {}),
     "2M log-SNR": (
-        DPMSolver(12, spacing="log_snr", clip=False),
+        DPMSolver(12, spacing="log_snr"),
         "EDMDPMSolverMultistepScheduler",
         {"sigma_schedule": "exponential"},
     ),
@@ -131,7 +131,7 @@ def test_edm_equals_diffusers(name):
     network = Waves()
     denoiser = Denoiser(network, VarianceExploding(), Preconditioned(sigma_data=0.4))
     x = 80 * NOISE
-    for c_noise, step in zip(theirs.timesteps, ours(denoiser, NOISE), strict=True):
+    for c_noise, step in zip(theirs.timesteps, ours(denoiser, NOISE, clip=None), strict=True):
         prediction = network(theirs.scale_model_input(x, c_noise), c_noise.expand(16), None)
         x = theirs.step(prediction, c_noise, x).prev_sample.double()
         assert torch.allclose(step.x, x, rtol=1e-4, atol=1e-4)
@@ -148,10 +148,10 @@ def test_churn_is_the_papers_algorithm_2():
         return (x - denoiser(x, t)) / sigma
 
     for churn in (2.0, 12.0):
-        sampler = Churn(20, churn=churn, lowest=0.1, highest=30, inflation=1.01, clip=False)
+        sampler = Churn(20, churn=churn, lowest=0.1, highest=30, inflation=1.01)
         high, low, x = 80 ** (1 / 7), 0.002 ** (1 / 7), 80 * NOISE
         sigmas = [(high + i / 19 * (low - high)) ** 7 for i in range(20)] + [0.0]
-        for i, step in enumerate(sampler(denoiser, NOISE, None, DRAWS)):
+        for i, step in enumerate(sampler(denoiser, NOISE, None, DRAWS, clip=None)):
             gamma = min(churn / 20, math.sqrt(2) - 1) if 0.1 <= sigmas[i] <= 30 else 0
             raised = sigmas[i] * (1 + gamma)
             fresh = DRAWS.normal(f"step {i}", (1, 16, 16)).double()
@@ -191,10 +191,10 @@ def test_few_steps_are_enough(n):
     peaks = TwoPeaks(RectifiedFlow())
 
     def off(sampler):
-        return peaks.off(last(sampler, peaks, NOISE[:4]), NOISE[:4]).mean().item()
+        return peaks.off(last(sampler, peaks, NOISE[:4], clip=None), NOISE[:4]).mean().item()
 
-    heun, euler = off(Heun((n + 1) // 2, clip=False)), off(Euler(n, clip=False))
-    for sampler in (DPMSolver(n, clip=False), UniPC(n, clip=False)):
+    heun, euler = off(Heun((n + 1) // 2)), off(Euler(n))
+    for sampler in (DPMSolver(n), UniPC(n)):
         assert off(sampler) < 0.75 * heun
         assert off(sampler) < 0.4 * euler
 

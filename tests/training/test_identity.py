@@ -10,7 +10,7 @@ ALWAYS = """
     exact_resume.permutation exact_resume.randomness exact_resume.reduction examples.cars.mixer
     sturdy.backbone.dit sturdy.backbone.embed sturdy.data.augment sturdy.data.datamodule sturdy.data.images
     sturdy.data.split sturdy.diffusion.denoiser sturdy.diffusion.objective sturdy.diffusion.schedule
-    sturdy.diffusion.target sturdy.training.build sturdy.training.ema sturdy.training.ema_profiles
+    sturdy.diffusion.space sturdy.diffusion.target sturdy.training.build sturdy.training.ema sturdy.training.ema_profiles
     sturdy.training.module sturdy.training.optim sturdy.training.parts sturdy.training.strategies
 """
 

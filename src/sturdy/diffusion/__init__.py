@@ -27,6 +27,7 @@ from sturdy.diffusion.schedule import (
     VarianceExploding,
 )
 from sturdy.diffusion.solver import Churn, DPMSolver, UniPC
+from sturdy.diffusion.space import Pixels, Space
 from sturdy.diffusion.target import X0, Noise, Preconditioned, Target, V, Velocity
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "MinSNR",
     "Noise",
     "Objective",
+    "Pixels",
     "Preconditioned",
     "RectifiedFlow",
     "Sampler",
@@ -56,6 +58,7 @@ __all__ = [
     "Schedule",
     "Shifted",
     "Sigmoid",
+    "Space",
     "Step",
     "Target",
     "Time",

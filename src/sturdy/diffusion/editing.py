@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exact_resume.randomness import Draws
-from sturdy.diffusion.sampler import Estimator, Sampler, sample
+from sturdy.diffusion.sampler import Estimator, Range, Sampler, sample
 from sturdy.diffusion.schedule import Schedule
 
 
@@ -88,11 +88,15 @@ def inpaint(
     mask: Tensor,
     label: Tensor | None = None,
     draws: Draws | None = None,
+    *,
+    clip: Range | None = (-1.0, 1.0),
 ) -> Tensor:
     """Pictures ``(b, c, h, w)`` that are ``picture`` where ``mask`` is 0; arguments as of
     ``sample``, ``InpaintingDenoiser``.
     """
-    return sample(sampler, InpaintingDenoiser(denoiser, picture, mask), noise, label, draws)
+    return sample(
+        sampler, InpaintingDenoiser(denoiser, picture, mask), noise, label, draws, clip=clip
+    )
 
 
 def image_to_image(
@@ -103,6 +107,8 @@ def image_to_image(
     strength: float,
     label: Tensor | None = None,
     draws: Draws | None = None,
+    *,
+    clip: Range | None = (-1.0, 1.0),
 ) -> Tensor:
     """Draw anew from ``picture`` at t = ``strength`` on, in all of the sampler's steps (Meng et al.
     2022, SDEdit).
@@ -129,4 +135,4 @@ def image_to_image(
         c.item() for c in there.schedule(torch.ones(1, dtype=torch.float64, device="cpu"))
     )
     # Walks start at sigma(1) noise; this is alpha picture + sigma noise in their terms.
-    return sample(sampler, there, noise + alpha / sigma * picture, label, draws)
+    return sample(sampler, there, noise + alpha / sigma * picture, label, draws, clip=clip)

@@ -24,6 +24,9 @@ from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.spacing import SPACINGS
 
 
+Range = tuple[float, float]
+
+
 class Step(NamedTuple):
     """One step of a walk: the time reached, the state there, and the estimate of x_0 that led
     there.
@@ -53,14 +56,17 @@ class Estimator(Protocol):
 class DenoiserCall:
     """``estimate(x, knot) -> D, E``, each ``(b, c, h, w)``: what a denoiser says in one walk."""
 
-    def __init__(self, denoiser: Estimator, label: Tensor | None, clip: bool) -> None:
-        self.denoiser, self.label, self.clip = denoiser, label, clip
+    def __init__(self, denoiser: Estimator, label: Tensor | None, clip: Range | None) -> None:
+        self.denoiser = denoiser
+        self.label = label
+        self.clip = clip
 
     @torch.no_grad()
     def __call__(self, x: Tensor, at: TimePoint) -> tuple[Tensor, Tensor]:
         t = torch.full((len(x),), at.t, dtype=x.dtype, device=x.device)
         x0 = self.denoiser(x, t, self.label)
-        x0 = x0.clamp(-1, 1) if self.clip else x0
+        if self.clip is not None:
+            x0 = x0.clamp(*self.clip)
         return x0, (x - at.alpha * x0) / at.sigma
 
     def knots(self, times: list[float]) -> list[TimePoint]:
@@ -78,9 +84,6 @@ class Sampler(ABC):
 
     Args:
         steps: number of steps.
-        clip: clip every D to [-1, 1], the range of pictures, as DDPM does. E is derived from the
-            clipped D, so that x_t = alpha D + sigma E stays true. Near t = 1 this is what keeps
-            target=noise stable; turn it off for data of another range.
         spacing: of the steps: "time", "karras" or "log_snr"; see ``spacing.py``.
         power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near
             data, the "quadratic" of Song, Meng et al. 2021, app. D.2.
@@ -99,7 +102,6 @@ class Sampler(ABC):
         self,
         steps: int = 50,
         *,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 1.0,
         start: float = 1.0,
@@ -114,7 +116,7 @@ class Sampler(ABC):
             raise ValueError(
                 f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone"
             )
-        self.steps, self.clip = steps, clip
+        self.steps = steps
         self.spacing, self.power, self.start = spacing, power, start
 
     def __call__(
@@ -123,6 +125,8 @@ class Sampler(ABC):
         noise: Tensor,
         label: Tensor | None = None,
         draws: Draws | None = None,
+        *,
+        clip: Range | None = (-1.0, 1.0),
     ) -> Iterator[Step]:
         """Walk from x = sigma(start) noise: alpha(start) x_0 (for linear 0.6 % of x_0 at 1) is not
         known yet.
@@ -132,6 +136,9 @@ class Sampler(ABC):
             label: ``(b,)`` int64, or None for no condition.
             draws: of the ``b`` samples, for samplers that add noise: at step ``i`` of purpose "step
                 i".
+            clip: the range to which every D is clipped, as in DDPM; ``space.clip`` of the run's
+                space, by default that of pixels. E is derived from the clipped D, so that x_t =
+                alpha D + sigma E stays true. Near t = 1 this keeps target=noise stable.
 
         Raises:
             ValueError: the sampler adds noise, and ``draws`` is missing or for another number of
@@ -144,7 +151,7 @@ class Sampler(ABC):
                 f"{given}; "
                 "hand in draws=Draws(seed, positions)"
             )
-        estimate = DenoiserCall(denoiser, label, self.clip)
+        estimate = DenoiserCall(denoiser, label, clip)
         times = SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power)
         knots = estimate.knots([self.start * t for t in times])
         return self.walk(estimate, knots[0].sigma * noise.detach(), knots, draws)
@@ -169,12 +176,11 @@ class DDPM(Sampler):
         self,
         steps: int = 1000,
         *,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 1.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
 
     def walk(
         self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
@@ -202,12 +208,11 @@ class DDIM(Sampler):
         steps: int = 50,
         *,
         eta: float = 0.0,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 1.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
         if not 0 <= eta <= 1:
             raise ValueError(f"sampler.eta={eta} must be from 0 (deterministic) to 1 (DDPM)")
         self.eta = eta
@@ -254,12 +259,11 @@ class Heun(Sampler):
         self,
         steps: int = 25,
         *,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 2.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
 
     def walk(
         self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
@@ -300,8 +304,13 @@ def sample(
     noise: Tensor,
     label: Tensor | None = None,
     draws: Draws | None = None,
+    *,
+    clip: Range | None = (-1.0, 1.0),
 ) -> Tensor:
-    """Walk to the end: pictures ``(b, c, h, w)`` in [-1, 1]; arguments and errors are the
-    sampler's.
+    """Return the x_0 ``(b, c, h, w)`` of the last step, within ``clip``.
+
+    Arguments and errors are those of ``Sampler.__call__``.
     """
-    return deque(sampler(denoiser, noise, label, draws), maxlen=1).pop().x.clamp(-1, 1)
+    steps = sampler(denoiser, noise, label, draws, clip=clip)
+    x0 = deque(steps, maxlen=1).pop().x
+    return x0 if clip is None else x0.clamp(*clip)

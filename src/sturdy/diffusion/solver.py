@@ -52,12 +52,11 @@ class DPMSolver(Sampler):
         steps: int = 15,
         *,
         eta: float = 0.0,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 2.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
         if eta < 0:
             raise ValueError(f"sampler.eta={eta} must be 0 (deterministic) or more; 1 is the SDE")
         self.eta = eta
@@ -99,12 +98,11 @@ class UniPC(Sampler):
         steps: int = 15,
         *,
         order: int = 2,
-        clip: bool = True,
         spacing: str = "time",
         power: float = 2.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
         if order not in (1, 2, 3):
             raise ValueError(f"sampler.order={order} must be 1, 2 or 3")
         self.order = order
@@ -150,12 +148,11 @@ class Churn(Heun):
         lowest: float = 0.05,
         highest: float = 50.0,
         inflation: float = 1.0,
-        clip: bool = True,
         spacing: str = "karras",
         power: float = 2.0,
         start: float = 1.0,
     ) -> None:
-        super().__init__(steps, clip=clip, spacing=spacing, power=power, start=start)
+        super().__init__(steps, spacing=spacing, power=power, start=start)
         if churn < 0:
             raise ValueError(f"sampler.churn={churn} must be 0 (deterministic) or more")
         self.gamma = min(churn / steps, math.sqrt(2) - 1)

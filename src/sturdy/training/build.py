@@ -18,7 +18,7 @@ from sturdy.diffusion.denoiser import Denoiser
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-SAMPLING = ("backbone", "schedule", "target", "ema")
+SAMPLING = ("space", "backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING, "objective", "optimizer", "learning_rate", "alignment")
 
 
@@ -33,7 +33,7 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
-    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None}
+    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None, "space": None}
     made |= instantiate(
         {name: config.get(name) for name in parts}, _convert_="all"
     )  # at once: an error has the key
@@ -41,6 +41,7 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
     return DiffusionModule(
         denoiser,
         made["objective"],
+        space=made["space"],
         optimizer=made["optimizer"],
         ema=made["ema"],
         learning_rate=made["learning_rate"],

@@ -23,6 +23,7 @@ from exact_resume.randomness import Draws, key, reseed
 from exact_resume.reduction import GradientReducer, TreeSum, no_reduce
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
+from sturdy.diffusion.space import Pixels, Space
 from sturdy.training.ema import EMA
 from sturdy.training.match_weights import (
     Match,
@@ -60,6 +61,7 @@ class DiffusionModule(L.LightningModule):
     how the images were augmented.
 
     Args:
+        space: turns the images of a batch into x_0; pixels by default.
         optimizer: called with parameter groups.
         ema: called with the denoiser.
         learning_rate: factor on the optimizer's rate by step.
@@ -79,6 +81,7 @@ class DiffusionModule(L.LightningModule):
         denoiser: Denoiser,
         objective: Objective,
         *,
+        space: Space | None = None,
         optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
         ema: Callable[[nn.Module], EMA] = EMA,
         learning_rate: LearningRate = lambda step: 1.0,
@@ -92,6 +95,7 @@ class DiffusionModule(L.LightningModule):
         self.automatic_optimization = (
             False  # Lightning's accumulation is a left fold; ours is a tree
         )
+        self.space = space or Pixels()
         self.denoiser = denoiser
         self.ema = ema(denoiser)
         self.alignment = alignment(denoiser.backbone) if alignment else None
@@ -122,8 +126,9 @@ class DiffusionModule(L.LightningModule):
         """The EMA's loss, each held-out image always with the same noise and time, so that steps
         compare.
         """
-        x0, label, positions, *_ = batch
+        image, label, positions, *_ = batch
         draws = Draws(key(self.seed, "validation"), positions)
+        x0 = self.space.encode(image, draws)
         self.held_out[int(positions[0])] = self.objective(
             cast(Denoiser, self.ema.model), x0, label, draws
         )
@@ -273,16 +278,17 @@ class DiffusionModule(L.LightningModule):
         return gradients, means
 
     def _loss(
-        self, x0: Tensor, label: Tensor, positions: Any, *condition: Tensor
+        self, image: Tensor, label: Tensor, positions: Any, *condition: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised on a shard, ``()``, and the means that are recorded of it."""
         draws = Draws(self.seed, positions)
+        x0 = self.space.encode(image, draws)
         if self.alignment is None:
             loss = self.objective(self.denoiser, x0, label, draws, *condition).mean()
             return loss, {"loss": loss.detach()}
         with self.alignment.inside(self.denoiser.backbone) as inner:
             loss = self.objective(self.denoiser, x0, label, draws, *condition)
-        alignment = self.alignment(*inner, x0)
+        alignment = self.alignment(*inner, image)
         means = {"loss": loss.detach().mean(), "alignment": alignment.detach().mean()}
         return (loss - self.alignment.weight * alignment).mean(), means
 

@@ -142,7 +142,7 @@ def dry_run_forward(module: DiffusionModule, size: int) -> None:
     """
     optim.try_out(module.make_optimizer, module)
     with torch.no_grad():
-        module.ema.model(torch.zeros(1, 3, size, size), torch.full((1,), 0.5), None)
+        module.ema.model(torch.zeros(1, *module.space.shape(size)), torch.full((1,), 0.5), None)
 
 
 def load_alignment_encoder(
@@ -168,10 +168,10 @@ def load_alignment_encoder(
     encoder = distributed.run_on_rank_zero(state)
     with distributed.rank_zero_first(), as_config_error(), torch.no_grad():
         alignment.encoder.load_state_dict(encoder)
-        picture = torch.zeros(1, 3, data.image_size, data.image_size)
+        x0 = torch.zeros(1, *module.space.shape(data.image_size))
         with alignment.inside(module.denoiser.backbone) as inner:
-            module.denoiser(picture, torch.full((1,), 0.5), None)
-        alignment(*inner, picture)
+            module.denoiser(x0, torch.full((1,), 0.5), None)
+        alignment(*inner, module.space.decode(x0))
 
 
 def stored_encoder(entry: ResumePoint) -> dict[str, Tensor]:
