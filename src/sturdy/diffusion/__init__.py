@@ -2,6 +2,7 @@
 sampler.
 """
 
+from sturdy.diffusion.condition import ClassCondition, Condition
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image, inpaint
 from sturdy.diffusion.objective import (
@@ -35,6 +36,8 @@ __all__ = [
     "DDPM",
     "X0",
     "Churn",
+    "ClassCondition",
+    "Condition",
     "Constant",
     "Cosine",
     "DPMSolver",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exact_resume.randomness import Draws
+from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.target import Target
@@ -118,13 +119,12 @@ class Sigmoid(Weight):
 
 
 class Objective:
-    """``objective(denoiser, x0, label, draws) -> loss (b,)``.
+    """``objective(denoiser, x0, cond, draws) -> loss (b,)``.
 
     Args:
         time: where on [0, 1] to train; uniformly by default.
         weight: of the squared error, by time; 1 by default.
-        label_drop: share of samples whose label becomes the null label, for classifier-free
-            guidance.
+        label_drop: share of samples that get the null condition, for classifier-free guidance.
 
     Raises:
         ValueError: ``label_drop`` is no share.
@@ -134,9 +134,7 @@ class Objective:
         self, *, time: Time | None = None, weight: Weight | None = None, label_drop: float = 0.1
     ) -> None:
         if not 0 <= label_drop <= 1:
-            raise ValueError(
-                f"objective.label_drop={label_drop} is not a share; set it between 0 and 1"
-            )
+            raise ValueError(f"label_drop={label_drop} is no share; set it between 0 and 1")
         self.time = time or Uniform()
         self.weight = weight or Constant()
         self.label_drop = label_drop
@@ -145,21 +143,18 @@ class Objective:
         self,
         denoiser: Denoiser,
         x0: Tensor,
-        label: Tensor | None,
+        cond: Condition | Tensor | None,
         draws: Draws,
-        condition: Tensor | None = None,
     ) -> Tensor:
-        """One loss a sample, ``(b,)``, in float32 also under autocast.
+        """Return one loss a sample, ``(b,)``, in float32 also under autocast.
 
         Args:
-            x0: ``(b, c, h, w)`` in [-1, 1].
-            label: ``(b,)`` int64 or None.
+            x0: ``(b, c, h, w)``, float32.
+            cond: a condition of the ``b`` samples; or labels ``(b,)``; or None, the null condition.
             draws: of the ``b`` samples; the purposes are "noise", "time" and "label drop".
-            condition: what else the network is told, ``(b, k)``, such as how the images were
-                augmented.
 
         Raises:
-            ValueError: ``draws`` is for another number of samples.
+            ValueError: ``draws`` or ``cond`` is for another number of samples.
         """
         if len(draws) != len(x0):
             raise ValueError(
@@ -171,13 +166,9 @@ class Objective:
         t = self.time(draws, denoiser.schedule)
         weight = self.weight(denoiser.target, denoiser.schedule, t).to(x0.device)
         t = t.to(x0.device)
-        if label is not None:
-            dropped = (draws.uniform("label drop") < self.label_drop).to(label.device)
-            label = label.masked_fill(dropped, denoiser.num_classes)
+        cond = denoiser.condition(x0, cond).drop(draws.uniform("label drop") < self.label_drop)
 
         alpha, sigma = (coefficient[:, None, None, None] for coefficient in denoiser.schedule(t))
         x_t = alpha * x0 + sigma * noise
-        error = denoiser.predict(x_t, t, label, condition) - denoiser.target(
-            x0, noise, alpha, sigma
-        )
+        error = denoiser.predict(x_t, t, cond) - denoiser.target(x0, noise, alpha, sigma)
         return weight * error.square().flatten(1).mean(1)

@@ -23,7 +23,6 @@ from exact_resume.randomness import Draws
 from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.spacing import SPACINGS
 
-
 Range = tuple[float, float]
 
 

@@ -14,11 +14,12 @@ import sturdy.renames  # noqa: F401  (checkpoints of older versions are read by 
 from exact_resume.checkpoint.compare import shape_mismatches
 from exact_resume.checkpoint.store import load_state
 from exact_resume.randomness import reseed
+from sturdy.diffusion.condition import ClassCondition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-SAMPLING = ("space", "backbone", "schedule", "target", "ema")
+SAMPLING = ("space", "condition", "backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING, "objective", "optimizer", "learning_rate", "alignment")
 
 
@@ -33,11 +34,21 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
         ValueError: where the parts do not go together, with the reason and what to choose.
     """
     reseed(config["seed"], "weights")
-    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {"alignment": None, "space": None}
+    made: dict[str, Any] = dict.fromkeys(PARTS, _not_made) | {
+        "alignment": None,
+        "space": None,
+        "condition": None,
+    }
     made |= instantiate(
         {name: config.get(name) for name in parts}, _convert_="all"
     )  # at once: an error has the key
-    denoiser = Denoiser(made["backbone"], made["schedule"], made["target"], config["num_classes"])
+    denoiser = Denoiser(
+        made["backbone"],
+        made["schedule"],
+        made["target"],
+        config["num_classes"],
+        make_condition=made["condition"] or ClassCondition,  # older configs have no condition
+    )
     return DiffusionModule(
         denoiser,
         made["objective"],

@@ -74,6 +74,7 @@ LEAVE_OUT = (
     "sturdy.renames",
     "sturdy.sampling*",
     "sturdy.training",
+    "sturdy.training.adapt_checkpoint",
     "sturdy.training.callbacks*",
     "sturdy.training.fingerprint",
     "sturdy.training.init_from",

@@ -384,7 +384,7 @@ def start_or_resume(
             if distributed.rank() == 0:
                 log.info(told)
     load_alignment_encoder(module, data, entry, Path(cfg.paths.cache) / "evaluation")
-    module.sum = make_gradient_reducer(cfg, module)
+    module.reduce_gradients = make_gradient_reducer(cfg, module)
     distributed.run_on_rank_zero(lambda: archive_newer_checkpoints(home, store, metrics, entry))
     if (
         distributed.rank() == 0 and cfg.ckpt_path == start.asked

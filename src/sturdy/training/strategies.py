@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import Tensor, nn
 
 from exact_resume.distributed import local_world_size, world_size
-from sturdy.training.optim import names_in_order, state_by_index
+from sturdy.training.optimizer_state import names_in_order, state_by_index
 
 
 class DDP(DDPStrategy):
