@@ -43,7 +43,7 @@ UNET = (
 RUNS = {
     "dit": CARS + DIT,
     "unet": CARS + UNET,
-    "dit, global mixer": CARS + DIT + "backbone.whole=4",
+    "dit, global mixer": CARS + DIT + "backbone=aligned_dit backbone.global_units=4",
     "unet, four shards": CARS + UNET + "data.shards=4",
     "augmentation": CARS + DIT + "data.augment=0.5 data.rotate=true",
     "power averages": CARS + DIT + "ema=power learning_rate=linear",

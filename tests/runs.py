@@ -39,11 +39,11 @@ COMMON = [
 ]
 SMALL = [
     *COMMON,
-    "backbone=dit",
+    "backbone=aligned_dit",
     "backbone.width=32",
     "backbone.depth=2",
     "backbone.heads=2",
-    "backbone.whole=4",
+    "backbone.global_units=4",
 ]
 SMALL_UNET = [
     *COMMON,

@@ -7,7 +7,7 @@ from runs import ROOT
 from sturdy.training.fingerprint import run_fingerprint
 
 ALWAYS = """
-    exact_resume.permutation exact_resume.randomness exact_resume.reduction examples.cars.mixer
+    exact_resume.permutation exact_resume.randomness exact_resume.reduction examples.cars.backbone
     sturdy.backbone.dit sturdy.backbone.embed sturdy.data.augment sturdy.data.datamodule
     sturdy.data.images sturdy.data.split sturdy.diffusion.condition sturdy.diffusion.denoiser
     sturdy.diffusion.objective sturdy.diffusion.schedule sturdy.diffusion.space
