@@ -35,6 +35,7 @@ RENAMED[1] = Renamed(
         "sturdy.training.callbacks.waiting.Waiting": "sturdy.training.callbacks.thread_waiting.ThreadWaiting",
     },
     weights={
+        "ema.others": "ema.extra_averages",
         "backbone.place": "backbone.pos_embed",
         "backbone.whole.compare": "backbone.token_features.in_proj",
         "backbone.whole.think": "backbone.token_features.hidden",

@@ -24,6 +24,7 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
         t: times in [0, 1], ``(b,)``; computed in float32 at least, for bfloat16 cannot tell 998
             from 1000.
         size: number of features, even.
+        max_period: of the slowest feature, in steps.
 
     Returns:
         ``(b, size)`` in [-1, 1].

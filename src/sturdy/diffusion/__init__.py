@@ -1,6 +1,4 @@
-"""The mathematics of diffusion, in torch alone: a schedule, a target, an objective, a denoiser, a
-sampler.
-"""
+"""The mathematics of diffusion, in torch alone: schedule, target, objective, denoiser, sampler."""
 
 from sturdy.diffusion.condition import ClassCondition, Condition
 from sturdy.diffusion.denoiser import Denoiser, Guided

@@ -80,9 +80,11 @@ class Denoiser(nn.Module):
         cond: Condition | Tensor | None = None,
         augmentation: Tensor | None = None,
     ) -> Condition:
-        """Return ``cond`` as a condition of the samples ``x``; the arguments are as of ``predict``.
+        """Return ``cond`` as a condition of the samples ``x``.
 
         Args:
+            x: only its length and device are used.
+            cond: as of ``predict``.
             augmentation: ``(b, k)``, which goes with labels; None as in sampling.
 
         Raises:

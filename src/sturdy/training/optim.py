@@ -10,7 +10,9 @@ from torch import nn
 class LearningRate(Protocol):
     """A factor on the optimizer's ``lr``: a function of the step alone, without state to save."""
 
-    def __call__(self, step: int) -> float: ...
+    def __call__(self, step: int) -> float:
+        """Return the factor at ``step``, counted from 0."""
+        ...
 
 
 class Constant:
@@ -20,6 +22,7 @@ class Constant:
         self.warmup = warmup
 
     def __call__(self, step: int) -> float:
+        """Return the factor at ``step``."""
         return warm_up(step, self.warmup, 1.0)
 
 
@@ -32,6 +35,7 @@ class Linear:
         self.end = end
 
     def __call__(self, step: int) -> float:
+        """Return the factor at ``step``."""
         rest = remaining(step, self.warmup, self.max_steps)
         return warm_up(step, self.warmup, self.end + (1 - self.end) * rest)
 
@@ -48,6 +52,7 @@ class Cosine:
         self.end = end
 
     def __call__(self, step: int) -> float:
+        """Return the factor at ``step``."""
         rest = (1 - math.cos(math.pi * remaining(step, self.warmup, self.max_steps))) / 2
         return warm_up(step, self.warmup, self.end + (1 - self.end) * rest)
 
@@ -66,6 +71,7 @@ class InverseSquareRoot:
         self.flat = flat
 
     def __call__(self, step: int) -> float:
+        """Return the factor at ``step``."""
         return warm_up(step, self.warmup, (self.flat / max(step, self.flat)) ** 0.5)
 
 
@@ -88,6 +94,7 @@ class WarmupStableDecay:
         self.end = end
 
     def __call__(self, step: int) -> float:
+        """Return the factor at ``step``."""
         decay_start = (1 - self.decay) * self.max_steps
         rest = 1 - (1 - remaining(step, decay_start, self.max_steps)) ** 0.5
         return warm_up(step, self.warmup, self.end + (1 - self.end) * rest)

@@ -114,9 +114,11 @@ def continue_state(
     ones if the options are the same, as some optimizers count in them; else the fresh ones.
 
     Args:
-        stored: of a checkpoint, whose config is ``then``.
-        fresh: of the optimizer that ``make`` returns under the config ``now``, before its first
-            step.
+        stored: state of the checkpoint.
+        fresh: state of the optimizer of today, before its first step.
+        make: returns the optimizer of today.
+        then: config of the checkpoint.
+        now: config of today.
 
     Returns:
         the state; and a sentence if the stored state is of another kind of optimizer, else None.
