@@ -241,9 +241,7 @@ def test_what_training_needs_is_in_the_checkpoint_and_what_sampling_needs_is_not
 def test_mistakes_are_told():
     for backbone, n in ((dit(), 2), (unet(), 5)):
         for depth in (0, n + 1):
-            with pytest.raises(
-                ValueError, match=rf"depth={depth} is none of the blocks 1 to {n}"
-            ):
+            with pytest.raises(ValueError, match=rf"depth={depth} is none of the blocks 1 to {n}"):
                 aligned(backbone, depth=depth)
     with pytest.raises(ValueError, match="Backbone does not name its blocks"):
         aligned(unaligned().denoiser.backbone)
