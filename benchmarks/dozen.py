@@ -41,7 +41,7 @@ UNET = (
 RUNS = {
     "dit": CARS + DIT,
     "unet": CARS + UNET,
-    "dit, global mixer": CARS + DIT + "backbone.whole=4",
+    "dit, global mixer": CARS + DIT + "backbone=aligned_dit backbone.global_units=4",
     "unet, four shards": CARS + UNET + "data.shards=4",
     "augmentation": CARS + DIT + "data.augment=0.5 data.rotate=true",
     "power averages": CARS + DIT + "ema=power learning_rate=linear",
@@ -99,11 +99,36 @@ def train(tmp: Path, name: str, words: list[str], *, kill: bool) -> None:
         raise SystemExit(f"{name} ended with {done.returncode}\n{done.stdout}{done.stderr}")
 
 
+# Weights that were renamed are hashed under their first names, so that a digest stays what it was.
+FIRST_NAMES = {
+    "extra_averages": "others",
+    "pos_embed": "place",
+    "token_features.in_proj": "whole.compare",
+    "token_features.hidden": "whole.think",
+    "token_features.modulation": "whole.modulation",
+    "token_features.out_proj": "whole.tell",
+    "token_features.expand": "whole.spread",
+}
+
+
+def first_names(value: Any) -> Any:
+    """Return a nested state with every name of a weight as it was first."""
+    if isinstance(value, dict):
+        return {first_names(name): first_names(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [first_names(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for new, old in FIRST_NAMES.items():
+        value = f".{value}.".replace(f".{new}.", f".{old}.")[1:-1]
+    return value
+
+
 def digests(run: Path) -> list[str]:
     """Hash what the newest checkpoint and the record hold: weights, optimizer, losses."""
     newest = max((run / "checkpoints").glob("step-*"))
     state = torch.load(newest / "state.ckpt", weights_only=True)
-    parts = [digest(flat(state[part])) for part in ("state_dict", "optimizer_states")]
+    parts = [digest(flat(first_names(state[part]))) for part in ("state_dict", "optimizer_states")]
     with (run / "metrics.csv").open(newline="") as file:
         rows = [
             {k: v for k, v in row.items() if v and not k.endswith("per_second")}

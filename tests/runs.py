@@ -18,7 +18,9 @@ from exact_resume.metrics import MetricsCSV
 ROOT = Path(__file__).resolve().parents[1]
 # A process has one fork server: its imports are chosen here, and nowhere else.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sturdy.training.session", "examples.cars.source", "sturdy.backbone"])
+SERVER.set_forkserver_preload(
+    ["sturdy.training.session", "examples.cars.source", "sturdy.backbone"]
+)
 COMMON = [
     "trainer=cpu",
     "trainer.threads=1",
@@ -38,11 +40,11 @@ COMMON = [
 ]
 SMALL = [
     *COMMON,
-    "backbone=dit",
+    "backbone=aligned_dit",
     "backbone.width=32",
     "backbone.depth=2",
     "backbone.heads=2",
-    "backbone.whole=4",
+    "backbone.global_units=4",
 ]
 SMALL_UNET = [
     *COMMON,

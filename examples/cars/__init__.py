@@ -1,0 +1,1 @@
+"""Drawn cars, and a backbone for aligned images: see README.md."""

@@ -1,7 +1,7 @@
-"""What the cars are made of: body types, paints, windows and rims.
+"""Body types, paints, windows and rims.
 
-Outlines are closed paths in thousandths of a picture's width, seen from the side with the front to
-the right.
+Outlines are closed paths in thousandths of the image's width, seen from the side, front to the
+right.
 """
 
 from dataclasses import dataclass
@@ -27,53 +27,74 @@ BLACK, RUBBER, SILVER = rgb("10121a"), rgb("23252d"), rgb("d5d9e0")
 
 
 def paths(text: str) -> tuple[np.ndarray, ...]:
+    """Return the closed paths that ``|`` separates; see ``painting.path``."""
     return tuple(map(path, text.split("|")))
 
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """A body type seen from the side, front to the right; the road is at ``y`` = 0, the picture 1
-    wide.
+    """A body type seen from the side, front to the right.
+
+    The road is at ``y`` = 0, and the image is 1 wide.
+
+    Attributes:
+        outline: of the body.
+        windows: of the body.
+        seams: door lines, each with a handle behind its upper end.
+        wheels: their places along x.
+        radius: of a wheel.
+        belt: height of the shoulder line.
+        front: head light.
+        rear: tail light.
+        behind: dark parts that show past the outline: rails, wing, spare wheel.
+        trim: dark parts on the body: mirrors, air intake, destination sign.
+        sill: height of the lower edge of the doors.
     """
 
     outline: np.ndarray
     windows: tuple[np.ndarray, ...]
-    seams: tuple[np.ndarray, ...]  # door lines, each with a handle behind its upper end
-    wheels: tuple[float, ...]  # where along x they stand
-    radius: float  # of a wheel
-    belt: float  # height of the shoulder line
-    front: np.ndarray  # head light
-    rear: np.ndarray  # tail light
-    behind: tuple[
-        np.ndarray, ...
-    ] = ()  # dark parts that show past the outline: rails, wing, spare wheel
-    trim: tuple[
-        np.ndarray, ...
-    ] = ()  # dark parts on the body: mirrors, air intake, destination sign
-    sill: float = 0.09  # height of the lower edge of the doors
+    seams: tuple[np.ndarray, ...]
+    wheels: tuple[float, ...]
+    radius: float
+    belt: float
+    front: np.ndarray
+    rear: np.ndarray
+    behind: tuple[np.ndarray, ...] = ()
+    trim: tuple[np.ndarray, ...] = ()
+    sill: float = 0.09
 
 
 BODIES = {
     "hatchback": Body(
-        outline=path("150,50,30 135,230,50 160,300 245,455,90 560,455,120 700,285,30 845,255,80 870,50,40"),
+        outline=path(
+            "150,50,30 135,230,50 160,300 245,455,90 560,455,120 700,285,30 845,255,80 "
+            "870,50,40"
+        ),
         windows=paths(
             "205,290,20 265,420,40 390,420,10 390,290,10 | 420,290,10 420,420,10 550,420,40 "
             "650,290,20"
         ),
         seams=paths("405,420 405,90 | 635,280 620,90"),
         wheels=(0.285, 0.725), radius=0.098, belt=0.26,
-        front=path("790,250 800,185,20 900,165 900,250"), rear=path("100,290 100,200 175,200,20 185,290"),
+        front=path(
+            "790,250 800,185,20 900,165 900,250"
+        ), rear=path("100,290 100,200 175,200,20 185,290"),
         trim=paths("625,285,10 620,315,10 655,315,10 660,285,10"),
     ),
     "sedan": Body(
-        outline=path("45,50,30 30,265,35 215,280,30 315,410,70 575,410,90 705,275,40 945,245,60 970,50,40"),
+        outline=path(
+            "45,50,30 30,265,35 215,280,30 315,410,70 575,410,90 705,275,40 945,245,60 "
+            "970,50,40"
+        ),
         windows=paths(
             "250,285,20 330,380,30 430,380,10 430,285,10 | 460,285,10 460,380,10 565,380,40 "
             "655,285,20"
         ),
         seams=paths("445,380 445,85 | 655,275 645,85 | 290,275 315,180"),
         wheels=(0.215, 0.775), radius=0.092, belt=0.25,
-        front=path("870,250 880,185,20 1000,170 1000,250"), rear=path("0,260 0,185 85,185,20 100,260"),
+        front=path(
+            "870,250 880,185,20 1000,170 1000,250"
+        ), rear=path("0,260 0,185 85,185,20 100,260"),
         trim=paths("630,280,10 625,310,10 660,310,10 665,280,10"),
     ),
     "coupe": Body(
@@ -84,7 +105,9 @@ BODIES = {
         windows=paths("250,245,30 430,330,60 535,325,50 635,240,20"),
         seams=paths("400,220 420,80 | 645,230 635,80"),
         wheels=(0.215, 0.775), radius=0.097, belt=0.215,
-        front=path("850,200 860,155,20 950,125,10 960,180"), rear=path("0,225 0,165 95,165,20 120,225"),
+        front=path(
+            "850,200 860,155,20 950,125,10 960,180"
+        ), rear=path("0,225 0,165 95,165,20 120,225"),
         behind=paths("25,300,10 20,325,10 160,315,10 160,295,10 | 70,240 60,310 90,310 100,240"),
         trim=paths(
             "600,235,10 590,260,10 630,260,10 635,235,10 | 335,190,10 350,145,10 385,145,10 "
@@ -100,7 +123,9 @@ BODIES = {
         ),
         seams=paths("268,460 268,260 | 448,460 448,120 | 645,320 635,120"),
         wheels=(0.265, 0.745), radius=0.115, belt=0.305, sill=0.125,
-        front=path("860,285 860,215,20 1000,215 1000,285"), rear=path("0,310 0,200 125,200 125,310"),
+        front=path(
+            "860,285 860,215,20 1000,215 1000,285"
+        ), rear=path("0,310 0,200 125,200 125,310"),
         behind=paths(
             "150,508,10 160,530,10 570,530,10 590,508,10 | 180,490 180,520 210,520 210,490 | "
             "520,490 520,520 550,520 550,490 | 35,170,30 35,360,30 100,360,20 100,170,20"
@@ -108,7 +133,10 @@ BODIES = {
         trim=paths("645,325,10 640,370,10 680,370,10 680,325,10"),
     ),
     "pickup": Body(
-        outline=path("40,70,20 35,265,20 405,265 420,460,50 620,460,80 730,300,30 945,275,50 960,70,30"),
+        outline=path(
+            "40,70,20 35,265,20 405,265 420,460,50 620,460,80 730,300,30 945,275,50 "
+            "960,70,30"
+        ),
         windows=paths("445,305,10 450,425,20 605,425,40 685,305,20"),
         seams=paths("408,300 408,100 | 680,300 665,100"),
         wheels=(0.215, 0.785), radius=0.105, belt=0.265, sill=0.11,
@@ -135,11 +163,16 @@ BODIES = {
         ),
         seams=paths("758,520 758,90"),
         wheels=(0.2, 0.6), radius=0.09, belt=0.315,
-        front=path("920,200,20 920,140,20 1000,140 1000,200"), rear=path("0,240 0,150 55,150 55,240"),
+        front=path(
+            "920,200,20 920,140,20 1000,140 1000,200"
+        ), rear=path("0,240 0,150 55,150 55,240"),
         trim=paths("860,555 860,600 1000,600 1000,555"),
     ),
     "limousine": Body(
-        outline=path("10,45,20 0,205,30 100,215,30 170,320,60 680,320,80 780,215,40 985,190,50 1000,45,30"),
+        outline=path(
+            "10,45,20 0,205,30 100,215,30 170,320,60 680,320,80 780,215,40 985,190,50 "
+            "1000,45,30"
+        ),
         windows=paths(
             "125,220,10 185,295,30 225,295,10 225,220,10 | 245,220,10 245,295,10 345,295,10 "
             "345,220,10 | "
@@ -155,6 +188,7 @@ BODIES = {
 
 
 def disc(canvas: Canvas, x: float, radius: float, light: Light) -> None:
+    """Paint the rim of a wheel at ``x``: a disc."""
     silver = light.near(SILVER)
     canvas.disc(x, radius, 0.66 * radius, mix(silver, BLACK, 0.25))
     canvas.disc(x, radius, 0.60 * radius, silver)
@@ -163,6 +197,7 @@ def disc(canvas: Canvas, x: float, radius: float, light: Light) -> None:
 
 
 def spokes(canvas: Canvas, x: float, radius: float, light: Light) -> None:
+    """Paint the rim of a wheel at ``x``: five spokes."""
     silver = light.near(SILVER)
     canvas.disc(x, radius, 0.70 * radius, mix(silver, BLACK, 0.35))
     canvas.disc(x, radius, 0.61 * radius, light.near(rgb("3a3d47")))
@@ -173,6 +208,7 @@ def spokes(canvas: Canvas, x: float, radius: float, light: Light) -> None:
 
 
 def whitewall(canvas: Canvas, x: float, radius: float, light: Light) -> None:
+    """Paint the rim of a wheel at ``x``: a white wall around a dark disc."""
     canvas.disc(x, radius, 0.80 * radius, light.near(WHITE))
     canvas.disc(x, radius, 0.52 * radius, light.near(rgb("2c2f3a")))
     canvas.disc(x, radius, 0.22 * radius, light.near(rgb("e0b64a")))

@@ -1,9 +1,9 @@
-"""A small painter: flat shapes and gradients, antialiased by supersampling.
+"""A canvas for flat shapes and gradients, antialiased by supersampling.
 
     pixel = mean of the factor x factor subpixels under it
 
-Lengths are in picture heights and ``y`` points up. Corners are rounded to whole subpixels and
-colours are whole numbers before anything is painted, so rounding errors do not reach the picture.
+Lengths are in image heights and ``y`` points up. Corners are rounded to subpixels and colours to
+integers before anything is painted, so rounding errors do not reach the image.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ Path = np.ndarray | Sequence[tuple[float, float]]  # corners (x, y), as an array
 
 
 def rgb(code: str) -> Colour:
-    """The opaque colour written as ``"d94f3d"``."""
+    """Return the opaque colour written as ``"d94f3d"``."""
     return (*bytes.fromhex(code), 255)
 
 
@@ -27,18 +27,20 @@ WHITE = rgb("ffffff")
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """``a`` with a ``share`` of ``b`` in it."""
+    """Return ``a`` with a ``share`` of ``b``."""
     return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
 
 
 def fade(colour: Colour, opacity: int) -> Colour:
-    """The same colour, translucent."""
+    """Return the colour with another opacity."""
     return (*colour[:3], opacity)
 
 
 @lru_cache(maxsize=256)
 def path(text: str) -> np.ndarray:
-    """The closed path through corners ``"x,y"`` or ``"x,y,radius"``, in thousandths; ``(n, 2)``.
+    """Return the closed path through corners ``"x,y"`` or ``"x,y,radius"``, ``(n, 2)``.
+
+    The text is in thousandths, the result in units.
 
     A corner with a radius is rounded by a quadratic Bezier curve from one of its sides to the
     other.
@@ -64,51 +66,50 @@ def path(text: str) -> np.ndarray:
 
 
 class Canvas:
-    """A picture under the brush.
+    """An image that is being painted.
 
     Args:
-        size: height of the finished picture in pixels.
+        size: height of the finished image in pixels.
         wide: its width in heights.
     """
 
     def __init__(self, size: int, *, wide: float = 1.0) -> None:
-        self.factor = max(
-            2, min(4, 1024 // size), 192 // size
-        )  # small pictures need the finer edges
+        self.factor = max(2, min(4, 1024 // size), 192 // size)  # small images need finer edges
         self.side = size * self.factor
         self.move()
         self._aim(Image.new("RGB", (round(wide * self.side), self.side)))
 
     def part(self, x: float) -> "Canvas":
-        """The square from ``x`` on, as a canvas of its own."""
+        """Return the square from ``x`` on, as another canvas."""
         left, square = round(x * self.side), copy(self)
         square._aim(self._image.crop((left, 0, left + self.side, self.side)))
         return square
 
     def move(self, x: float = 0.0, y: float = 0.0, scale: float = 1.0) -> None:
-        """From here on (0, 0) lies at ``(x, y)`` of the picture, whose own (0, 0) is below on the
-        left.
-        """
+        """Put the origin at ``(x, y)`` of the image, whose lower left corner is (0, 0)."""
         self._origin = (x * self.side, (1.0 - y) * self.side)
         self._scale = (scale * self.side, -scale * self.side)
 
     def mirror(self) -> None:
-        """Swap left and right of what is painted so far."""
+        """Swap left and right of everything painted so far."""
         self._aim(self._image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
     def polygon(self, path: Path, colour: Colour) -> None:
+        """Fill a closed path."""
         self._brush.polygon(self._corners(path), colour)
 
     def box(self, left: float, low: float, wide: float, high: float, colour: Colour) -> None:
+        """Fill a rectangle."""
         (x0, y1), (x1, y0) = self._point(left, low), self._point(left + wide, low + high)
         self._brush.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), colour)
 
     def line(self, path: Path, colour: Colour, width: float, *, closed: bool = False) -> None:
+        """Draw along a path."""
         corners = self._corners(path)
         self._brush.line(corners + corners[: 2 * closed], colour, self._length(width), "curve")
 
     def disc(self, x: float, y: float, radius: float, colour: Colour, flat: float = 1.0) -> None:
-        """A disc, or an ellipse whose height is ``flat`` of its width."""
+        """Fill a disc, or an ellipse whose height is ``flat`` of its width."""
         cx, cy, rx, ry = *self._point(x, y), self._length(radius), self._length(radius * flat)
         self._brush.ellipse((cx - rx, cy - ry, cx + rx - 1, cy + ry - 1), colour)
 
@@ -122,14 +123,12 @@ class Canvas:
         flat: float = 1.0,
         rings: int = 5,
     ) -> None:
-        """A soft disc: ``rings`` discs of a translucent ``colour``, one upon the other."""
+        """Paint a soft disc: ``rings`` translucent discs, one upon the other."""
         for ring in range(rings, 0, -1):
             self.disc(x, y, radius * ring / rings, colour, flat)
 
     def gradient(self, top: float, bottom: float, *colours: Colour) -> None:
-        """Fill the whole width between two heights, from the first colour above to the last
-        below.
-        """
+        """Fill the full width between two heights, from the first colour down to the last."""
         y0, y1 = self._point(0.0, top)[1], self._point(0.0, bottom)[1]
         rows, table = max(1, y1 - y0), np.array([colour[:3] for colour in colours])
         stop, rest = np.divmod(np.arange(rows)[:, None] * (len(colours) - 1), rows)
@@ -141,7 +140,7 @@ class Canvas:
 
     @contextmanager
     def inside(self, *paths: Path) -> Iterator[None]:
-        """What is painted in this block shows only inside ``paths``."""
+        """Clip the painting in this block to ``paths``."""
         below, mask = self._image, Image.new("L", self._image.size)
         stencil = ImageDraw.Draw(mask)
         for path in paths:
@@ -152,7 +151,7 @@ class Canvas:
         self._aim(below)
 
     def pixels(self) -> np.ndarray:
-        """The finished picture, uint8 ``(3, size, wide * size)``."""
+        """Return the finished image, uint8 ``(3, size, wide * size)``."""
         return np.ascontiguousarray(np.asarray(self._image.reduce(self.factor)).transpose(2, 0, 1))
 
     def _aim(self, image: Image.Image) -> None:

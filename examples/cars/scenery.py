@@ -1,4 +1,4 @@
-"""Where the cars stand: four scenes under three lights.
+"""The backgrounds: four scenes under three lights.
 
 panorama(scene, light) = sky(light), then the scene, then the road
 """
@@ -13,7 +13,7 @@ from examples.cars.painting import WHITE, Canvas, Colour, fade, mix, path, rgb
 
 @dataclass(frozen=True)
 class Light:
-    """What the time of day does to the sky and to colours."""
+    """The effect of the time of day on the sky and on colours."""
 
     sky: tuple[Colour, ...]  # from the zenith to the horizon
     tint: Colour  # a white wall under this light
@@ -25,13 +25,13 @@ class Light:
     stars: bool = False
 
     def on(self, colour: Colour, haze: float = 0.0) -> Colour:
-        """``colour`` out there; ``haze`` 0 is close by and 1 as far as the horizon."""
+        """Return a distant ``colour``; ``haze`` is 0 close by and 1 at the horizon."""
         return mix(
             tuple(c * t // 255 for c, t in zip(colour, self.tint, strict=True)), self.sky[-1], haze
         )
 
     def near(self, colour: Colour) -> Colour:
-        """``colour`` on the road, where street lamps take two thirds of the night away."""
+        """Return ``colour`` on the road, where street lamps take away two thirds of the night."""
         return tuple(c * (510 + t) // 765 for c, t in zip(colour, self.tint, strict=True))
 
 
@@ -52,6 +52,7 @@ LIGHTS = {
 
 
 def sky(canvas: Canvas, light: Light) -> None:
+    """Paint the sky with sun or moon, stars and clouds."""
     x, y = light.at
     canvas.gradient(1.0, 0.36, *light.sky)
     for i in range(34 * light.stars):  # a sequence that leaves no gaps and makes no rows
@@ -77,6 +78,7 @@ def sky(canvas: Canvas, light: Light) -> None:
 
 
 def city(canvas: Canvas, light: Light) -> None:
+    """Paint two rows of houses."""
     far, near = light.on(rgb("8fa3bd"), 0.45), light.on(rgb("5f7391"), 0.10)
     window = mix(light.on(rgb("b9cfe2")), rgb("ffd98a"), light.lit / 255)
     for i, height in enumerate((62, 78, 56, 70, 88, 60, 74, 66, 82, 58, 72)):
@@ -98,6 +100,7 @@ def city(canvas: Canvas, light: Light) -> None:
 
 
 def hills(canvas: Canvas, light: Light) -> None:
+    """Paint mountains, hills and trees."""
     mountains = path("-300,300 -50,660,50 220,500 480,740,50 800,480 1020,630,50 1300,300")
     canvas.polygon(mountains, light.on(rgb("7fa3b5"), 0.35))
     canvas.polygon(
@@ -123,6 +126,7 @@ def hills(canvas: Canvas, light: Light) -> None:
 
 
 def desert(canvas: Canvas, light: Light) -> None:
+    """Paint mesas, dunes and cacti."""
     for left, right, top, haze in (
         (-0.12, 0.22, 0.60, 0.3),
         (0.62, 0.92, 0.66, 0.2),
@@ -158,6 +162,7 @@ def desert(canvas: Canvas, light: Light) -> None:
 
 
 def sea(canvas: Canvas, light: Light) -> None:
+    """Paint an island, waves and two sails."""
     canvas.polygon(
         path("550,500 660,570,50 800,620,100 980,560,50 1120,500"), light.on(rgb("6d94a8"), 0.4)
     )
@@ -178,13 +183,14 @@ def sea(canvas: Canvas, light: Light) -> None:
 
 
 SCENES = {scene.__name__: scene for scene in (city, hills, desert, sea)}
-PAN = 0.12  # how far the eye wanders along a scene, to either side
+PAN = 0.12  # largest shift of the view along a scene, to either side
 
 
 @lru_cache(maxsize=len(SCENES) * len(LIGHTS))
 def panorama(scene: str, light: str, size: int) -> Canvas:
-    """A scene under a light, wider than a picture by ``PAN`` on either side; shared, so paint on a
-    part.
+    """Return a scene under a light, wider than an image by ``PAN`` on either side.
+
+    The canvas is shared: paint on a ``part`` of it.
     """
     canvas = Canvas(size, wide=1.0 + 2 * PAN)
     canvas.move(PAN)

@@ -1,9 +1,9 @@
-"""The embedded data set: cars drawn from their attributes, at any resolution.
+"""A source of images: cars drawn from their attributes, at any resolution.
 
     image(i) = draw(attributes(seed, i), size)
 
 No file is read: every attribute is a hash of ``(seed, i, its name)``, and ``draw`` is exact
-    arithmetic.
+arithmetic.
 """
 
 from dataclasses import dataclass
@@ -34,9 +34,7 @@ JITTER = ("shift", "scale", "pan")
 
 @dataclass(frozen=True)
 class Attributes:
-    """All there is to know about a picture: names out of ``OPTIONS``, and a little jitter in [-1,
-    1].
-    """
+    """All attributes of an image: names out of ``OPTIONS``, and a little jitter in [-1, 1]."""
 
     body: str = "sedan"
     paint: str = "red"
@@ -45,9 +43,9 @@ class Attributes:
     windows: str = "clear"
     backdrop: str = "hills"
     light: str = "day"
-    shift: float = 0.0  # of the car, forwards, in fiftieths of the picture
+    shift: float = 0.0  # of the car, forwards, in fiftieths of the image
     scale: float = 0.0  # of the car, in fiftieths
-    pan: float = 0.0  # of the eye along the scene, in ``PAN``
+    pan: float = 0.0  # of the view along the scene, in ``PAN``
 
 
 class Cars:
@@ -65,29 +63,26 @@ class Cars:
     classes = OPTIONS["body"]
 
     def __init__(self, *, n: int = 10_000, size: int = 32, seed: int = 0) -> None:
-        self.n, self.size, self.seed = (
-            check_int("n", n),
-            check_int("size", size),
-            seed,
-        )
+        self.n = check_int("n", n)
+        self.size = check_int("size", size)
+        self.seed = seed
         self.key = f"cars-drawing{DRAWING}-n{n}-size{size}-seed{seed}"
 
     def __len__(self) -> int:
         return self.n
 
     def attributes(self, index: int) -> Attributes:
-        """What car ``index`` looks like, without drawing it.
+        """Return the attributes of car ``index``, without drawing it.
 
         Raises:
             IndexError: if there is no such car.
         """
         index = self._checked(index)
         chance = {name: key("cars", self.seed, index, name) for name in (*OPTIONS, "rare", *JITTER)}
-        bodies = (
-            (RARE,)
-            if chance["rare"] % ODDS == 0
-            else tuple(body for body in BODIES if body != RARE)
-        )
+        if chance["rare"] % ODDS == 0:
+            bodies: tuple[str, ...] = (RARE,)
+        else:
+            bodies = tuple(body for body in BODIES if body != RARE)
         options = {**OPTIONS, "body": bodies}
         values: dict[str, Any] = {
             name: pick[chance[name] % len(pick)] for name, pick in options.items()
@@ -96,18 +91,19 @@ class Cars:
         return Attributes(**values)
 
     def label(self, index: int) -> int:
-        """The class of car ``index``, counted in ``classes``."""
+        """Return the class of car ``index``, as an index into ``classes``."""
         return self.classes.index(self.attributes(index).body)
 
     def name(self, index: int) -> str:
+        """Return the name of car ``index`` for people."""
         return f"car-{self._checked(index):08d}"
 
     def decode(self, index: int) -> np.ndarray:
-        """The picture of car ``index``, uint8 ``(3, size, size)``."""
+        """Return the image of car ``index``, uint8 ``(3, size, size)``."""
         return draw(self.attributes(index), self.size)
 
     def content(self, index: int) -> bytes:
-        """What car ``index`` is, at any size."""
+        """Return the content that identifies car ``index`` at any size."""
         return repr(self.attributes(index)).encode()
 
     def _checked(self, index: int) -> int:
@@ -120,13 +116,11 @@ class Cars:
 
 
 def draw(attributes: Attributes, size: int) -> np.ndarray:
-    """The picture with these attributes, uint8 ``(3, size, size)``."""
+    """Draw the image with these attributes, uint8 ``(3, size, size)``."""
     canvas = panorama(attributes.backdrop, attributes.light, size).part(PAN + PAN * attributes.pan)
     scale = 0.95 + 0.02 * attributes.scale
     canvas.move(0.5 - 0.5 * scale + 0.02 * attributes.shift, 0.125, scale)
-    if (
-        attributes.direction == "left"
-    ):  # the scene stays as it is: turn it, paint the car, turn both back
+    if attributes.direction == "left":  # mirror the scene, paint the car, mirror both
         canvas.mirror()
     _car(canvas, attributes)
     if attributes.direction == "left":

@@ -3,7 +3,24 @@
 Importing this module lets ``exact_resume`` read the checkpoints of these versions.
 """
 
+from typing import Any
+
 from exact_resume.checkpoint.renames import RENAMED, Renamed
+
+
+def _global_mixer_into_example(config: dict[str, Any]) -> dict[str, Any]:
+    """Turn ``whole`` of the DiT into the backbone of the example that has it now."""
+    backbone = config.get("backbone")
+    if not isinstance(backbone, dict) or backbone.get("_target_") != "sturdy.backbone.dit.DiT":
+        return config
+    units = backbone.pop("whole", 0)
+    image_size = backbone.pop("image_size", None)
+    if units:
+        backbone["_target_"] = "examples.cars.backbone.AlignedDiT"
+        backbone["global_units"] = units
+        backbone["image_size"] = image_size
+    return config
+
 
 RENAMED[1] = Renamed(
     targets={
@@ -16,5 +33,15 @@ RENAMED[1] = Renamed(
         "sturdy.training.callbacks.samples.Samples": "sturdy.sampling.grid_callback.SampleGrids",
         "sturdy.training.callbacks.snapshots.Snapshots": "sturdy.training.callbacks.ema_snapshots.EMASnapshots",
         "sturdy.training.callbacks.waiting.Waiting": "sturdy.training.callbacks.thread_waiting.ThreadWaiting",
-    }
+    },
+    weights={
+        "ema.others": "ema.extra_averages",
+        "backbone.place": "backbone.pos_embed",
+        "backbone.whole.compare": "backbone.token_features.in_proj",
+        "backbone.whole.think": "backbone.token_features.hidden",
+        "backbone.whole.modulation": "backbone.token_features.modulation",
+        "backbone.whole.tell": "backbone.token_features.out_proj",
+        "backbone.whole.spread": "backbone.token_features.expand",
+    },
+    convert=_global_mixer_into_example,
 )

@@ -3,7 +3,6 @@ import torch
 from tiny import awake, dit
 from torch.nn import functional as F
 
-from examples.cars.mixer import GlobalMixer, cosines, spectrum
 from sturdy.backbone.dit import Attention, Block, rotate, rotation
 
 ROWS, COLUMNS, DIM = 5, 7, 16
@@ -129,71 +128,16 @@ def test_tokens_know_where_they_are():
         return (patches - patches[..., :1]).abs().amax().item()
 
     assert spread() > 0.01
-    for parameter in backbone.place.parameters():
+    for parameter in backbone.pos_embed.parameters():
         parameter.data.zero_()
     assert spread() < 1e-9
 
 
-def test_whole_tells_every_patch_of_every_pixel():
-    """Without blocks, and so without attention, a pixel changes its own patch alone; see above."""
-    torch.manual_seed(0)
-    backbone = awake(dit(patch=2, depth=0, whole=4, image_size=8)).eval()
-    x, t = torch.randn(1, 3, 8, 8), torch.rand(1)
-    moved = x.clone()
-    moved[0, :, 5, 6] += 1
-    assert F.max_pool2d((backbone(x, t) != backbone(moved, t)).float(), 2).all()
-
-
-def test_spectrum_has_each_wave_in_one_number():
-    i = torch.arange(8) + 0.5
-    wave = torch.cos(torch.pi * 3 * i / 8)[:, None] * torch.cos(
-        torch.pi * 4 * i / 8
-    )  # frequency 5, norm 4
-    found = spectrum((wave / 4).expand(1, 3, 8, 8))
-    expected = torch.zeros(1, 3, 8, 8)
-    expected[0, 0, 3, 4] = 3**0.5 * 8 / (2 + 5)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    for n in (1, 3, 8):
-        torch.testing.assert_close(cosines(n, like=i) @ cosines(n, like=i).T, torch.eye(n))
-
-
-def test_whole_is_the_formula_and_begins_without_a_say():
-    torch.manual_seed(0)
-    whole = GlobalMixer(12, 5, 8, units=4)
-    x, c = torch.randn(2, 3, 2, 2), torch.randn(2, 8)
-    assert not whole(x, c).any()
-    awake(whole)
-    scale, shift, scale2, shift2 = (c @ whole.modulation.weight.T + whole.modulation.bias).split(
-        4, dim=1
-    )
-    u = F.silu(
-        (spectrum(x).reshape(2, 12) @ whole.compare.weight.T + whole.compare.bias) * (1 + scale)
-        + shift
-    )
-    v = u + F.silu((u @ whole.think.weight.T + whole.think.bias) * (1 + scale2) + shift2)
-    for token, said in enumerate((v @ whole.tell.weight.T + whole.tell.bias).chunk(5, dim=1)):
-        expected = said @ whole.spread.weight.T + whole.spread.bias
-        torch.testing.assert_close(whole(x, c)[:, token], expected)
-
-
-def test_whole_is_for_one_size():
-    with pytest.raises(
-        ValueError, match=r"needs backbone\.image_size=\S+ to be a multiple of backbone\.patch=2"
-    ):
-        dit(whole=4, image_size=9)
-    with pytest.raises(
-        ValueError, match=r"sees 8 x 8 pixels, and the images are 8 x 12: set backbone\.image_size"
-    ):
-        dit(whole=4, image_size=8)(torch.zeros(1, 3, 8, 12), torch.zeros(1))
-
-
 def test_size_that_does_not_divide():
-    with pytest.raises(
-        ValueError, match=r"10 x 8 .* data\.image_size a multiple of backbone\.patch=4"
-    ):
+    with pytest.raises(ValueError, match=r"a multiple of patch=4, not 10 x 8"):
         dit(patch=4)(torch.randn(2, 3, 10, 8), torch.rand(2))
 
 
 def test_width_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"backbone\.width=20 is not a multiple of 4 \* heads = 8"):
+    with pytest.raises(ValueError, match=r"width=20 must be a multiple of 4 \* heads = 8"):
         dit(width=20)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sturdy.backbone.embed import Condition, checkpointed_call, fourier, zero_init
+from sturdy.backbone.embed import ConditionEmbedding, checkpointed_call, fourier, zero_init
 
 
 def test_fourier_is_the_formula():
@@ -34,8 +34,8 @@ def test_fourier_tells_neighbouring_times_apart_in_low_precision():
 
 
 def test_odd_number_of_features():
-    with pytest.raises(ValueError, match=r"make backbone\.width even"):
-        Condition(8, features=7)
+    with pytest.raises(ValueError, match=r"features=7 must be even"):
+        ConditionEmbedding(8, features=7)
 
 
 def test_zero_reaches_every_parameter():
@@ -60,7 +60,7 @@ def test_call_does_not_recompute_without_gradients():
 
 
 def test_a_condition_of_zeros_is_none_and_begins_without_a_say():
-    embed = Condition(8, features=8, num_classes=2, conditions=3)
+    embed = ConditionEmbedding(8, features=8, num_classes=2, conditions=3)
     t, label, told = torch.rand(4), torch.tensor([0, 1, 2, 0]), torch.rand(4, 3)
     assert torch.equal(embed(t, label, told), embed(t, label))
     torch.nn.init.ones_(embed.more.weight)

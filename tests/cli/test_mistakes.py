@@ -45,7 +45,7 @@ def test_a_config_may_ask_what_was_chosen():
         "experiment=cars",
         "name=${hydra:runtime.choices.experiment}-${hydra:runtime.choices.backbone}",
     ]
-    assert compose_checked(ROOT / "conf" / "train.yaml", words).name == "cars-dit"
+    assert compose_checked(ROOT / "conf" / "train.yaml", words).name == "cars-aligned_dit"
 
 
 def test_mistakes_and_help_import_neither_torch_nor_lightning():

@@ -160,7 +160,7 @@ def test_impossible_edits_are_refused():
         with pytest.raises(ValueError, match=rf"strength={strength} must be above 0"):
             image_to_image(Heun(5), Exact(RectifiedFlow()), NOISE, PICTURE, strength)
     with pytest.raises(
-        ValueError, match=r"a mask of shape \(3, 1, 1\) does not fit pictures \(8, 1, 16, 16\)"
+        ValueError, match=r"a mask of shape \(3, 1, 1\) does not fit images \(8, 1, 16, 16\)"
     ):
         InpaintingDenoiser(Exact(RectifiedFlow()), PICTURE, torch.ones(3, 1, 1))
     for value in (0.5, 255, -1):

@@ -137,13 +137,13 @@ def test_a_guide_that_means_something_else_is_refused(denoiser):
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (-0.1, 0.5), (0.5, 1.1), (0.7, 0.3)])
 def test_an_impossible_interval_is_refused(denoiser, interval):
-    with pytest.raises(ValueError, match=r"guidance.interval=\[.*\] must be two rising times"):
+    with pytest.raises(ValueError, match=r"interval=\[.*\] must be two rising times"):
         Guided(denoiser, 2, interval=interval)
 
 
 @pytest.mark.parametrize("rescale", [-0.1, 1.1])
 def test_an_impossible_rescale_is_refused(denoiser, rescale):
-    with pytest.raises(ValueError, match=rf"guidance.rescale={rescale} is not a share"):
+    with pytest.raises(ValueError, match=rf"rescale={rescale} is no share"):
         Guided(denoiser, 2, rescale=rescale)
 
 

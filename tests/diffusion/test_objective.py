@@ -344,7 +344,7 @@ def test_loss_is_float32_under_autocast_and_trains():
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_label_drop_must_be_a_share(share):
-    with pytest.raises(ValueError, match=rf"objective.label_drop={share} is not a share"):
+    with pytest.raises(ValueError, match=rf"label_drop={share} is no share"):
         Objective(label_drop=share)
 
 

@@ -182,9 +182,7 @@ def test_what_cannot_be_shifted_is_refused():
         match=r"for schedule=variance_exploding add log\(image_size / 32\) to objective.time",
     ):
         Shifted(VarianceExploding(), image_size=64)
-    with pytest.raises(
-        ValueError, match=r"schedule.image_size=0 and schedule.base_size=32 must be above 0"
-    ):
+    with pytest.raises(ValueError, match=r"image_size=0 and base_size=32 must be above 0"):
         Shifted(RectifiedFlow(), image_size=0)
 
 

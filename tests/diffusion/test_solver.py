@@ -211,9 +211,9 @@ def test_draws_are_asked_for_only_where_noise_is_added():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match=r"sampler.eta=-1 must be 0"):
+    with pytest.raises(ValueError, match=r"eta=-1 must be 0"):
         DPMSolver(10, eta=-1)
-    with pytest.raises(ValueError, match=r"sampler.order=4 must be 1, 2 or 3"):
+    with pytest.raises(ValueError, match=r"order=4 must be 1, 2 or 3"):
         UniPC(10, order=4)
-    with pytest.raises(ValueError, match=r"sampler.churn=-1 must be 0"):
+    with pytest.raises(ValueError, match=r"churn=-1 must be 0"):
         Churn(10, churn=-1)

@@ -63,6 +63,6 @@ def test_powers_of_time():
 
 
 def test_an_unknown_spacing_is_refused():
-    with pytest.raises(ValueError, match=r"sampler.spacing=even is none of time, karras, log_snr"):
+    with pytest.raises(ValueError, match=r"spacing=even is none of time, karras, log_snr"):
         Euler(10, spacing="even")
     Heun(10, spacing="log_snr")

@@ -105,7 +105,7 @@ def test_preconditioning_pictures_of_variance_1_on_a_circle_is_v():
 
 
 def test_impossible_sigma_data_is_refused():
-    with pytest.raises(ValueError, match=r"target.sigma_data=0 must be above 0"):
+    with pytest.raises(ValueError, match=r"sigma_data=0 must be above 0"):
         Preconditioned(sigma_data=0)
 
 
@@ -135,7 +135,7 @@ def test_refused_pairs_say_why_and_what_instead(schedule, target):
     )
     if schedule == "variance_exploding" and target != "velocity":
         reason, advice = (
-            "x_t grows to 80 times the size of a picture",
+            "x_t grows to 80 times the size of an image",
             "choose target=preconditioned",
         )
     assert reason in str(error.value)

@@ -43,7 +43,7 @@ def test_tokens_are_a_map_row_by_row_of_the_pictures_proportions():
         (2, 12, 5),
         (2, 5),
     ):  # a class token; no square; features of whole pictures
-        with pytest.raises(ValueError, match="make no map of a picture of 224 x 224"):
+        with pytest.raises(ValueError, match="make no map of an image of 224 x 224"):
             as_map(torch.zeros(shape), torch.zeros(2, 3, 224, 224))
 
 
@@ -65,7 +65,7 @@ def test_embedded_is_made_once_and_is_all_in_its_state(tmp_path):
         "batch statistics would make an image's features depend on its neighbours"
     )
     assert torch.allclose(first(x0())[:1], first(x0()[:1]), atol=1e-5)
-    with pytest.raises(ValueError, match=r"alignment\.encoder\.seen=0"):
+    with pytest.raises(ValueError, match=r"seen=0 must be"):
         Embedded(image_size=16, seen=0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import sturdy.renames  # noqa: F401  (fills in the names of older versions)
 from exact_resume.checkpoint.store import CheckpointLoadError, assert_primitive
 from sturdy.training.ema import EMA, PowerEMA
 from sturdy.training.ema_profiles import FLATTEST, Profile, fit, gamma, length, profile_dot
@@ -101,9 +102,9 @@ def test_entered_anywhere_it_is_the_same():
 
 
 def test_lengths_that_make_no_sense():
-    with pytest.raises(ValueError, match=r"ema\.stds=\[0\.05, 0\.05\] must differ"):
+    with pytest.raises(ValueError, match=r"stds=\[0\.05, 0\.05\] must differ"):
         PowerEMA(Network(), stds=[0.05, 0.05], std=0.05)
-    with pytest.raises(ValueError, match=r"one of them be ema\.std=0\.2"):
+    with pytest.raises(ValueError, match=r"contain std=0\.2"):
         PowerEMA(Network(), std=0.2)
 
 
@@ -188,6 +189,13 @@ def test_a_file_holds_the_averages_and_nothing_that_runs(tmp_path):
         load(path)
 
 
+def test_a_file_of_an_older_version_has_todays_names(tmp_path):
+    old = {"backbone.place.0.weight": torch.ones(2)}
+    path = tmp_path / "step-00000010.ckpt"
+    torch.save({"step": 10, "stds": [0.1], "averages": [old], "buffers": {}}, path)
+    assert list(load(path)["averages"][0]) == ["backbone.pos_embed.0.weight"]
+
+
 def test_a_checkpoint_counts_as_the_last_snapshot_and_later_ones_do_not(tmp_path):
     ema, taken = averaged(230, every=50)
     for t in (*taken, taken[0] | {"step": 300}):
@@ -195,7 +203,7 @@ def test_a_checkpoint_counts_as_the_last_snapshot_and_later_ones_do_not(tmp_path
     expected = reconstruct([*taken, snapshot(ema, 230)], 0.15)
     assert torch.equal(posthoc_ema(0.15, ema, 230, tmp_path)["weight"], expected["weight"])
     assert torch.equal(
-        posthoc_ema(0.05, ema, 230, tmp_path / "none")["weight"], ema.others[0].weight
+        posthoc_ema(0.05, ema, 230, tmp_path / "none")["weight"], ema.extra_averages[0].weight
     )
     with pytest.raises(ValueError, match="trained with ema=power"):
         posthoc_ema(0.15, EMA(Network()), 230, tmp_path)

@@ -349,7 +349,9 @@ def test_out_of_memory_says_what_helps():
     assert "backbone.checkpoint=true" in said
     assert "data.batch_size (now 12)" in said
     cfg.data.shards = cfg.data.batch_size = 3
-    assert "data.shards" not in str(describe_out_of_memory(real.value, cfg)), "it cannot be cut any smaller"
+    assert "data.shards" not in str(describe_out_of_memory(real.value, cfg)), (
+        "it cannot be cut any smaller"
+    )
 
 
 def test_a_training_in_another_thread_hears_no_signal_and_says_so(fit, tmp_path, caplog):

@@ -99,10 +99,8 @@ REFUSALS = {
     ],
     "name=other data.shards=3": ["data.batch_size=8 cannot be cut into data.shards=3 equal shards"],
     "name=other data.holdout=2": ["data.holdout=2 is a share"],
-    "name=other data.image_size=17": [
-        "backbone.image_size=17 to be a multiple of backbone.patch=2"
-    ],
-    "name=other backbone.heads=7": ["backbone.width=32 is not a multiple of 4 * heads = 28"],
+    "name=other data.image_size=17": ["backbone.image_size=17 must be a multiple of patch=2"],
+    "name=other backbone.heads=7": ["backbone.width=32 must be a multiple of 4 * heads = 28"],
     "name=other target=velocity schedule=linear": ["velocity"],
     "name=other objective.label_drop=3": ["objective.label_drop=3"],
     "name=other callbacks.checkpoint.keep_last=0": [

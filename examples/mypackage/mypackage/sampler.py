@@ -12,14 +12,12 @@ from sturdy.diffusion.sampler import DenoiserCall, Sampler, Step, TimePoint
 class Midpoint(Sampler):
     """Order 2: a step with the estimate at its middle; two calls of the network a step."""
 
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        """One step for every pair of neighbouring knots (t, s), from ``x`` ``(b, c, h, w)`` at the
-        first knot.
-        """
-        for t, s in pairwise(knots):
-            [middle] = estimate.knots([(t.t + s.t) / 2])
+        """Yield one step for every pair of neighbouring times (t, s); ``x`` is ``(b, c, h, w)``."""
+        for t, s in pairwise(points):
+            [middle] = estimate.time_points([(t.t + s.t) / 2])
             x0, noise = estimate(x, t)
             halfway = x + (middle.alpha - t.alpha) * x0 + (middle.sigma - t.sigma) * noise
             x0, noise = estimate(halfway, middle)

@@ -1,30 +1,31 @@
 """A diffusion transformer: patches as tokens, modulated by time and label through adaLN-zero.
 
-    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c)),   f: attention, then SwiGLU;  gate starts
-    at zero
+    x = x + gate(c) f(norm(x) (1 + scale(c)) + shift(c)),   f: attention, then SwiGLU
+    the gates start at zero
 
 DiT (Peebles and Xie 2023, "Scalable Diffusion Models with Transformers", section 3.2) with RMSNorm
 (Zhang and Sennrich 2019), normalised queries and keys (Henry et al. 2020), SwiGLU (Shazeer 2020)
-and rotary positions in two dimensions (Su et al. 2021, eq. 34). Those tell tokens how far apart
-they are, and nothing of where they are in the picture, so an MLP of the same angles is added to the
-patches. All of it is computed from (h, w): no image size is built in.
+and rotary positions in two dimensions (Su et al. 2021, eq. 34). Rotary positions give tokens their
+distance, but not their place in the image, so an MLP of the same angles is added to the patches.
+All of it is computed from (h, w): no image size is built in.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.cars.mixer import GlobalMixer
-from sturdy.backbone.embed import Condition, block_at, checkpointed_call, zero_init
+from sturdy.backbone.embed import ConditionEmbedding, block_at, checkpointed_call, zero_init
 
 
 def rotation(
     height: int, width: int, head_dim: int, *, like: Tensor, base: float = 100.0
 ) -> Tensor:
-    """Cosine and sine of each token's angles, ``(2, height * width, 1, 1, head_dim / 2)``.
+    """Return cosine and sine of each token's angles, ``(2, height * width, 1, 1, head_dim / 2)``.
 
     The first half of the angles grows with the row, the second with the column, at frequencies from
-    1 down to ``1 / base``: images are tens of tokens wide, texts thousands, hence not the usual
+    1 down to ``1 / base``. Images are tens of tokens wide and texts thousands, hence not the usual
     base of 10,000.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -36,23 +37,22 @@ def rotation(
     return torch.stack([angle.cos(), angle.sin()]).reshape(2, height * width, 1, 1, 2 * n)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn pair i of the head's channels, ``(x[i], x[i + head_dim / 2])``, by angle i.
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate pair i of the head's channels, ``(x[i], x[i + head_dim / 2])``, by angle i.
 
-    A product of two tokens turned this way depends on their distance only: <R_m q, R_n k> = <q,
-        R_(n - m) k>.
+    Products of rotated tokens depend on their distance only: <R_m q, R_n k> = <q, R_(n - m) k>.
 
     Args:
         x: ``(b, tokens, ..., heads, head_dim)``.
-        turn: from `rotation`.
+        rope: from ``rotation``.
     """
     a, b = x.chunk(2, dim=-1)
-    cos, sin = turn
+    cos, sin = rope
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):
-    """Every token looks at every other, ``(b, tokens, width) -> (b, tokens, width)``."""
+    """Attention of every token to every token, ``(b, tokens, width) -> (b, tokens, width)``."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -60,22 +60,24 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        h = F.scaled_dot_product_attention(*self.queries_keys_values(x, turn))
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Return the output projection of the attended values."""
+        h = F.scaled_dot_product_attention(*self.queries_keys_values(x, rope))
         return self.out(h.transpose(1, 2).flatten(2))
 
-    def queries_keys_values(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What meets in attention, ``(b, heads, tokens, head_dim)`` each; tokens row by row."""
+    def queries_keys_values(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, ``(b, heads, tokens, head_dim)`` each; tokens row by row."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (b, tokens, 3, heads, head_dim)
         qk, v = qkv.split([2, 1], dim=2)
-        qk = rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), turn).to(v.dtype)
+        qk = rotate(F.rms_norm(qk, qk.shape[-1:], eps=1e-6), rope).to(v.dtype)
         q, k = qk.transpose(1, 3).unbind(2)
         return q, k, v.squeeze(2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
-    """``out(silu(gate(x)) * value(x))``; two thirds of the usual four widths, as it has three
-    matrices.
+    """``out(silu(gate(x)) * value(x))``, ``(..., width) -> (..., width)``.
+
+    It has two thirds of the usual four widths, as it has three matrices.
     """
 
     def __init__(self, width: int) -> None:
@@ -85,12 +87,13 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the gated MLP of ``x``."""
         gate, value = self.gate_value(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, ``x (b, tokens, width), c (b, width), turn -> (b, tokens, width)``."""
+    """Attention and SwiGLU, ``x (b, tokens, width), c (b, width), rope -> (b, tokens, width)``."""
 
     def __init__(self, width: int, *, heads: int, dropout: float) -> None:
         super().__init__()
@@ -99,14 +102,15 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, c: Tensor, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor) -> Tensor:
+        """Return ``x`` plus both branches; see the equation of this file."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(c)[:, None].chunk(6, dim=2)
-        x = x + gate1 * self.dropout(self.attention(modulate(x, scale1, shift1), turn))
+        x = x + gate1 * self.dropout(self.attention(modulate(x, scale1, shift1), rope))
         return x + gate2 * self.dropout(self.mlp(modulate(x, scale2, shift2)))
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """RMSNorm over the channels, whose gain and shift are the condition's."""
+    """Normalise ``x`` over the channels (RMSNorm), with gain and shift from the condition."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
@@ -117,7 +121,7 @@ class DiT(nn.Module):
         image_channels: channels of the image.
         num_classes: number of labels; 0 ignores labels. Index ``num_classes``, or None, is the null
             label.
-        conditions: length of what else the network is told of an image, such as its augmentation.
+        conditions: length of the augmentation that the network is told of an image; 0 for none.
         patch: side of the square of pixels that makes a token.
         width: channels of a token.
         depth: number of blocks.
@@ -126,12 +130,12 @@ class DiT(nn.Module):
         dropout: probability of dropping an activation at the end of a branch.
         checkpoint: recompute the blocks in the backward pass: less memory, a third more work, the
             same bits.
-        whole: units that each see the whole picture, for pictures that are aligned; 0 is none.
-        image_size: height and width of the pictures; only ``whole`` asks for it.
+        token_features: for subclasses: called with ``width``, it returns a module
+            ``x (b, c, h, w), c (b, width) -> (b, tokens, width)`` whose result is added to the
+            tokens; ``examples/cars/backbone.py`` uses it.
 
     Raises:
-        ValueError: ``width`` does not fit ``heads``, or ``whole`` has no ``image_size`` that
-            ``patch`` divides.
+        ValueError: ``width`` does not fit ``heads``.
     """
 
     def __init__(
@@ -146,35 +150,23 @@ class DiT(nn.Module):
         heads: int = 4,
         dropout: float = 0.0,
         checkpoint: bool = False,
-        whole: int = 0,
-        image_size: int | None = None,
+        token_features: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         if width % (4 * heads):
-            raise ValueError(
-                f"backbone.width={width} is not a multiple of 4 * heads = {4 * heads}: change "
-                f"backbone.heads"
-            )
+            raise ValueError(f"width={width} must be a multiple of 4 * heads = {4 * heads}")
         self.checkpoint = checkpoint
         self.image_channels = image_channels
         self.patch = patch
         self.head_dim = width // heads
-        self.condition = Condition(
+        self.condition = ConditionEmbedding(
             width, features=width, num_classes=num_classes, conditions=conditions
         )
         self.stem = nn.Linear(image_channels * patch**2, width)
-        self.place = nn.Sequential(
+        self.pos_embed = nn.Sequential(
             nn.Linear(self.head_dim, width), nn.SiLU(), zero_init(nn.Linear(width, width))
         )
-        self.image_size, self.whole = image_size, None
-        if whole:
-            if not image_size or image_size % patch:
-                asked = (
-                    f"backbone.image_size={image_size} to be a multiple of backbone.patch={patch}"
-                )
-                raise ValueError(f"backbone.whole={whole} needs {asked}")
-            tokens = (image_size // patch) ** 2
-            self.whole = GlobalMixer(image_channels * image_size**2, tokens, width, units=whole)
+        self.token_features = token_features(width) if token_features else None
         self.blocks = nn.ModuleList(
             Block(width, heads=heads, dropout=dropout) for _ in range(depth)
         )
@@ -182,7 +174,7 @@ class DiT(nn.Module):
         self.out = zero_init(nn.Linear(width, image_channels * patch**2))
 
     def forward(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None
+        self, x: Tensor, t: Tensor, label: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
         """Predict the target.
 
@@ -190,32 +182,32 @@ class DiT(nn.Module):
             x: noisy images, ``(b, c, h, w)``; h and w multiples of ``patch``.
             t: times in [0, 1], ``(b,)``.
             label: int64 in [0, num_classes], ``(b,)``; None is the null label.
-            condition: ``(b, conditions)``; None is zeros, an image that is not augmented.
+            augmentation: ``(b, conditions)``; None is zeros, an image that is not augmented.
 
         Raises:
             ValueError: the sizes of the image do not fit.
             IndexError: a label is out of range (on a GPU: a device-side assertion).
         """
-        self._check(x)
-        c = self.condition(t, label, condition)
+        self._check_size(x)
+        c = self.condition(t, label, augmentation)
         h = F.pixel_unshuffle(x, self.patch)  # (b, c patch^2, h / patch, w / patch)
         grid = h.shape[2:]
-        turn = rotation(grid[0], grid[1], self.head_dim, like=x)
-        where = turn.to(x.dtype).transpose(0, 1).flatten(1)  # (tokens, head_dim)
-        h = self.stem(h.flatten(2).transpose(1, 2)) + self.place(where)
-        if self.whole is not None:
-            h = h + self.whole(x, c)
+        rope = rotation(grid[0], grid[1], self.head_dim, like=x)
+        angles = rope.to(x.dtype).transpose(0, 1).flatten(1)  # (tokens, head_dim)
+        h = self.stem(h.flatten(2).transpose(1, 2)) + self.pos_embed(angles)
+        if self.token_features is not None:
+            h = h + self.token_features(x, c)
         h = h.to(x.dtype)  # under autocast the residual sum stays in float32
         for block in self.blocks:
-            h = checkpointed_call(block, h, c, turn, recompute=self.checkpoint)
+            h = checkpointed_call(block, h, c, rope, recompute=self.checkpoint)
         scale, shift = self.modulation(c)[:, None].chunk(2, dim=2)
         h = self.out(modulate(h, scale, shift))
         return F.pixel_shuffle(h.transpose(1, 2).unflatten(2, grid), self.patch).to(x.dtype)
 
     def inner(self, depth: int | None = None) -> tuple[nn.Module, int]:
-        """Block ``depth``, from 1 on, and the channels c of the tokens ``(b, n, c)`` that it gives.
+        """Return block ``depth``, from 1 on, and the channels c of its tokens ``(b, n, c)``.
 
-        None ends the first third: REPA (Yu et al. 2024) takes the 8th of 24 or 28.
+        None is the last block of the first third: REPA (Yu et al. 2024) takes the 8th of 24 or 28.
 
         Raises:
             ValueError: there is no such block.
@@ -223,20 +215,14 @@ class DiT(nn.Module):
         depth = max(1, round(len(self.blocks) / 3)) if depth is None else depth
         return block_at(self.blocks, depth), self.stem.out_features
 
-    def _check(self, x: Tensor) -> None:
+    def _check_size(self, x: Tensor) -> None:
         channels, height, width = x.shape[1:]
         if channels != self.image_channels:
             raise ValueError(
-                f"the images have {channels} channels: set backbone.image_channels={channels}"
+                f"the images have {channels} channels, not image_channels={self.image_channels}"
             )
         if height % self.patch or width % self.patch:
             raise ValueError(
-                f"{height} x {width} images do not divide into patches: "
-                f"make data.image_size a multiple of backbone.patch={self.patch}"
-            )
-        if self.whole is not None and not height == width == self.image_size:
-            raise ValueError(
-                f"backbone.whole sees {self.image_size} x {self.image_size} pixels, and the images "
-                f"are "
-                f"{height} x {width}: set backbone.image_size to theirs, or backbone.whole=0"
+                f"the size of the images must be a multiple of patch={self.patch}, not {height} x "
+                f"{width}"
             )

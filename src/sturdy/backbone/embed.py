@@ -16,7 +16,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
-    """Cosines, then sines, of ``1000 t`` at frequencies from 1 down to ``1 / max_period``.
+    """Return cosines, then sines, of ``1000 t`` at frequencies from 1 down to ``1 / max_period``.
 
     Source: Vaswani et al. 2017, section 3.5, with the time of DDPM's 1,000 steps (Ho et al. 2020).
 
@@ -24,6 +24,7 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
         t: times in [0, 1], ``(b,)``; computed in float32 at least, for bfloat16 cannot tell 998
             from 1000.
         size: number of features, even.
+        max_period: of the slowest feature, in steps.
 
     Returns:
         ``(b, size)`` in [-1, 1].
@@ -34,15 +35,17 @@ def fourier(t: Tensor, size: int, *, max_period: float = 10_000.0) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-class Condition(nn.Module):
-    """Time, label and what else is known as one vector ``(b, size)``, for the linear layers that
-    modulate the blocks.
+class ConditionEmbedding(nn.Module):
+    """Time, label and augmentation as one vector ``(b, size)``, which modulates the blocks.
 
     Args:
-        size: width of the vector.
-        features: number of Fourier features of the time.
+        size: length of the vector.
+        features: number of Fourier features of the time, even.
         num_classes: number of labels; 0 ignores labels. Row ``num_classes`` is the null label's.
-        conditions: length of what else is known, such as the augmentation; 0 for nothing.
+        conditions: length of the augmentation; 0 for none.
+
+    Raises:
+        ValueError: ``features`` is odd.
     """
 
     def __init__(
@@ -50,10 +53,7 @@ class Condition(nn.Module):
     ) -> None:
         super().__init__()
         if features % 2:
-            raise ValueError(
-                f"the time needs an even number of features, not {features}: make backbone.width "
-                f"even"
-            )
+            raise ValueError(f"features={features} must be even")
         self.features = features
         self.num_classes = num_classes
         self.hidden = nn.Linear(features, size)
@@ -62,12 +62,14 @@ class Condition(nn.Module):
         self.more = zero_init(nn.Linear(conditions, size, bias=False)) if conditions else None
 
     def forward(
-        self, t: Tensor, label: Tensor | None = None, condition: Tensor | None = None
+        self, t: Tensor, label: Tensor | None = None, augmentation: Tensor | None = None
     ) -> Tensor:
-        """``t (b,)`` in [0, 1], ``label (b,)`` int64 in [0, num_classes] or None (null) -> ``(b,
-        size)``.
+        """Return the vector ``(b, size)``.
 
-        ``condition`` is ``(b, conditions)`` or None, which is zeros.
+        Args:
+            t: ``(b,)`` in [0, 1].
+            label: ``(b,)`` int64 in [0, num_classes]; None is the null label.
+            augmentation: ``(b, conditions)``; None is zeros.
 
         Raises:
             IndexError: a label is out of range (on a GPU: a device-side assertion).
@@ -80,16 +82,19 @@ class Condition(nn.Module):
             try:
                 c = c + self.label(label)
             except IndexError as error:
-                message = f"a label is not in [0, {self.num_classes}]: set backbone.num_classes to the data's"
-                raise IndexError(message) from error
-        if self.more is not None and condition is not None:
-            c = c + self.more(condition)
+                raise IndexError(
+                    f"a label is not in [0, {self.num_classes}]: num_classes={self.num_classes} "
+                    f"must be the number of classes of the data"
+                ) from error
+        if self.more is not None and augmentation is not None:
+            c = c + self.more(augmentation)
         return F.silu(c)
 
 
 def zero_init(module: Module) -> Module:
-    """Set all parameters to zero: a branch that ends so starts as "add nothing" (Goyal et al. 2017,
-    5.1).
+    """Set all parameters to zero, and return the module.
+
+    A branch that ends in zeros starts as "add nothing" (Goyal et al. 2017, 5.1).
     """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
@@ -97,18 +102,17 @@ def zero_init(module: Module) -> Module:
 
 
 def block_at(blocks: Sequence[nn.Module] | nn.ModuleList, depth: int) -> nn.Module:
-    """Block ``depth``, counted from 1; raises ValueError if there is none."""
+    """Return block ``depth``, counted from 1; raise ValueError if there is none."""
     if not 1 <= depth <= len(blocks):
-        raise ValueError(
-            f"alignment.depth={depth} is none of the blocks, which are numbered from 1 to "
-            f"{len(blocks)}"
-        )
+        raise ValueError(f"depth={depth} is none of the blocks 1 to {len(blocks)}")
     return blocks[depth - 1]
 
 
 def checkpointed_call(block: nn.Module, *args: Tensor, recompute: bool) -> Tensor:
-    """``block(*args)``; with ``recompute``, backward runs it again (same dropout) instead of
-    keeping activations.
+    """Return ``block(*args)``.
+
+    With ``recompute``, backward runs it again, with the same dropout, instead of keeping its
+    activations.
     """
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=True)

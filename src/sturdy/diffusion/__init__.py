@@ -1,7 +1,6 @@
-"""The mathematics of diffusion, in torch alone: a schedule, a target, an objective, a denoiser, a
-sampler.
-"""
+"""The mathematics of diffusion, in torch alone: schedule, target, objective, denoiser, sampler."""
 
+from sturdy.diffusion.condition import ClassCondition, Condition
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image, inpaint
 from sturdy.diffusion.objective import (
@@ -35,6 +34,8 @@ __all__ = [
     "DDPM",
     "X0",
     "Churn",
+    "ClassCondition",
+    "Condition",
     "Constant",
     "Cosine",
     "DPMSolver",

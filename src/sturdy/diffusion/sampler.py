@@ -1,12 +1,11 @@
-"""The walk back from noise, along times start = t_0 > t_1 > ... > t_n = 0.
+"""Samplers: from noise to x_0 along times start = t_0 > t_1 > ... > t_n = 0.
 
 With D = E[x_0 | x_t] from the denoiser, and E = (x_t - alpha D) / sigma, the noise that it implies,
 the probability-flow ODE of every schedule is
 
     dx = D dalpha + E dsigma
 
-Nothing is divided by alpha(t), so a walk may start where it is 0; sigma is 0 only where the walk
-ends.
+Nothing is divided by alpha(t), so sampling may start where it is 0. Sigma is 0 only at the end.
 """
 
 import math
@@ -18,26 +17,33 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from exact_resume.randomness import Draws
+from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.schedule import Schedule
 from sturdy.diffusion.spacing import SPACINGS
 
 Range = tuple[float, float]
+PIXEL_RANGE: Range = (-1.0, 1.0)
 
 
 class Step(NamedTuple):
-    """One step of a walk: the time reached, the state there, and the estimate of x_0 that led
-    there.
+    """One step of a sampler.
+
+    Attributes:
+        t: the time that was reached.
+        x: the state there, ``(b, c, h, w)``.
+        x0: the estimate of x_0 that led there, ``(b, c, h, w)``.
     """
 
     t: float
-    x: Tensor  # (b, c, h, w)
-    x0: Tensor  # (b, c, h, w)
+    x: Tensor
+    x0: Tensor
 
 
 class TimePoint(NamedTuple):
-    """One time of a walk and its coefficients."""
+    """A time and its coefficients."""
 
     t: float
     alpha: float
@@ -45,57 +51,68 @@ class TimePoint(NamedTuple):
 
 
 class Estimator(Protocol):
-    """What a sampler needs of a denoiser, be it plain, guided or known in closed form."""
+    """What a sampler needs of a denoiser: plain, guided or in closed form."""
 
     schedule: Schedule
 
-    def __call__(self, x_t: Tensor, t: Tensor, label: Tensor | None, /) -> Tensor: ...
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Condition | Tensor | None, /) -> Tensor:
+        """Return the estimate of x_0, ``(b, c, h, w)``."""
+        ...
 
 
 class DenoiserCall:
-    """``estimate(x, knot) -> D, E``, each ``(b, c, h, w)``: what a denoiser says in one walk."""
+    """``estimate(x, point) -> D, E``, each ``(b, c, h, w)``: a denoiser under one condition.
 
-    def __init__(self, denoiser: Estimator, label: Tensor | None, clip: Range | None) -> None:
+    Args:
+        denoiser: is called without gradients.
+        cond: a condition, labels or None.
+        clip: the range to which D is clipped; None does not clip.
+    """
+
+    def __init__(
+        self, denoiser: Estimator, cond: Condition | Tensor | None, clip: Range | None
+    ) -> None:
         self.denoiser = denoiser
-        self.label = label
+        self.cond = cond
         self.clip = clip
 
     @torch.no_grad()
     def __call__(self, x: Tensor, at: TimePoint) -> tuple[Tensor, Tensor]:
+        """Return D and E of the state ``x`` at a time."""
         t = torch.full((len(x),), at.t, dtype=x.dtype, device=x.device)
-        x0 = self.denoiser(x, t, self.label)
+        x0 = self.denoiser(x, t, self.cond)
         if self.clip is not None:
             x0 = x0.clamp(*self.clip)
         return x0, (x - at.alpha * x0) / at.sigma
 
-    def knots(self, times: list[float]) -> list[TimePoint]:
-        alphas, sigmas = self.denoiser.schedule(
-            torch.tensor(times, dtype=torch.float64, device="cpu")
-        )
-        return [
-            TimePoint(*knot) for knot in zip(times, alphas.tolist(), sigmas.tolist(), strict=True)
-        ]
+    def time_points(self, times: list[float]) -> list[TimePoint]:
+        """Return the times with their coefficients."""
+        t = torch.tensor(times, dtype=torch.float64, device="cpu")
+        alphas, sigmas = self.denoiser.schedule(t)
+        coefficients = zip(times, alphas.tolist(), sigmas.tolist(), strict=True)
+        return [TimePoint(*each) for each in coefficients]
 
 
 class Sampler(ABC):
-    """``sampler(denoiser, noise, label, draws)`` yields the steps; the last, at t = 0, is the
-    picture.
+    """``sampler(denoiser, noise, cond, draws)`` yields the steps; the last, at t = 0, is x_0.
 
     Args:
         steps: number of steps.
         spacing: of the steps: "time", "karras" or "log_snr"; see ``spacing.py``.
         power: of the times t_i = (1 - i / steps)^power of spacing=time. 1 is even; 2 is denser near
             data, the "quadratic" of Song, Meng et al. 2021, app. D.2.
-        start: the time of the first stop, of which all others are that much earlier, too. Below 1 a
-            walk avoids the times at which a network was hardly trained, and takes alpha(start) x_0
-            for nothing.
+        start: scales all times. Below 1 the noisiest times, at which a network was hardly trained,
+            are skipped, and the remaining signal alpha(start) x_0 is ignored.
+
+    Attributes:
+        random: whether steps add noise.
 
     Raises:
         ValueError: ``steps`` below 1, ``power`` not above 0, an unknown ``spacing``, or ``start``
             outside (0, 1].
     """
 
-    random = False  # whether steps add noise
+    random = False
 
     def __init__(
         self,
@@ -105,34 +122,38 @@ class Sampler(ABC):
         power: float = 1.0,
         start: float = 1.0,
     ) -> None:
-        if steps < 1 or power <= 0:
-            raise ValueError(
-                f"sampler.steps={steps} must be 1 or more, and sampler.power={power} above 0"
-            )
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be 1 or more")
+        if power <= 0:
+            raise ValueError(f"power={power} must be above 0")
         if spacing not in SPACINGS:
-            raise ValueError(f"sampler.spacing={spacing} is none of {', '.join(SPACINGS)}")
+            raise ValueError(f"spacing={spacing} is none of {', '.join(SPACINGS)}")
         if not 0 < start <= 1:
             raise ValueError(
-                f"sampler.start={start} must be a time above 0 and at most 1, which is noise alone"
+                f"start={start} must be a time above 0 and at most 1, which is noise alone"
             )
         self.steps = steps
-        self.spacing, self.power, self.start = spacing, power, start
+        self.spacing = spacing
+        self.power = power
+        self.start = start
 
     def __call__(
         self,
         denoiser: Estimator,
         noise: Tensor,
-        label: Tensor | None = None,
+        cond: Condition | Tensor | None = None,
         draws: Draws | None = None,
         *,
-        clip: Range | None = (-1.0, 1.0),
+        clip: Range | None = PIXEL_RANGE,
     ) -> Iterator[Step]:
-        """Walk from x = sigma(start) noise: alpha(start) x_0 (for linear 0.6 % of x_0 at 1) is not
-        known yet.
+        """Yield the steps from x = sigma(start) noise on.
+
+        The signal alpha(start) x_0 is not known yet; for schedule=linear it is 0.6 % of x_0.
 
         Args:
+            denoiser: plain or guided.
             noise: ``(b, c, h, w)``, standard normal, float32.
-            label: ``(b,)`` int64, or None for no condition.
+            cond: a condition of ``b`` samples; or labels ``(b,)``; or None, the null condition.
             draws: of the ``b`` samples, for samplers that add noise: at step ``i`` of purpose "step
                 i".
             clip: the range to which every D is clipped, as in DDPM; ``space.clip`` of the run's
@@ -147,23 +168,29 @@ class Sampler(ABC):
             given = "none" if draws is None else f"some for {len(draws)}"
             raise ValueError(
                 f"{type(self).__name__} adds noise and needs draws for {len(noise)} samples, got "
-                f"{given}; "
-                "hand in draws=Draws(seed, positions)"
+                f"{given}; pass draws=Draws(seed, positions)"
             )
-        estimate = DenoiserCall(denoiser, label, clip)
+        estimate = DenoiserCall(denoiser, cond, clip)
         times = SPACINGS[self.spacing](denoiser.schedule, self.steps, self.power)
-        knots = estimate.knots([self.start * t for t in times])
-        return self.walk(estimate, knots[0].sigma * noise.detach(), knots, draws)
+        points = estimate.time_points([self.start * t for t in times])
+        return self.integrate(estimate, points[0].sigma * noise.detach(), points, draws)
 
     @abstractmethod
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        """One step for every pair of neighbouring knots (t, s), from ``x`` at the first knot."""
+        """Yield one step for every pair of neighbouring times (t, s).
+
+        Args:
+            estimate: ``estimate(x, t) -> D, E``.
+            x: the state at the first time, ``(b, c, h, w)``.
+            points: the times, falling.
+            draws: for fresh noise; None for a sampler that adds none.
+        """
 
 
 class DDPM(Sampler):
-    """Ancestral sampling (Ho et al. 2020, eq. 7), any alpha and sigma (Kingma et al. 2021, app. A):
+    """Ancestral sampling (Ho et al. 2020, eq. 7), any alpha and sigma (Kingma et al. 2021, app. A).
 
     x_s ~ q(x_s | x_t, x_0 = D) = N((a sigma_s^2 x_t + b^2 alpha_s D) / sigma_t^2, (b sigma_s /
     sigma_t)^2)
@@ -181,10 +208,11 @@ class DDPM(Sampler):
     ) -> None:
         super().__init__(steps, spacing=spacing, power=power, start=start)
 
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    @override
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        for i, (t, s) in enumerate(pairwise(knots)):
+        for i, (t, s) in enumerate(pairwise(points)):
             x0, _ = estimate(x, t)
             a, b = transition(t, s)
             x = (a * s.sigma**2 * x + b**2 * s.alpha * x0) / t.sigma**2
@@ -196,6 +224,7 @@ class DDIM(Sampler):
     """x_s = alpha_s D + sqrt(sigma_s^2 - std^2) E + std z (Song, Meng et al. 2021, eq. 12).
 
     Args:
+        steps: as of ``Sampler``, like the others.
         eta: std as a share of DDPM's (eq. 16): 0 is deterministic, 1 is DDPM.
 
     Raises:
@@ -213,14 +242,15 @@ class DDIM(Sampler):
     ) -> None:
         super().__init__(steps, spacing=spacing, power=power, start=start)
         if not 0 <= eta <= 1:
-            raise ValueError(f"sampler.eta={eta} must be from 0 (deterministic) to 1 (DDPM)")
+            raise ValueError(f"eta={eta} must be from 0 (deterministic) to 1 (DDPM)")
         self.eta = eta
         self.random = eta > 0
 
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    @override
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        for i, (t, s) in enumerate(pairwise(knots)):
+        for i, (t, s) in enumerate(pairwise(points)):
             x0, noise = estimate(x, t)
             _, b = transition(t, s)
             std = self.eta * b * s.sigma / t.sigma
@@ -230,28 +260,29 @@ class DDIM(Sampler):
 
 
 class Euler(Sampler):
-    """Order 1: dx = D dalpha + E dsigma with D and E held over a step.
+    """Order 1: dx = D dalpha + E dsigma with D and E constant over a step.
 
     That is Euler in t on rectified flow, Euler in sigma where alpha = 1, and DDIM with eta = 0
     everywhere.
     """
 
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    @override
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        for t, s in pairwise(knots):
+        for t, s in pairwise(points):
             x0, noise = estimate(x, t)
-            x = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
+            x = euler_step(x, x0, noise, t, s)
             yield Step(s.t, x, x0)
 
 
 class Heun(Sampler):
-    """Order 2: dx = D dalpha + E dsigma by the trapezoidal rule, after an Euler step; 2 steps - 1
-    calls.
+    """Order 2: dx = D dalpha + E dsigma by the trapezoidal rule, after an Euler step.
 
-    That is Heun in t on rectified flow, and in sigma where alpha = 1 (Karras et al. 2022, alg. 1).
-    As there, the last step is Euler's: at sigma = 0, E is not defined. ``power`` is 2 because a
-    variance-preserving sigma grows like sqrt(t), and even times would leave about order 1.5.
+    It takes 2 steps - 1 calls. It is Heun in t on rectified flow, and in sigma where alpha = 1
+    (Karras et al. 2022, alg. 1). As there, the last step is Euler's: at sigma = 0, E is not
+    defined. ``power`` is 2 because a variance-preserving sigma grows like sqrt(t), and even times
+    would have about order 1.5.
     """
 
     def __init__(
@@ -264,34 +295,40 @@ class Heun(Sampler):
     ) -> None:
         super().__init__(steps, spacing=spacing, power=power, start=start)
 
-    def walk(
-        self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
+    @override
+    def integrate(
+        self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        for i, (t, s) in enumerate(pairwise(knots)):
-            x, t = self.churned(estimate, x, t, draws, i)
+        for i, (t, s) in enumerate(pairwise(points)):
+            x, t = self.add_churn(estimate, x, t, draws, i)
             x0, noise = estimate(x, t)
             if s.sigma > 0:
-                ahead = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
-                x0_ahead, noise_ahead = estimate(ahead, s)
-                x0, noise = (x0 + x0_ahead) / 2, (noise + noise_ahead) / 2
-            x = x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
+                x0_next, noise_next = estimate(euler_step(x, x0, noise, t, s), s)
+                x0 = (x0 + x0_next) / 2
+                noise = (noise + noise_next) / 2
+            x = euler_step(x, x0, noise, t, s)
             yield Step(s.t, x, x0)
 
-    def churned(
+    def add_churn(
         self, estimate: DenoiserCall, x: Tensor, t: TimePoint, draws: Draws | None, i: int
     ) -> tuple[Tensor, TimePoint]:
-        """Where step ``i`` starts; ``Churn`` goes back a little towards noise first."""
+        """Return where step ``i`` starts; ``Churn`` goes back a little towards noise first."""
         return x, t
 
 
+def euler_step(x: Tensor, x0: Tensor, noise: Tensor, t: TimePoint, s: TimePoint) -> Tensor:
+    """Return x + D (alpha_s - alpha_t) + E (sigma_s - sigma_t), ``(b, c, h, w)``."""
+    return x + (s.alpha - t.alpha) * x0 + (s.sigma - t.sigma) * noise
+
+
 def transition(t: TimePoint, s: TimePoint) -> tuple[float, float]:
-    """a and b of one step of the forward process, x_t = a x_s + b eps, where s < t."""
+    """Return a and b of one step of the forward process, x_t = a x_s + b eps, where s < t."""
     a = t.alpha / s.alpha
     return a, math.sqrt(max(t.sigma**2 - (a * s.sigma) ** 2, 0.0))
 
 
 def add_noise(x: Tensor, std: float, draws: Draws | None, i: int) -> Tensor:
-    """``x`` with the fresh noise of step ``i``, which is each sample's own at any batch size."""
+    """Return ``x`` with the fresh noise of step ``i``: each sample's own, at any batch size."""
     if std == 0 or draws is None:
         return x
     return x + std * draws.normal(f"step {i}", x.shape[1:]).to(x)
@@ -301,15 +338,15 @@ def sample(
     sampler: Sampler,
     denoiser: Estimator,
     noise: Tensor,
-    label: Tensor | None = None,
+    cond: Condition | Tensor | None = None,
     draws: Draws | None = None,
     *,
-    clip: Range | None = (-1.0, 1.0),
+    clip: Range | None = PIXEL_RANGE,
 ) -> Tensor:
     """Return the x_0 ``(b, c, h, w)`` of the last step, within ``clip``.
 
     Arguments and errors are those of ``Sampler.__call__``.
     """
-    steps = sampler(denoiser, noise, label, draws, clip=clip)
+    steps = sampler(denoiser, noise, cond, draws, clip=clip)
     x0 = deque(steps, maxlen=1).pop().x
     return x0 if clip is None else x0.clamp(*clip)

@@ -1,7 +1,6 @@
-"""Frozen encoders, with whose maps a backbone's insides are aligned: ``(b, 3, h, w)`` in [-1, 1] ->
-``(b, d, h', w')``.
+"""Frozen encoders, whose maps a backbone is aligned with: ``(b, 3, h, w) -> (b, d, h', w')``.
 
-``prepare`` makes one, once in the life of a run; afterwards its state says all about it, and is in
+``prepare`` is called once in a run. Afterwards the state of the encoder is complete, and is in
 every checkpoint.
 """
 
@@ -11,13 +10,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from sturdy.encoders.cached import cached
 from sturdy.encoders.network import VERSION, Network, Tell, fit
-from sturdy.encoders.weights import file_digest as digest
-from sturdy.encoders.weights import for_imagenet
-from sturdy.encoders.weights import load_torchscript as script
-from sturdy.encoders.weights import require_file as there
+from sturdy.encoders.weights import (
+    file_digest,
+    for_imagenet,
+    load_torchscript,
+    require_file,
+)
 
 
 class Encoder(nn.Module, ABC):
@@ -25,7 +27,7 @@ class Encoder(nn.Module, ABC):
 
     Attributes:
         channels: d.
-        most: training images that ``prepare`` is to be handed; it gets fewer where there are fewer.
+        most: number of training images for ``prepare``; it gets fewer if there are fewer.
     """
 
     channels: int
@@ -42,45 +44,51 @@ class Encoder(nn.Module, ABC):
         folder: Path,
         tell: Tell,
     ) -> None:
-        """Get ready for the data at hand; arguments as of
-        ``sturdy.evaluation.features.Features.prepare``.
+        """Train or load the encoder for a data set.
+
+        Args:
+            pixels: training images, uint8 ``(n, 3, h, w)``.
+            labels: their classes, ``(n,)`` int64.
+            classes: number of classes.
+            data: primitives that identify these images, for names of cached files.
+            folder: for cached files.
+            tell: called with (done, total).
         """
 
     @abstractmethod
     def forward(self, x0: Tensor) -> Tensor:
-        """The map ``(b, d, h', w')`` of pictures ``(b, 3, h, w)`` in [-1, 1]."""
+        """Return the map ``(b, d, h', w')`` of images ``(b, 3, h, w)`` in [-1, 1]."""
 
+    @override
     def train(self, mode: bool = True) -> "Encoder":
-        """Stay in eval mode whatever the parent does."""
+        """Stay in eval mode, whatever the mode of the parent."""
         return super().train(False)
 
 
 class Embedded(Encoder):
-    """The last map of a small network that has learned to tell each image from the others (SimCLR),
-    about 4 x 4.
+    """The last map, about 4 x 4, of a small network trained to tell images apart (SimCLR).
 
-    It is taken before its ReLU, where BatchNorm has about centred it: cosines of what is never
-        negative are all high.
+    The map is taken before its ReLU, where BatchNorm has about centred it: cosines of numbers that
+    are never negative are all high.
 
     Args:
         image_size: height and width of the images.
-        seen: pictures to train on, repetitions counted.
+        seen: number of images to train on, with repetitions.
 
     Raises:
-        ValueError: if that is less than one.
+        ValueError: ``seen`` is less than one.
     """
 
     def __init__(self, *, image_size: int, seen: int = 20_000) -> None:
         super().__init__()
         if seen < 1:
-            raise ValueError(
-                f"alignment.encoder.seen={seen} must be 1 or more: pictures the encoder is trained "
-                f"on"
-            )
-        self.seen = self.most = seen
+            raise ValueError(f"seen={seen} must be 1 or more: images the encoder is trained on")
+        self.seen = seen
+        self.most = seen
         self.trunk = _map(Network(image_size, {}))
         self.channels = Network.channels
 
+    @override
     def prepare(
         self,
         pixels: Tensor,
@@ -91,13 +99,14 @@ class Embedded(Encoder):
         folder: Path,
         tell: Tell,
     ) -> None:
-        def make() -> dict[str, Tensor]:
-            return _map(fit(pixels, {}, contrast=True, seen=self.seen, tell=tell)).state_dict()
+        def train() -> dict[str, Tensor]:
+            network = fit(pixels, {}, contrast=True, seen=self.seen, tell=tell)
+            return _map(network).state_dict()
 
-        self.trunk.load_state_dict(
-            cached(folder, "alignment-encoder", (VERSION, self.seen, *data), make)
-        )
+        key = (VERSION, self.seen, *data)
+        self.trunk.load_state_dict(cached(folder, "alignment-encoder", key, train))
 
+    @override
     def forward(self, x0: Tensor) -> Tensor:
         return self.trunk(x0)
 
@@ -105,91 +114,95 @@ class Embedded(Encoder):
 class TorchScript(Encoder):
     """A network in a file, such as DINOv2 (Oquab et al. 2023), which REPA aligns with.
 
-    Its weights are not copied into checkpoints, but their SHA-256 is: a run goes on with the same
-    file, wherever it lies. Sampling needs no file.
+    Its weights are not copied into checkpoints, but their SHA-256 is: a run continues with the same
+    file, wherever it is. Sampling needs no file.
 
     Args:
-        path: a TorchScript file: pictures ``(b, 3, size, size)``, normalised like ImageNet, to a
-            map ``(b, d, h', w')`` or to tokens ``(b, n, d)``, row by row and without a class token.
+        path: a TorchScript file: images ``(b, 3, size, size)``, normalised like ImageNet, to a map
+            ``(b, d, h', w')`` or to tokens ``(b, n, d)``, row by row and without a class token.
         channels: d.
-        size: of the pictures it takes.
+        size: height and width of its input.
     """
 
     name = "alignment=torchscript"
-    way = (
-        'make it once, where there is a network, by python -c "import torch; net = torch.hub.load('
-        "'facebookresearch/dinov2', 'dinov2_vits14').eval(); "
+    how_to_get = (
+        'make it once, on a machine with a network, by python -c "import torch; '
+        "net = torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14').eval(); "
         "net.forward = lambda x: net.forward_features(x)['x_norm_patchtokens']; "
         "torch.jit.trace(net, torch.rand(2, 3, 224, 224)).save('dinov2.pt')\""
     )
 
     def __init__(self, *, path: str | None = None, channels: int = 384, size: int = 224) -> None:
         super().__init__()
-        self.path, self.channels, self.size, self.most = path, channels, size, 0
+        self.path = path
+        self.channels = channels
+        self.size = size
+        self.most = 0
         self.digest: Tensor
         self.register_buffer("digest", torch.zeros(32, dtype=torch.uint8))
-        self.opened: dict[
-            torch.device, torch.jit.ScriptModule
-        ] = {}  # no submodule: it is not in the state
+        # by device; no submodules, as they are not in the state
+        self.opened: dict[torch.device, torch.jit.ScriptModule] = {}
 
+    @override
     def prepare(self, *args: object, **options: object) -> None:
-        self.digest.copy_(_bytes(digest(self._file())))
+        self.digest.copy_(_as_bytes(file_digest(self._file())))
 
+    @override
     def forward(self, x0: Tensor) -> Tensor:
-        """Raises ValueError, naming the file, if it is not there, not the one prepared, or gives
-        neither.
+        """Return the map ``(b, d, h', w')`` of images ``(b, 3, h, w)`` in [-1, 1].
+
+        Raises:
+            ValueError: the file does not exist, is not the one prepared, or returns no map.
         """
         x = for_imagenet((x0 + 1) / 2, self.size)
         network = self.opened.get(x.device) or self._open(x.device)
-        with torch.jit.optimized_execution(
-            False
-        ):  # else the first calls of a process may round unlike later ones
+        # With optimisation the first calls of a process may round unlike later ones.
+        with torch.jit.optimized_execution(False):
             features = network(x)
         return as_map(features, x)
 
     def _open(self, device: torch.device) -> torch.jit.ScriptModule:
         file = self._file()
-        if not torch.equal(_bytes(digest(file)), self.digest.cpu()):
+        if not torch.equal(_as_bytes(file_digest(file)), self.digest.cpu()):
             raise ValueError(
-                f"alignment.encoder.path={file} is not the file that the run began with, whose "
-                f"SHA-256 is "
+                f"path={file} is not the file that the run began with, whose SHA-256 is "
                 f"{bytes(self.digest.tolist()).hex()}. Give that one, or start another run with "
                 f"name=..."
             )
-        self.opened[device] = script(file, self.name).to(device)
+        self.opened[device] = load_torchscript(file, self.name).to(device)
         return self.opened[device]
 
     def _file(self) -> Path:
-        return there(self.path, self.name, "alignment.encoder.path", self.way)
+        return require_file(self.path, self.name, "alignment.encoder.path", self.how_to_get)
 
 
-def as_map(features: Tensor, picture: Tensor) -> Tensor:
-    """Tokens ``(b, n, d)``, row by row, as the map ``(b, d, h', w')`` of the picture's proportions;
-    a map as it is.
+def as_map(features: Tensor, image: Tensor) -> Tensor:
+    """Return tokens ``(b, n, d)`` as a map ``(b, d, h', w')`` with the proportions of the image.
+
+    Tokens are row by row. A map is returned unchanged.
 
     Raises:
-        ValueError: if there is no such map.
+        ValueError: the number of tokens makes no such map.
     """
     if features.ndim == 4:
         return features
-    height, width = picture.shape[2:]
+    height, width = image.shape[2:]
     n = features.shape[1] if features.ndim == 3 else 0
     rows = round(math.sqrt(n * height / width))
     columns = round(math.sqrt(n * width / height))
     if not n or rows * columns != n:
         raise ValueError(
-            f"features of shape {tuple(features.shape)} make no map of a picture of {height} x "
-            f"{width}: they must be "
-            f"(b, d, h, w), or (b, tokens, d) with a token for each square of the picture and none "
-            f"besides"
+            f"features of shape {tuple(features.shape)} make no map of an image of {height} x "
+            f"{width}: they must be (b, d, h, w), or (b, tokens, d) with one token for each square "
+            f"of the image and no other"
         )
     return features.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def _map(network: Network) -> nn.Sequential:
-    """The convolutions, without the last ReLU and what pools after it; frozen."""
+    """Return the convolutions, frozen, without the last ReLU and the layers after it."""
     return nn.Sequential(*list(network.trunk)[:-4]).requires_grad_(False).eval()
 
 
-def _bytes(digest: str) -> Tensor:
+def _as_bytes(digest: str) -> Tensor:
     return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)

@@ -1,10 +1,9 @@
-"""A small network trained on the images at hand: it answers questions about a picture, and its
-insides are features.
+"""A small network trained on a set of images, for features and for answers to questions.
 
-    features = linear(convolutions(picture))        answer to q = linear_q(relu(features))
+    features = linear(convolutions(image))        answer to q = linear_q(relu(features))
 
-It is a function of the images, the questions and ``VERSION``: trained on one thread of the CPU,
-    with draws of its own.
+It is a function of the images, the questions and ``VERSION``: it is trained on one thread of the
+CPU, with its own random numbers.
 """
 
 import math
@@ -17,28 +16,28 @@ from torch.nn import functional as F
 from exact_resume.randomness import generator, key
 from sturdy.encoders.images import scaled
 
-VERSION = (
-    1  # raise it whenever what is trained changes, so that nothing of the old is read from a cache
-)
+VERSION = 1  # raise it whenever the training changes, so that no old result is read from a cache
 
-Tell = Callable[[int, int], None]  # told (done, total)
+Tell = Callable[[int, int], None]  # called with (done, total)
 
 
 class Network(nn.Module):
-    """uint8 pictures ``(b, 3, h, w)`` to features ``(b, width)``, which have mean 0 and variance 1
-    over the training
-    images, the variance on average over the features.
+    """Uint8 images ``(b, 3, h, w)`` to features ``(b, width)``.
+
+    Over the training images the features have mean 0, and on average variance 1.
 
     Args:
-        size: height and width; what follows the first convolution costs the same at every size.
-        questions: how many answers each has.
+        size: height and width; the layers after the first convolution cost the same at every size.
+        questions: number of answers of each.
+        width: number of features.
     """
 
     channels = 128
 
     def __init__(self, size: int, questions: Mapping[str, int], *, width: int = channels) -> None:
         super().__init__()
-        stride, side = max(1, size // 16), min(4, math.ceil(size / 4))
+        stride = max(1, size // 16)
+        side = min(4, math.ceil(size / 4))
         self.trunk = nn.Sequential(
             *_layer(3, width // 4, max(3, 2 * stride - 1), stride),
             *_layer(width // 4, width // 2, 3, 2),
@@ -54,12 +53,13 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return (self.trunk(scaled(pictures)) - self.mean) / self.std
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features ``(b, width)``."""
+        return (self.trunk(scaled(images)) - self.mean) / self.std
 
-    def answers(self, pictures: Tensor) -> dict[str, Tensor]:
-        """The most likely answer to each question, ``(b,)`` int64."""
-        hidden = F.relu(self.trunk(scaled(pictures)))
+    def answers(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the most likely answer to each question, ``(b,)`` int64."""
+        hidden = F.relu(self.trunk(scaled(images)))
         return {name: head(hidden).argmax(1) for name, head in self.heads.items()}
 
 
@@ -70,7 +70,7 @@ def _layer(channels: int, out: int, kernel: int, stride: int) -> Iterator[nn.Mod
 
 
 def fit(
-    pictures: Tensor,
+    images: Tensor,
     questions: Mapping[str, tuple[Tensor, int]],
     *,
     contrast: bool,
@@ -80,33 +80,39 @@ def fit(
     rate: float = 3e-3,
     tell: Tell = lambda done, total: None,
 ) -> Network:
-    """Train on ``pictures``, uint8 ``(n, 3, h, w)``, to answer ``questions``.
+    """Train a network on images to answer questions.
 
     Args:
-        questions: the right answers ``(n,)`` int64 to each, and how many there are.
-        contrast: also tell each picture from the others of its batch, by two views of it (SimCLR,
-            Chen et al. 2020, eq. 1). Views differ little: what is to be noticed in a generated
-            picture must not be learned away.
-        seen: pictures to train on, repetitions counted.
+        images: uint8 ``(n, 3, h, w)``.
+        questions: the right answers ``(n,)`` int64 to each, and the number of possible answers.
+        contrast: also tell each image from the others of its batch, by two views of it (SimCLR,
+            Chen et al. 2020, eq. 1). The views differ little: the network must not become blind to
+            the errors of generated images.
+        seen: number of images to train on, with repetitions.
+        seed: of weights, order and views.
+        batch: images a step.
+        rate: the largest learning rate.
+        tell: called with (done, total).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # another number would round differently
     try:
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(key(seed, "network"))
-            network = Network(pictures.shape[-1], {name: n for name, (_, n) in questions.items()})
+            answers = {name: n for name, (_, n) in questions.items()}
+            network = Network(images.shape[-1], answers)
         _train(
             network,
-            pictures,
+            images,
             questions,
             contrast,
             seen,
-            min(batch, len(pictures)),
+            min(batch, len(images)),
             rate,
             seed,
             tell,
         )
-        features = embed(network, pictures)
+        features = embed(network, images)
         network.mean = features.mean(0)
         network.std = (features - features.mean(0)).square().mean().sqrt()
     finally:
@@ -116,7 +122,7 @@ def fit(
 
 def _train(
     network: Network,
-    pictures: Tensor,
+    images: Tensor,
     questions: Mapping[str, tuple[Tensor, int]],
     contrast: bool,
     seen: int,
@@ -125,18 +131,21 @@ def _train(
     seed: int,
     tell: Tell,
 ) -> None:
-    rng, steps = generator(seed, "views"), max(1, seen // batch)
+    rng = generator(seed, "views")
+    steps = max(1, seen // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
+    total = max(6, steps + 1)  # with 5 it divides by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=max(6, steps + 1), pct_start=0.2
-    )  # of 5 it divides by zero
+        optimizer, rate, total_steps=total, pct_start=0.2
+    )
     order = torch.empty(0, dtype=torch.int64)
     network.train()
     for step in range(steps):
         if len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(pictures), generator=rng)])
-        now, order = order[:batch], order[batch:]
-        x = scaled(pictures[now])
+            order = torch.cat([order, torch.randperm(len(images), generator=rng)])
+        now = order[:batch]
+        order = order[batch:]
+        x = scaled(images[now])
         views = torch.cat([view(x, rng), view(x, rng)]) if contrast else view(x, rng)
         hidden = network.trunk(views)
         loss = nt_xent(network.project(F.relu(hidden))) if contrast else hidden.new_zeros(())
@@ -152,9 +161,9 @@ def _train(
 
 
 def view(x: Tensor, rng: torch.Generator) -> Tensor:
-    """The pictures ``(b, c, h, w)`` a little moved, magnified and tinted."""
+    """Return the images ``(b, c, h, w)`` a little moved, magnified and tinted."""
     b = len(x)
-    part = 1 - 0.2 * torch.rand(b, generator=rng)  # of the width that is seen
+    part = 1 - 0.2 * torch.rand(b, generator=rng)  # share of the width that is visible
     theta = torch.zeros(b, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = part
     theta[:, :, 2] = (1 - part)[:, None] * (2 * torch.rand(b, 2, generator=rng) - 1)
@@ -164,24 +173,20 @@ def view(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def nt_xent(projected: Tensor, *, temperature: float = 0.2) -> Tensor:
-    """How badly row ``i`` of ``(2 b, d)`` is told to go with row ``i + b``, among all others;
-    ``()``.
-    """
+    """Return the loss of finding row ``i + b`` of ``(2 b, d)`` for row ``i``, ``()``."""
     z = F.normalize(projected, dim=1)
     similarity = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(similarity, torch.arange(len(z)).roll(len(z) // 2))
 
 
 @torch.no_grad()
-def embed(network: Callable[[Tensor], Tensor], pictures: Tensor, *, batch: int = 250) -> Tensor:
-    """``network`` of all uint8 ``pictures`` ``(n, 3, h, w)``, a batch at a time: ``(n, d)``, on the
-    CPU.
-    """
-    return torch.cat([network(part).float().cpu() for part in pictures.split(batch)])
+def embed(network: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 250) -> Tensor:
+    """Return ``network`` of uint8 ``images`` ``(n, 3, h, w)`` by batches, ``(n, d)`` on the CPU."""
+    return torch.cat([network(part).float().cpu() for part in images.split(batch)])
 
 
 @torch.no_grad()
-def answer(network: Network, pictures: Tensor, *, batch: int = 250) -> dict[str, Tensor]:
-    """The answers about all ``pictures``, ``(n,)`` a question."""
-    parts = [network.answers(part) for part in pictures.split(batch)]
+def answer(network: Network, images: Tensor, *, batch: int = 250) -> dict[str, Tensor]:
+    """Return the answers about all ``images``, ``(n,)`` a question."""
+    parts = [network.answers(part) for part in images.split(batch)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

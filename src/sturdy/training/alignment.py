@@ -1,9 +1,8 @@
-"""Alignment of a backbone's insides with what a frozen encoder sees in the clean picture.
+"""Align the features of a backbone with those that a frozen encoder sees in the clean image.
 
-    loss = objective - weight mean over positions of cos(project(inner(x_t)), encoder(x_0))
+    loss = objective - weight mean over positions of cos(project(features(x_t)), encoder(x_0))
 
-REPA: Yu et al. 2024, "Representation Alignment for Generation", eq. 8. It is training's alone:
-    samples need none of it.
+REPA: Yu et al. 2024, "Representation Alignment for Generation", eq. 8.
 """
 
 from collections.abc import Iterator
@@ -12,22 +11,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from sturdy.encoders.encoder import Encoder, as_map
+from sturdy.training.auxiliary import AuxiliaryLoss
 
 
-class Alignment(nn.Module):
-    """A frozen encoder, and a trained projection of the features of one block into the encoder's.
+class Alignment(AuxiliaryLoss):
+    """A frozen encoder, and a trained projection of one block's features into the encoder's space.
 
     Args:
-        backbone: whose ``inner(depth)`` tells the block and its channels.
+        backbone: its ``inner(depth)`` returns the block and its channels.
         encoder: never trained.
         weight: lambda, of the mean cosine in the loss.
         depth: number of the block, from 1 on; None leaves it to the backbone.
         hidden: width of the projection, an MLP of three layers.
 
     Raises:
-        ValueError: the backbone has no such block, or names none; ``weight`` is negative.
+        ValueError: the backbone has no such block, or no ``inner``; ``weight`` is negative.
     """
 
     def __init__(
@@ -41,10 +42,9 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         if weight < 0:
-            raise ValueError(
-                f"alignment.weight={weight} would push the features apart; it must be 0 or more"
-            )
-        self.weight, self.depth = weight, depth
+            raise ValueError(f"weight={weight} would push the features apart; it must be 0 or more")
+        self.weight = weight
+        self.depth = depth
         self.encoder = encoder.requires_grad_(False).eval()
         _, channels = self._block(backbone)
         self.project = nn.Sequential(
@@ -55,51 +55,59 @@ class Alignment(nn.Module):
             nn.Linear(hidden, encoder.channels),
         )
 
-    @contextmanager
-    def inside(self, backbone: nn.Module) -> Iterator[list[Tensor]]:
-        """A list of what the block gives for each call of ``backbone`` meanwhile, in the graph of
-        that call.
+    @property
+    @override
+    def head(self) -> nn.Module:
+        return self.project
 
-        What is recomputed in a later backward pass is none of these.
+    @override
+    @contextmanager
+    def observe(self, backbone: nn.Module) -> Iterator[list[Tensor]]:
+        """Record the output of the block, with its graph, for each call of ``backbone`` inside.
+
+        A recomputation of the block in a later backward pass is not recorded.
         """
-        found: list[Tensor] = []
+        features: list[Tensor] = []
         block, _ = self._block(backbone)
-        hook = block.register_forward_hook(lambda block, given, output: found.append(output))
+        hook = block.register_forward_hook(lambda block, args, output: features.append(output))
         try:
-            yield found
+            yield features
         finally:
             hook.remove()
 
-    def forward(self, inner: Tensor, x0: Tensor) -> Tensor:
-        """The mean cosine over positions, ``(b,)`` in [-1, 1].
+    @override
+    def forward(self, features: list[Tensor], image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        (of_block,) = features
+        cosine = self.cosine(of_block, image)
+        return -self.weight * cosine, {"alignment": cosine.detach().mean()}
+
+    def cosine(self, features: Tensor, image: Tensor) -> Tensor:
+        """Return the mean cosine over positions, ``(b,)`` in [-1, 1].
 
         Args:
-            inner: tokens ``(b, n, c)`` or a map ``(b, c, h', w')``; the encoder's map is resized to
-                its grid.
-            x0: the clean pictures ``(b, 3, h, w)`` in [-1, 1].
+            features: tokens ``(b, n, c)`` or a map ``(b, c, h', w')``. The encoder's map is resized
+                to their grid.
+            image: the clean images ``(b, 3, h, w)`` in [-1, 1].
 
         Raises:
-            ValueError: the encoder gives another number of channels than it says.
+            ValueError: the encoder gives another number of channels than ``encoder.channels``.
         """
-        inner = as_map(inner, x0)  # (b, c, h', w')
+        features = as_map(features, image)  # (b, c, h', w')
         with torch.no_grad():
-            seen = as_map(self.encoder(x0), x0).float()
-            seen = F.interpolate(
-                seen, inner.shape[2:], mode="bilinear", antialias=True
-            )  # (b, d, h', w')
+            seen = as_map(self.encoder(image), image).float()
+            seen = F.interpolate(seen, features.shape[2:], mode="bilinear", antialias=True)
         if seen.shape[1] != self.encoder.channels:
             raise ValueError(
                 f"the encoder gives {seen.shape[1]} channels, not {self.encoder.channels}: "
-                f"set alignment.encoder.channels={seen.shape[1]}"
+                f"set encoder.channels={seen.shape[1]}"
             )
-        projected = self.project(inner.permute(0, 2, 3, 1))  # (b, h', w', d)
+        projected = self.project(features.permute(0, 2, 3, 1))  # (b, h', w', d)
         return F.cosine_similarity(projected.float(), seen.permute(0, 2, 3, 1), dim=3).mean((1, 2))
 
     def _block(self, backbone: nn.Module) -> tuple[nn.Module, int]:
         if not hasattr(backbone, "inner"):
             raise ValueError(
                 f"{type(backbone).__name__} does not name its blocks, so none can be aligned: give "
-                f"it a method "
-                f"inner(depth) -> (block, channels), or use alignment=none"
+                f"it a method inner(depth) -> (block, channels), or use alignment=none"
             )
         return backbone.inner(self.depth)  # type: ignore[operator]

@@ -14,11 +14,12 @@ import sturdy.renames  # noqa: F401  (older checkpoints are read under today's n
 from exact_resume.checkpoint.compare import shape_mismatches
 from exact_resume.checkpoint.store import load_state
 from exact_resume.randomness import reseed
+from sturdy.diffusion.condition import ClassCondition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
-SAMPLING_PARTS = ("space", "backbone", "schedule", "target", "ema")
+SAMPLING_PARTS = ("space", "condition", "backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING_PARTS, "objective", "optimizer", "learning_rate", "alignment")
 
 
@@ -34,10 +35,15 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
     """
     reseed(config["seed"], "weights")
     nodes = {name: config.get(name) for name in parts}
-    built: dict[str, Any] = dict.fromkeys(PARTS, _not_built) | {"alignment": None, "space": None}
+    built: dict[str, Any] = dict.fromkeys(PARTS, _not_built)
+    built |= {"alignment": None, "space": None, "condition": None}
     built |= instantiate(nodes, _convert_="all")  # in one call, so that an error has the key
     denoiser = Denoiser(
-        built["backbone"], built["schedule"], built["target"], config["num_classes"]
+        built["backbone"],
+        built["schedule"],
+        built["target"],
+        config["num_classes"],
+        make_condition=built["condition"] or ClassCondition,  # older configs have no condition
     )
     return DiffusionModule(
         denoiser,

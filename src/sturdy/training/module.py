@@ -1,54 +1,37 @@
-"""The LightningModule: diffusion loss, one optimizer step a batch, EMA.
+"""The LightningModule: diffusion loss, one optimizer step a batch, averages of the weights.
 
-    gradient = 1/V sum over shards v of d/dw mean over the shard of objective(denoiser, x_0) [-
-    weight alignment]
+    gradient = 1/V sum_v d/dw mean over shard v of [objective(denoiser, x_0, cond) + auxiliary],
+    x_0 = space.encode(image)
 
 A global batch is cut into V shards of constant shape, of which each process has a consecutive part.
-Each is computed after the default generator was reseeded from (seed, step, shard), and their
-gradients are summed on a fixed tree; so the bits depend on V and on nothing else.
+The default generator is reseeded from (seed, step, shard) before each shard, and the gradients are
+summed on a fixed tree, so that the bits depend on V and on nothing else.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import nullcontext
+from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from exact_resume.checkpoint.store import FORMAT, CheckpointLoadError
 from exact_resume.distributed import all_gather_object, rank, world_size
 from exact_resume.randomness import Draws, key, reseed
 from exact_resume.reduction import GradientReducer, TreeSum, no_reduce
+from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
 from sturdy.diffusion.space import Pixels, Space
+from sturdy.training.adapt_checkpoint import adapt_checkpoint
+from sturdy.training.auxiliary import AuxiliaryLoss
 from sturdy.training.ema import EMA
-from sturdy.training.match_weights import (
-    Match,
-    backbone_changes,
-    class_change,
-    match,
-    moved_rows,
-    shorten,
-    state_by_rows,
-)
-from sturdy.training.optim import (
-    LearningRate,
-    continued,
-    load_exactly,
-    names_in_order,
-    parameter_groups,
-    rate_change,
-    state_by_index,
-    state_by_name,
-    without,
-)
+from sturdy.training.optim import LearningRate, parameter_groups
+from sturdy.training.optimizer_state import load_exactly, names_in_order, state_by_name
 from sturdy.training.strategies import full, local, shard_parameters, with_gradient
-
-if TYPE_CHECKING:  # imported by those that are aligned
-    from sturdy.training.alignment import Alignment
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +40,25 @@ class DiffusionModule(L.LightningModule):
     """Trains ``denoiser`` on ``objective``.
 
     Batches are tuples ``(image, label, positions)``: ``(b, c, h, w)`` in [-1, 1], ``(b,)`` int64,
-    and the ``b`` global positions as integers on the CPU; a fourth, ``(b, k)``, tells the network
-    how the images were augmented.
+    and the ``b`` global positions as integers on the CPU. A fourth value, ``(b, k)``, tells the
+    network how the images were augmented.
 
     Args:
         space: turns the images of a batch into x_0; pixels by default.
         optimizer: called with parameter groups.
         ema: called with the denoiser.
         learning_rate: factor on the optimizer's rate by step.
-        alignment: called with the backbone; None for none.
+        alignment: called with the backbone; an auxiliary loss, or None.
         clip: largest norm of the gradient; ``inf`` only measures it.
-        seed, shards: see the module's equation.
-        config: the resolved config as primitives; kept in every checkpoint so that it rebuilds
-            alone.
+        seed: of the noise, times and dropout.
+        shards: V in the equation of this file.
+        config: the resolved config as primitives; every checkpoint has it, so that a checkpoint
+            alone is enough to build the module.
 
     Attributes:
-        initial: ``path`` and ``sha256`` of the checkpoint that the run began from; None if it began
-            from none.
+        reduce_gradients: sums the tensors of a step over processes.
+        initial: ``path`` and ``sha256`` of the checkpoint whose weights the run started from; None
+            if it started from none.
     """
 
     def __init__(
@@ -85,222 +70,182 @@ class DiffusionModule(L.LightningModule):
         optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
         ema: Callable[[nn.Module], EMA] = EMA,
         learning_rate: LearningRate = lambda step: 1.0,
-        alignment: "Callable[[nn.Module], Alignment] | None" = None,
+        alignment: Callable[[nn.Module], AuxiliaryLoss] | None = None,
         clip: float = 1.0,
         seed: int = 0,
         shards: int = 1,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = (
-            False  # Lightning's accumulation is a left fold; ours is a tree
-        )
-        self.space = space or Pixels()
+        self.automatic_optimization = False  # Lightning's accumulation is no tree
         self.denoiser = denoiser
         self.ema = ema(denoiser)
         self.alignment = alignment(denoiser.backbone) if alignment else None
-        self.objective, self.make_optimizer, self.learning_rate = (
-            objective,
-            optimizer,
-            learning_rate,
-        )
-        self.clip, self.seed, self.shards, self.config = clip, seed, shards, config
-        self.sum: GradientReducer = no_reduce  # over processes
+        self.objective = objective
+        self.space = space or Pixels()
+        self.make_optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.clip = clip
+        self.seed = seed
+        self.shards = shards
+        self.config = config
+        self.reduce_gradients: GradientReducer = no_reduce
         self.initial: dict[str, Any] | None = None
 
+    @override
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Take one optimizer step; return the scalars to log.
+
+        gradient = 1/V sum over shards of ``shard_gradients``
+        """
         tree = TreeSum()
-        for shard, *samples in self.shards_of(batch):
-            gradients, terms = self.gradients(shard, *samples)
-            tree.push([*gradients, torch.stack(list(terms.values()))])
-        *gradients, means = total = self.sum(tree.sum())
+        for shard, part in self.shards_of(batch):
+            gradients, scalars = self.shard_gradients(shard, part)
+            tree.push([*gradients, torch.stack(list(scalars.values()))])
+        total = self.reduce_gradients(tree.sum())
         torch._foreach_div_(total, self.shards)
-        return dict(zip(terms, means, strict=True)) | {"grad_norm": self._optimizer_step(gradients)}
+        *gradients, means = total
+        norm = self._optimizer_step(gradients)
+        return dict(zip(scalars, means, strict=True)) | {"grad_norm": norm}
 
-    def on_validation_epoch_start(self) -> None:
-        self.held_out: dict[
-            int, Tensor
-        ] = {}  # loss of each image, by the first position of its batch
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """The EMA's loss, each held-out image always with the same noise and time, so that steps
-        compare.
-        """
-        image, label, positions, *_ = batch
-        draws = Draws(key(self.seed, "validation"), positions)
-        x0 = self.space.encode(image, draws)
-        self.held_out[int(positions[0])] = self.objective(
-            cast(Denoiser, self.ema.model), x0, label, draws
-        )
-
-    def on_validation_epoch_end(self) -> None:
-        """The mean over all held-out images in their order, whichever process computed which."""
-        computed: dict[int, Tensor] = {}
-        for part in all_gather_object(
-            {first: loss.float().cpu() for first, loss in self.held_out.items()}
-        ):
-            computed |= part
-        self.log(
-            "val/loss",
-            torch.cat([computed[first] for first in sorted(computed)]).mean(),
-            logger=False,
-        )
-
-    def configure_model(self) -> None:
-        """Lightning's place to cut parameters into parts; the averages like what they average."""
-        for network in (self.denoiser, *self.ema.networks()):
-            shard_parameters(self, cast(Denoiser, network).backbone)
-        if self.alignment:
-            shard_parameters(self, self.alignment.project)
-
-    def configure_optimizers(self) -> Optimizer:
-        return load_exactly(self.make_optimizer(parameter_groups(self)))
-
-    def trained(self) -> list[nn.Parameter]:
-        """In the order in which their gradients are summed."""
-        return [
-            *self.denoiser.parameters(),
-            *(self.alignment.project.parameters() if self.alignment else ()),
-        ]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Optimizer state by parameter name, and the config that rebuilds this module.
-
-        Raises:
-            FloatingPointError: if the weights have diverged; the checkpoints before they did are
-                worth more.
-        """
-        if not all(local(p).isfinite().all() for p in self.trained()):
-            raise FloatingPointError(
-                f"the weights are not finite at step {self.global_step}, and are not saved. See "
-                f"train/grad_norm in "
-                f"metrics.csv; lower optimizer.lr or clip, and continue with ckpt_path=last"
-            )
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
-        checkpoint["optimizer_states"] = [
-            state_by_name(s, names) for s in checkpoint["optimizer_states"]
-        ]
-        checkpoint |= {"config": self.config, "format": FORMAT}
-        if self.initial:
-            checkpoint["init_from"] = self.initial
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Fit the checkpoint to this module, which the user may have changed on purpose, and say
-        what that means.
-
-        Label tables and their optimizer state follow the names of the classes. Another optimizer
-        begins with an empty state. What was aligned and no longer is leaves its projection and its
-        encoder behind.
-
-        Raises:
-            CheckpointLoadError: if its weights are not those of this network, naming the first that
-                differ.
-        """
-        if self.alignment is None:
-            without(checkpoint, "alignment.")
-        then, now = checkpoint.get("config") or {}, self.config or {}
-        self.initial = checkpoint.get("init_from")
-        weights, told = (
-            checkpoint.get("state_dict"),
-            [],
-        )  # not there where fsdp2 has loaded them already
-        if weights:
-            found = match(self, weights, then, now)
-            if found.odd:
-                keys = (
-                    f". What changed: {shorten(changes)}"
-                    if (changes := backbone_changes(then, now))
-                    else ""
-                )
-                raise CheckpointLoadError(
-                    f"the checkpoint is of another network than backbone, ema or code are now of: "
-                    f"{shorten(found.odd)}"
-                    f"{keys}. Undo the change, or begin another run: name=..."
-                )
-            checkpoint["state_dict"] = found.weights
-            self._follow_classes(
-                checkpoint.get("optimizer_states", ()), weights, found, moved_rows(then, now)
-            )
-            told = [
-                class_change(then, now),
-                f"new here: {shorten(found.new)}" if found.new else None,
-            ]
-        if "optimizer_states" in checkpoint:
-            names = names_in_order(self, parameter_groups(self))
-            fresh = state_by_name(self.configure_optimizers().state_dict(), names)
-            states = [
-                continued(s, fresh, self.make_optimizer, then, now)
-                for s in checkpoint["optimizer_states"]
-            ]
-            checkpoint["optimizer_states"] = [state_by_index(state, names) for state, _ in states]
-            told += [line for _, line in states]
-        told.append(rate_change(then, now, checkpoint.get("global_step", 0)))
-        for line in filter(None, told) if rank() == 0 else ():
-            log.info(line)
-
-    def _follow_classes(
-        self, states: Any, weights: Mapping[str, Tensor], found: Match, rows: list[int | None]
-    ) -> None:
-        """Move rows of the optimizer states by name like those of the label tables, and drop what
-        is not taken.
-        """
-        for state in states:
-            kept = {
-                name: values for name, values in state["state"].items() if name not in found.left
-            }
-            moved = {
-                name: state_by_rows(kept[name], weights[name], rows)
-                for name in found.tables
-                if name in kept
-            }
-            state["state"] = kept | moved
-
-    def shards_of(self, batch: Any) -> Iterator[tuple[Any, ...]]:
-        """Those of this process: number, and a part of each of the values of ``batch``."""
+    def shards_of(self, batch: Any) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yield number and batch of each shard of this process."""
         mine = self.shards // world_size()
         b = len(batch[0]) // mine
         for i in range(mine):
-            part = slice(i * b, (i + 1) * b)
-            yield rank() * mine + i, *(values[part] for values in batch)
+            rows = slice(i * b, (i + 1) * b)
+            yield rank() * mine + i, tuple(values[rows] for values in batch)
 
-    def gradients(self, shard: int, *samples: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Of a shard's loss by each of ``trained()``, taken out of ``.grad``, and the means that
-        are recorded of it.
+    def shard_gradients(
+        self, shard: int, batch: tuple[Any, ...]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the gradients of one shard's mean loss, and the scalars to log.
+
+        Args:
+            shard: its number in the global batch.
+            batch: its part of the global batch.
+
+        Returns:
+            a gradient for each of ``trained()``, detached from ``.grad``; and means by name.
         """
         reseed(self.seed, "shard", self.global_step, shard)
-        loss, means = self._loss(*samples)
-        self.manual_backward(loss)
+        image, _, positions, *_ = batch
+        draws = Draws(self.seed, positions)
+        x0 = self.space.encode(image, draws)
+        observed = self.alignment.observe(self.denoiser.backbone) if self.alignment else None
+        with observed or nullcontext([]) as features:
+            loss = self.objective(self.denoiser, x0, self.condition_of(batch), draws)
+        scalars = {"loss": loss.detach().mean()}
+        if self.alignment:
+            term, more = self.alignment(features, image)
+            loss = loss + term
+            scalars |= more
+        self.manual_backward(loss.mean())
         parameters = self.trained()
         gradients = [local(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
         for p in parameters:
             p.grad = None
-        return gradients, means
+        return gradients, scalars
 
-    def _loss(
-        self, image: Tensor, label: Tensor, positions: Any, *condition: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is minimised on a shard, ``()``, and the means that are recorded of it."""
-        draws = Draws(self.seed, positions)
+    def condition_of(self, batch: tuple[Any, ...]) -> Condition:
+        """Return the condition of a batch, from its label and its augmentation, if any.
+
+        A text condition needs no other batch: ``label`` is then the number of a caption (see
+        ``Denoiser.make_condition``). Override this method for a batch that has the text itself.
+        """
+        image, label, _, *augmentation = batch
+        return self.denoiser.condition(image, label, *augmentation)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        # loss of each image, by the first position of its batch
+        self.held_out: dict[int, Tensor] = {}
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Compute the loss of the averaged weights.
+
+        Each held-out image always has the same noise and time, so that steps can be compared.
+        """
+        image, _, positions, *_ = batch
+        draws = Draws(key(self.seed, "validation"), positions)
         x0 = self.space.encode(image, draws)
-        if self.alignment is None:
-            loss = self.objective(self.denoiser, x0, label, draws, *condition).mean()
-            return loss, {"loss": loss.detach()}
-        with self.alignment.inside(self.denoiser.backbone) as inner:
-            loss = self.objective(self.denoiser, x0, label, draws, *condition)
-        alignment = self.alignment(*inner, image)
-        means = {"loss": loss.detach().mean(), "alignment": alignment.detach().mean()}
-        return (loss - self.alignment.weight * alignment).mean(), means
+        denoiser = cast(Denoiser, self.ema.model)
+        loss = self.objective(denoiser, x0, self.condition_of(batch), draws)
+        self.held_out[int(positions[0])] = loss
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all held-out images in their order, whichever process computed them."""
+        mine = {first: loss.float().cpu() for first, loss in self.held_out.items()}
+        computed: dict[int, Tensor] = {}
+        for part in all_gather_object(mine):
+            computed |= part
+        losses = torch.cat([computed[first] for first in sorted(computed)])
+        self.log("val/loss", losses.mean(), logger=False)
+
+    @override
+    def configure_model(self) -> None:
+        """Shard the parameters over processes, under a strategy that does so."""
+        for network in (self.denoiser, *self.ema.networks()):
+            shard_parameters(self, cast(Denoiser, network).backbone)
+        if self.alignment:
+            shard_parameters(self, self.alignment.head)
+
+    @override
+    def configure_optimizers(self) -> Optimizer:
+        return load_exactly(self.make_optimizer(parameter_groups(self)))
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters in the order in which their gradients are summed."""
+        auxiliary = self.alignment.head.parameters() if self.alignment else []
+        return [*self.denoiser.parameters(), *auxiliary]
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the optimizer's state by parameter name, and the config, into the checkpoint.
+
+        Raises:
+            FloatingPointError: the weights have diverged; earlier checkpoints are worth more.
+        """
+        if not all(local(p).isfinite().all() for p in self.trained()):
+            raise FloatingPointError(
+                f"the weights are not finite at step {self.global_step}, and are not saved. See "
+                f"train/grad_norm in metrics.csv; lower optimizer.lr or clip, and continue with "
+                f"ckpt_path=last"
+            )
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        names = names_in_order(self, optimizer.param_groups)  # type: ignore[union-attr]
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [state_by_name(state, names) for state in states]
+        checkpoint["config"] = self.config
+        if self.initial:
+            checkpoint["init_from"] = self.initial
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Fit the checkpoint to this module, which may have changed on purpose, and log how.
+
+        Raises:
+            CheckpointLoadError: the weights are of another network; the message names them.
+        """
+        self.initial = checkpoint.get("init_from")
+        changes = adapt_checkpoint(checkpoint, self)
+        if rank() == 0:
+            for line in changes:
+                log.info(line)
 
     def _optimizer_step(self, gradients: list[Tensor]) -> Tensor:
-        """Clip, step and average; returns the norm of the gradient before clipping, ``()``."""
-        optimizer, step = self.optimizers(), self.global_step
-        for p, gradient in zip(parameters := self.trained(), gradients, strict=True):
+        """Clip, step and average; return the norm of the gradient before clipping, ``()``."""
+        step = self.global_step
+        optimizer = cast(Any, self.optimizers())
+        parameters = self.trained()
+        for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = with_gradient(p, gradient)
         norm = full(nn.utils.clip_grad_norm_(parameters, self.clip))
-        for group in optimizer.param_groups:  # type: ignore[union-attr]
-            group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)  # type: ignore[union-attr]
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
         self.ema.update(self.denoiser, step)
         return norm

@@ -27,6 +27,7 @@ from exact_resume.checkpoint.store import (
     CorruptCheckpointError,
     NoValidCheckpointError,
 )
+from exact_resume.checkpoint.schema import SchemaError
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
 from exact_resume.failures import is_out_of_memory
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
@@ -409,7 +410,7 @@ class Session:
                     log.info(summary)
         cache = Path(cfg.paths.cache) / "evaluation"
         load_alignment_encoder(self.module, self.data, self.point, cache)
-        self.module.sum = make_gradient_reducer(cfg, self.module)
+        self.module.reduce_gradients = make_gradient_reducer(cfg, self.module)
 
     def _is_finished(self) -> bool:
         """Return whether nothing is left to do: no step, no validation, no images of the last."""
@@ -492,7 +493,7 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
         if is_out_of_memory(error):
             print(f"error: {describe_out_of_memory(error, cfg)}", file=sys.stderr)
         elif not isinstance(
-            error, FloatingPointError | SaveError | CorruptCheckpointError | OSError
+            error, FloatingPointError | SaveError | SchemaError | CorruptCheckpointError | OSError
         ):
             raise
         elif distributed.rank() == 0 or not isinstance(error, FloatingPointError):

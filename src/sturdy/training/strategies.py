@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from exact_resume.distributed import local_world_size, world_size
-from sturdy.training.optim import names_in_order, state_by_index
+from sturdy.training.optimizer_state import names_in_order, state_by_index
 
 
 def single() -> str:

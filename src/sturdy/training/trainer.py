@@ -37,10 +37,11 @@ from exact_resume.supervisor import is_launched
 from exact_resume.system import available_cpus
 from sturdy.errors import ConfigError, as_config_error
 from sturdy.keys import NON_TRAINER_KEYS
-from sturdy.training import optim, strategies
+from sturdy.training import strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.progress import Progress
 from sturdy.training.module import DiffusionModule
+from sturdy.training.optimizer_state import check_optimizer
 
 if TYPE_CHECKING:  # imported by those that are aligned
     from sturdy.encoders.encoder import Encoder
@@ -139,7 +140,7 @@ def dry_run_forward(module: DiffusionModule, size: int) -> None:
     Raises:
         ValueError: the image does not fit the backbone, or the optimizer refuses.
     """
-    optim.try_out(module.make_optimizer, module)
+    check_optimizer(module.make_optimizer, module)
     with torch.no_grad():
         module.ema.model(torch.zeros(1, *module.space.shape(size)), torch.full((1,), 0.5), None)
 
@@ -159,22 +160,23 @@ def load_alignment_encoder(
         ConfigError: there is no encoder, or it does not fit the backbone.
     """
     alignment = module.alignment
-    if alignment is None:
+    encoder = getattr(alignment, "encoder", None)  # another auxiliary loss may have none
+    if alignment is None or encoder is None:
         return
 
     def state() -> dict[str, Tensor]:
         with as_config_error():
             if point:
                 return stored_encoder(point)
-            return make_encoder(alignment.encoder, data, folder)
+            return make_encoder(encoder, data, folder)
 
-    encoder = distributed.run_on_rank_zero(state)
+    weights = distributed.run_on_rank_zero(state)
     with distributed.rank_zero_first(), as_config_error(), torch.no_grad():
-        alignment.encoder.load_state_dict(encoder)
+        encoder.load_state_dict(weights)
         x0 = torch.zeros(1, *module.space.shape(data.image_size))
-        with alignment.inside(module.denoiser.backbone) as inner:
+        with alignment.observe(module.denoiser.backbone) as features:
             module.denoiser(x0, torch.full((1,), 0.5), None)
-        alignment(*inner, module.space.decode(x0))
+        alignment(features, module.space.decode(x0))
 
 
 def stored_encoder(point: ResumePoint) -> dict[str, Tensor]:

@@ -48,14 +48,14 @@ class Compile(Callback):
         from torch._inductor import config as inductor  # seconds of imports, for those who compile
 
         inductor.fallback_random = inductor.deterministic = True
-        shard, *samples = next(pl_module.shards_of(batch))
+        shard, part = next(pl_module.shards_of(batch))
         with (
             perturbed_parameters(pl_module.denoiser),
             trainer.precision_plugin.train_step_context(),
         ):
-            expected, _ = pl_module.gradients(shard, *samples)
+            expected, _ = pl_module.shard_gradients(shard, part)
             backbone.compile(dynamic=False)
-            found, _ = pl_module.gradients(shard, *samples)
+            found, _ = pl_module.shard_gradients(shard, part)
         names = [name for name, _ in pl_module.denoiser.named_parameters()]
         if wrong := [
             name
