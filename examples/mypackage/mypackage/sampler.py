@@ -4,20 +4,20 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor
+from typing_extensions import override
 
 from exact_resume.randomness import Draws
 from sturdy.diffusion.sampler import DenoiserCall, Sampler, Step, TimePoint
 
 
 class Midpoint(Sampler):
-    """Order 2: a step with the estimate at its middle; two calls of the network a step."""
+    """A method of order 2: each step uses the estimate at its middle, in two network calls."""
 
+    @override
     def walk(
         self, estimate: DenoiserCall, x: Tensor, knots: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:
-        """One step for every pair of neighbouring knots (t, s), from ``x`` ``(b, c, h, w)`` at the
-        first knot.
-        """
+        """Yield a step for each pair of neighbouring times, from ``x`` ``(b, c, h, w)``."""
         for t, s in pairwise(knots):
             [middle] = estimate.knots([(t.t + s.t) / 2])
             x0, noise = estimate(x, t)
