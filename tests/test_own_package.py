@@ -56,7 +56,6 @@ EVALUATE = [
     "evaluate.audit_seen=0",
     "features.seen=16",
 ]
-TUNE = ["tune.n=8", "tune.batch_size=4", "tune.scales=[1]", "tune.steps=[1]", "features.seen=16"]
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +137,13 @@ def test_its_code_is_in_the_promise(outside, words, once):
     assert differences(outside, "once", "edited") == []
 
 
-def test_its_run_is_sampled_evaluated_and_tuned_without_a_word(outside, once):
+def test_its_run_is_sampled_and_evaluated_without_a_word(outside, once):
     said = through(outside, "sample", "run=once", "sample.n=4")
-    assert "drawn by Midpoint (steps 2), guidance 2" in said
+    assert re.search(r"drawn by Midpoint \(steps 2\b.*\), guidance 2", said)
     pictures = outside / "runs" / "once" / "pictures"
     assert sorted(p.name for p in pictures.glob("0*.png")) == [f"{k:06d}.png" for k in range(4)]
     assert "the whole report is" in through(outside, "evaluate", "run=once", *EVALUATE)
     assert "Midpoint" in (outside / "runs" / "once" / "evaluation" / "report.md").read_text()
-    through(outside, "tune", "run=once", *TUNE)
-    said = through(outside, "sample", "run=once", "sample.n=1")
-    assert "drawn by Midpoint (steps 1), guidance 1" in said
-    assert "sampling.yaml" in said
 
 
 def test_from_elsewhere_it_takes_a_word(outside, once):
