@@ -126,7 +126,8 @@ def read_keys(text: str, prefix: str) -> Iterator[Key]:
 
 def escape(text: str) -> str:
     """Return text that Markdown shows as it is, in a cell of a table too."""
-    return re.sub(r"([|<>*_\[\]$])", r"\\\1", text)
+    text = text.replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([|*_\[\]])", r"\\\1", text)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def run_command(home, number, command, extra):
     return printed
 
 
-def test_the_commands_that_are_run(home):
+def test_the_commands_that_are_run(home, monkeypatch):
     """One small run of drawn cars and one of photos, and what the pages do with them."""
     on_the_pages = set(python_commands())
     for number, (command, extra) in enumerate(RUN.items()):
@@ -208,6 +208,14 @@ def test_the_commands_that_are_run(home):
         assert list(run.glob("*/grid.png"))
     again = run_command(home, "again", "train.py experiment=cars", TINY_DIT)
     assert "finished" in again
+    monkeypatch.chdir(home)
+    for page in ("concepts/checkpoint-format.md", "guides/sample-and-edit.md"):
+        text = (ROOT / "docs" / page).read_text()
+        [code] = [code for _, language, code in FENCE.findall(text) if language == "python"]
+        assert "step-00002000" in code
+        namespace: dict = {}
+        exec(code.replace("step-00002000", "step-00000004"), namespace)
+        assert namespace["module"].ema is not None
 
 
 def test_python_blocks_import_what_exists():
@@ -255,7 +263,8 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), link
 
 
-PATH = re.compile(r"`((?:src|conf|docs|tests|examples|benchmarks|notebooks)/[\w./-]+)`")
+CODE = re.compile(r"`[^`\n]+`")
+PATH = re.compile(r"(?<![\w/.-])(?:src|conf|docs|tests|examples|benchmarks|notebooks)/[\w./-]+")
 MODULE_PATH = re.compile(r"`((?:sturdy|exact_resume)/[\w/]+\.py)`")
 NAME = re.compile(r"`((?:sturdy|exact_resume)(?:\.\w+)+)`")
 
@@ -265,7 +274,7 @@ def test_paths_and_names_exist(page):
     if page.name == "CHANGELOG.md":  # it names what went, too
         return
     text = page.read_text()
-    for path in PATH.findall(text):
+    for path in PATH.findall(" ".join(CODE.findall(text))):
         assert (ROOT / path).exists(), path
     for path in MODULE_PATH.findall(text):
         assert (ROOT / "src" / path).exists(), path
@@ -273,6 +282,21 @@ def test_paths_and_names_exist(page):
         assert exists(name), name
     for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE):
         assert find_spec(name) is not None, name
+
+
+def test_pages_that_the_code_names_exist():
+    """Messages and comments send their readers to a page of today."""
+    folders = [ROOT / name for name in ("src", "conf", "tests", "benchmarks", "examples")]
+    files = [file for folder in folders for file in folder.rglob("*")]
+    files = [*files, *ROOT.glob("*.py"), ROOT / "Makefile"]
+    missing = []
+    for file in files:
+        if file.suffix in (".py", ".yaml", "") and file.is_file():
+            text = file.read_text(errors="ignore")
+            for name in re.findall(r"\bdocs/[\w/-]+(?:\.\w+)?", text):
+                if not (ROOT / name).exists():
+                    missing.append(f"{file.relative_to(ROOT)}: {name}")
+    assert missing == []
 
 
 def exists(name):

@@ -236,7 +236,9 @@ def test_what_is_typed_is_run(outside):
 
 WORDS = {
     "backbone=plane": "there is no such backbone. Did you mean plain?",
-    "backbone=plain +backbone.widht=3": "mypackage.network.Plain takes no 'widht'. Did you mean width?",
+    "backbone=plain +backbone.widht=3": (
+        "mypackage.network.Plain takes no 'widht'. Did you mean width?"
+    ),
 }
 
 
