@@ -4,7 +4,8 @@
     python docs/generate.py --check  # exit code 1 if a page is not up to date
 
 - ``docs/reference/config.md``: every key of ``conf/``, with its default and its comment.
-- ``docs/extend/*.md``: a code block under the name of a file of ``examples/mypackage``.
+- ``docs/**/*.md``: a code block under the name of a file, which is that file: a path in
+  ``examples/mypackage``, or one that begins with ``examples/``.
 """
 
 import re
@@ -56,13 +57,13 @@ def main() -> int:
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of every page that follows from other files."""
     yield ROOT / "docs" / "reference" / "config.md", config_page()
-    for path in sorted((ROOT / "docs" / "extend").glob("*.md")):
+    for path in sorted((ROOT / "docs").rglob("*.md")):
         yield path, CODE_BLOCK.sub(lambda match: code_block(match[1]), path.read_text())
 
 
 def code_block(name: str) -> str:
-    """Return the file ``name`` of the example as a code block under its name."""
-    file = EXAMPLE / name
+    """Return a file of an example as a code block under its name."""
+    file = (ROOT if name.startswith("examples/") else EXAMPLE) / name
     return f"`{name}`:\n\n```{LANGUAGES[file.suffix]}\n{file.read_text()}```"
 
 
