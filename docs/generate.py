@@ -56,8 +56,9 @@ def main() -> int:
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of every page that follows from other files."""
-    yield ROOT / "docs" / "reference" / "config.md", config_page()
-    for path in sorted((ROOT / "docs").rglob("*.md")):
+    config = ROOT / "docs" / "reference" / "config.md"
+    yield config, config_page()
+    for path in sorted(set((ROOT / "docs").rglob("*.md")) - {config}):
         yield path, CODE_BLOCK.sub(lambda match: code_block(match[1]), path.read_text())
 
 
