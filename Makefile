@@ -42,6 +42,11 @@ format: $(VENV)/ready ## let ruff repair what it can
 status: $(VENV)/ready ## list the checkpoints of a run: make status RUN=cars
 	$(BIN)/python -m exact_resume status runs/$(or $(RUN),cars)
 
+.PHONY: docs
+docs: $(VENV)/ready ## build the documentation into site/; a broken link fails
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m mkdocs build --strict
+
 clean: ## remove caches, never runs
 	rm -rf .pytest_cache .ruff_cache .mypy_cache build src/*.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -154,8 +154,9 @@ def test_control_a_circle_is_seen():
 
 
 def readme_tree():
-    """Paths that the README's section "The tree" names, from its indented block."""
-    section = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
+    """Yield the paths that docs/concepts/architecture.md names under "The tree"."""
+    page = ROOT / "docs" / "concepts" / "architecture.md"
+    section = page.read_text().split("## The tree")[1].split("\n## ")[0]
     folders = [(-1, "")]  # (indentation, path), the innermost last
     for line in section.splitlines():
         if not line.startswith("    "):

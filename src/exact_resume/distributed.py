@@ -69,7 +69,7 @@ def store_prefix(processes: int) -> str:
 
     The store of torchrun lives as long as torchrun and still has the addresses of the start before,
     so the number of restarts tells the starts apart. But each torchrun counts only the failures of
-    its own processes, so on several machines these numbers differ. There (docs/running.md) rank 0
+    its own processes, so on several machines these numbers differ. There (docs/guides/slurm-and-clusters.md) rank 0
     opens a new store at every start, as it does under ``supervise``.
     """
     new_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"

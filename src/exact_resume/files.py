@@ -133,7 +133,7 @@ def lock_file(file: IO[Any], *, wait: bool = False) -> bool:
             raise
         raise LockUnsupportedError(
             f"{Path(file.name).parent} is on a file system that cannot lock files: use a local "
-            f"disk; docs/storage.md"
+            f"disk; docs/guides/storage.md"
         ) from error
     return True
 
@@ -145,6 +145,6 @@ def _warn_once(device: int, directory: Path) -> None:
     log.warning(
         "%s is on a file system that cannot sync a directory: a power cut may lose the newest "
         "checkpoint, and the run then continues from the one before it. A kill loses nothing. "
-        "See docs/storage.md",
+        "See docs/guides/storage.md",
         directory,
     )

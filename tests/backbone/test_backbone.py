@@ -240,7 +240,7 @@ def test_wrong_number_of_channels(make):
 
 
 def test_documented_sizes(make):
-    """docs/backbones.md names these."""
+    """docs/concepts/backbones.md names these."""
     cls, parameters = {unet: (UNet, 7_662_979), dit: (DiT, 7_407_756)}[make]
     with torch.device("meta"):
         backbone = cls(num_classes=7)

@@ -21,7 +21,7 @@ from runs import command, differences, train
 
 submitit = pytest.mark.skipif(not find_spec("submitit"), reason="needs pip install '.[slurm]'")
 
-# To copy, in docs/running.md.
+# To copy, in docs/guides/slurm-and-clusters.md.
 BATCH = """\
 #!/bin/bash
 #SBATCH --job-name=cars

@@ -106,7 +106,7 @@ LISTENING |= {
 @pytest.mark.parametrize("name", LISTENING)
 def test_what_is_painted_listens_to_what_is_kept_but_too_little(name):
     """Exactly, the mean of one pixel is 0.9 of the other: the limit of replacement, as measured in
-    docs/diffusion.md.
+    docs/measurements/samplers.md.
 
     All is linear, so that a walk without any noise ends at the mean.
     """

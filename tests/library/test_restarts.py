@@ -159,7 +159,7 @@ class Machine:
         elastic += [f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=2"]
         environment = os.environ | {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
-        }  # docs/running.md says why
+        }  # docs/guides/slurm-and-clusters.md says why
         self.log = tmp / f"machine-{number}.out"
         with self.log.open("w") as output:
             self.process = subprocess.Popen(

@@ -1,3 +1,1 @@
-"""A package of one's own, outside the project: a part of every kind, and options that choose
-them.
-"""
+"""A package outside the project: a part of every kind, and the options that choose them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
 
 
 class WeightNorms(Callback):
@@ -19,18 +20,20 @@ class WeightNorms(Callback):
     """
 
     def __init__(self, *, directory: str, every_n_steps: int = 500) -> None:
-        self.directory, self.every = Path(directory), every_n_steps
+        self.directory = Path(directory)
+        self.every_n_steps = every_n_steps
 
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """Called by Lightning after each step."""
-        if trainer.global_step % self.every or not trainer.is_global_zero:
+        """Write the file of this step, if it is due."""
+        step = trainer.global_step
+        if step % self.every_n_steps or not trainer.is_global_zero:
             return
         norms = {
             name: p.norm().item() for name, p in pl_module.named_parameters() if p.requires_grad
         }
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / f"step-{trainer.global_step:08d}.json").write_text(
-            json.dumps(norms, indent=1)
-        )
+        file = self.directory / f"step-{step:08d}.json"
+        file.write_text(json.dumps(norms, indent=1))

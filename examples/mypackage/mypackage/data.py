@@ -15,10 +15,18 @@ class Table:
     Args:
         root: the folder with ``labels.csv`` and the images.
         size: height and width of the decoded images.
+
+    Attributes:
+        classes: names of the classes; label k is ``classes[k]``.
+        key: a hash that changes when any image or label changes.
+
+    Raises:
+        ValueError: there is no ``labels.csv``.
     """
 
     def __init__(self, *, root: str, size: int) -> None:
-        self.root, self.size = Path(root).expanduser().absolute(), size
+        self.root = Path(root).expanduser().absolute()
+        self.size = size
         table = self.root / "labels.csv"
         if not table.is_file():
             raise ValueError(f"root={root} has no labels.csv")
@@ -28,23 +36,23 @@ class Table:
         digest = hashlib.sha256(repr((size, self.rows)).encode())
         for name, _ in self.rows:
             digest.update((self.root / name).read_bytes())
-        self.key = digest.hexdigest()  # another one when any image or label is another
+        self.key = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def label(self, index: int) -> int:
-        """Return the index of the class in ``classes``."""
+        """Return the number of the class."""
         return self.classes.index(self.rows[index][1])
 
     def name(self, index: int) -> str:
-        """Return the name of the image in messages."""
+        """Return the name of the image for messages."""
         return self.rows[index][0]
 
     def decode(self, index: int) -> np.ndarray:
         """Return the image, uint8 ``(3, size, size)``.
 
         Raises:
-            sturdy.data.source.BadImageError: it cannot be used.
+            sturdy.data.source.BadImageError: the image cannot be used; the message is the reason.
         """
         return decode(self.root / self.rows[index][0], size=self.size)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from mypackage.blocks import Block
 
@@ -14,6 +15,9 @@ class Plain(nn.Module):
         width: channels, a multiple of 4.
         depth: number of blocks.
         dropout: inside the blocks.
+
+    Raises:
+        ValueError: ``width`` is not a multiple of 4.
     """
 
     def __init__(
@@ -21,7 +25,7 @@ class Plain(nn.Module):
     ) -> None:
         super().__init__()
         if width % 4:
-            raise ValueError(f"backbone.width={width} must be a multiple of 4")
+            raise ValueError(f"width={width} must be a multiple of 4")
         self.num_classes = num_classes
         self.time = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(num_classes + 1, width)  # the last is the null label
@@ -31,9 +35,14 @@ class Plain(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
+    @override
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """Images ``(b, 3, h, w)``, times ``(b,)`` in [0, 1] and labels ``(b,)`` to a prediction
-        ``(b, 3, h, w)``.
+        """Return a prediction ``(b, 3, h, w)``.
+
+        Args:
+            x: noisy images ``(b, 3, h, w)``.
+            t: times ``(b,)`` in [0, 1].
+            label: ``(b,)`` int64; None is the null label.
         """
         if label is None:
             label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)

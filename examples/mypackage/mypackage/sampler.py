@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from torch import Tensor
+from typing_extensions import override
 
 from exact_resume.randomness import Draws
 from sturdy.diffusion.sampler import DenoiserCall, Sampler, Step, TimePoint
 
 
 class Midpoint(Sampler):
-    """Order 2: a step with the estimate at its middle; two calls of the network a step."""
+    """A method of order 2: each step uses the estimate at its middle, in two network calls."""
 
+    @override
     def integrate(
         self, estimate: DenoiserCall, x: Tensor, points: list[TimePoint], draws: Draws | None
     ) -> Iterator[Step]:

@@ -94,7 +94,7 @@ def local_world_size(cfg: DictConfig) -> int:
     if cfg.trainer.num_nodes > 1 and not is_launched():
         raise ConfigError(
             f"trainer.num_nodes={cfg.trainer.num_nodes}: start it on each machine with torchrun, "
-            f"or with srun; docs/guides/clusters.md has the lines to copy"
+            f"or with srun; docs/guides/slurm-and-clusters.md has the lines to copy"
         )
     return int(devices)
 

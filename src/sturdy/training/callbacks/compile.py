@@ -1,7 +1,7 @@
 """torch.compile for the network that trains, believed once its gradients are those of the network
 as it is written.
 
-Inductor has been seen to give wrong gradients without a word (docs/backbones.md).
+Inductor has been seen to give wrong gradients without a word (docs/measurements/backbones.md).
 """
 
 import logging
