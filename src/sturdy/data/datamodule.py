@@ -26,9 +26,9 @@ from sturdy.data.decode import MAX_PIXELS, Crop
 from sturdy.data.folder import Folder
 from sturdy.data.images import Augmented, Batch, Images, in_sequence
 from sturdy.data.options import check_choice, check_fraction, check_fraction_or_count, check_int
-from sturdy.data.progress import Progress
 from sturdy.data.source import Source
 from sturdy.data.split import BalancedPermutation, Split
+from sturdy.progress import ProgressPrinter
 
 SplitBy = Literal["count", "content"]
 
@@ -181,7 +181,7 @@ class ImageData(L.LightningDataModule):
         return self.source
 
     def _cached(self, source: Source) -> Cache:
-        with Progress("preparing images") as progress:
+        with ProgressPrinter("preparing images") as progress:
             return open_cache(
                 source, root=self.cache_root, max_broken=self.max_broken, progress=progress
             )

@@ -210,7 +210,7 @@ def report_on(cfg: DictConfig) -> None:
     four = None if labels is None else labels[:4].to(subject.device)
     walk(report, list(recipe.sampler(recipe.guided(network, labels), start, four, draws)))
     print(*said, f"the whole report is {report.write()}", sep="\n")
-    print(record(subject.run, entry, subject.config, report.numbers, subject.trust))
+    print(record(subject.run, entry, report.numbers))
 
 
 def check(options: DictConfig, name: str) -> DictConfig:

@@ -62,7 +62,6 @@ LEAVE_OUT = (
     "sturdy.data.listing",
     "sturdy.data.mend",
     "sturdy.data.options",
-    "sturdy.data.progress",
     "sturdy.data.remarks",
     "sturdy.data.source",
     "sturdy.diffusion",
