@@ -1,6 +1,6 @@
 """The main numbers of a report go into ``evaluations.csv`` of the run.
 
-The run's loggers show them when its training starts next. An error here does not cost the report.
+The run's loggers show them when it trains on; those of a finished run do not. An error here does not cost the report.
 """
 
 import csv
@@ -39,7 +39,7 @@ def record(run: Path, point: ResumePoint, numbers: Mapping[str, Any]) -> str:
     except (OSError, ValueError, csv.Error) as error:
         log.warning(f"the report's figures could not be recorded in {run}: {error}")
         return "its figures are in report.json alone"
-    return f"its figures are in {path}; loggers show them when training starts next"
+    return f"its figures are in {path}; loggers show them when the run trains on"
 
 
 def write_row(run: Path, step: int, numbers: Mapping[str, float]) -> Path:
