@@ -1,6 +1,5 @@
-"""What a run's record and its mirrors hold, read from their files."""
+"""Read a run's record and its other loggers from their files."""
 
-import csv
 import json
 import struct
 from collections import Counter
@@ -9,22 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
+from exact_resume.metrics import read_rows
+
 
 def metrics(run: Path) -> Counter[tuple[int, str, float]]:
-    """Every value of ``metrics.csv``, as the float32 that TensorBoard keeps: how often it is
-    there.
-    """
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    """Count the values of ``metrics.csv``, as the float32 that TensorBoard keeps."""
     return Counter(
         (int(row["step"]), k, np.float32(v))
-        for row in rows
+        for row in read_rows(run / "metrics.csv")
         for k, v in row.items()
         if v and k != "step"
     )
 
 
 def wandb_metrics(run: Path) -> Counter[tuple[int, str, float]]:
+    """Count the values in the one offline segment."""
     _, rows = segment(run)
     names = ("train/", "val/", "evaluation/")
     return Counter(
@@ -36,18 +34,18 @@ def wandb_metrics(run: Path) -> Counter[tuple[int, str, float]]:
 
 
 def tensorboard_metrics(run: Path) -> tuple[Counter[tuple[int, str, float]], set[int]]:
-    """The scalars, and the steps with an image."""
+    """Count the scalars, and return the steps with an image."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
-    names, pictures = events.Tags()["scalars"], events.Tags()["images"]
+    names, images = events.Tags()["scalars"], events.Tags()["images"]
     values = Counter(
         (event.step, name, np.float32(event.value))
         for name in names
         for event in events.Scalars(name)
     )
-    return values, {event.step for name in pictures for event in events.Images(name)}
+    return values, {event.step for name in images for event in events.Images(name)}
 
 
 def segment_file(run: Path) -> Path:
@@ -56,7 +54,7 @@ def segment_file(run: Path) -> Path:
 
 
 def segment(run: Path):
-    """The run record and the history rows of the one offline segment."""
+    """Return the run record and the history rows of the one offline segment."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = [Record.FromString(data) for data in frames(segment_file(run).read_bytes())]
@@ -66,6 +64,18 @@ def segment(run: Path):
     ]
     run_record = next((r.run for r in records if r.WhichOneof("record_type") == "run"), None)
     return run_record, rows
+
+
+def summaries(run: Path) -> list[dict[str, float]]:
+    """Return the updates of the summary in the one offline segment."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records = [Record.FromString(data) for data in frames(segment_file(run).read_bytes())]
+    updates = [list(r.summary.update) for r in records if r.WhichOneof("record_type") == "summary"]
+    return [
+        {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in update}
+        for update in updates
+    ]
 
 
 def frames(data: bytes, header: int = 7, block: int = 32768) -> Iterator[bytes]:

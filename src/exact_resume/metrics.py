@@ -1,23 +1,28 @@
 """``metrics.csv``, the record of a run: one row per step and one per validation.
 
-It is append-only but for one thing: when a run is entered at a step, the rows after it are cut off,
-for they will come again. Every other logger is a mirror that can be filled up from it.
+Rows are appended. When a run is resumed at a step, the rows after it are cut off, as they will come
+again. Every other logger can be filled from this file.
 """
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
+from typing_extensions import override
 
 from exact_resume.files import atomic_write, fsync
 
 
 class MetricsCSV(Logger):
-    """Rows ``step, name, name, ...`` in ``path``; an empty cell is a metric that this row does not
-    have.
+    """A table of rows ``step, name, name, ...``.
+
+    An empty cell is a metric that the row does not have.
+
+    Args:
+        path: the file; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,20 +31,25 @@ class MetricsCSV(Logger):
         self.columns = self._read_columns()
 
     @property
+    @override
     def name(self) -> str:
         return "metrics.csv"
 
     @property
+    @override
     def version(self) -> str:
         return ""
 
+    @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Hyper-parameters are in ``attempts/``."""
+        pass  # they are in ``attempts/``
 
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row; a metric that is new widens the table."""
-        row = {"step": str(step)} | {k: format_value(v) for k, v in metrics.items() if k != "epoch"}
-        if new := [k for k in row if k not in self.columns]:
+        """Append one row; a metric that is new adds a column."""
+        row = _format_row({k: v for k, v in metrics.items() if k != "epoch"}, step)
+        new = [name for name in row if name not in self.columns]
+        if new:
             rows = self.rows()
             self.columns += new
             self._rewrite(rows)
@@ -47,43 +57,42 @@ class MetricsCSV(Logger):
             csv.DictWriter(file, self.columns).writerow(row)
 
     def replace(self, metrics: Mapping[str, float], step: int, *, same: Sequence[str] = ()) -> None:
-        """Make this the last row of ``step``, in the place of those with the same values of the
-        columns ``same``.
+        """Write one row in the place of the rows of ``step`` with equal values of ``same``.
 
-        The file is written whole or not at all.
+        The file is written completely or not at all, with its rows in the order of steps.
+
+        Args:
+            metrics: values by name.
+            step: of the row.
+            same: columns that tell rows of one step apart.
         """
-        new = {"step": str(step)} | {k: format_value(v) for k, v in metrics.items()}
-        key = [new.get(k, "") for k in ("step", *same)]
-        others = [row for row in self.rows() if [row.get(k) or "" for k in ("step", *same)] != key]
-        self.columns += [k for k in new if k not in self.columns]
-        self._rewrite(sorted([*others, new], key=lambda row: int(row["step"])))
+        new = _format_row(metrics, step)
+        identity = [new.get(name, "") for name in ("step", *same)]
+        rows = []
+        for row in self.rows():
+            if [row.get(name) or "" for name in ("step", *same)] != identity:
+                rows.append(row)
+        rows.append(new)  # the newest of a step is its last one
+        self.columns += [name for name in new if name not in self.columns]
+        self._rewrite(sorted(rows, key=_step))
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows, as text; a last line that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        return [
-            row
-            for row in csv.DictReader(lines)
-            if None not in row.values() and row.get("step", "").isdigit()
-        ]
+        """Return all rows, as text; see ``read_rows``."""
+        return read_rows(self.path)
 
     def column(self, name: str) -> dict[int, float]:
-        """The metric ``name`` by step."""
-        return {int(row["step"]): float(row[name]) for row in self.rows() if row.get(name)}
+        """Return the metric ``name`` by step."""
+        return _numbers(self.rows(), name)
 
     def cut(self, step: int) -> list[dict[str, str]]:
-        """Drop the rows after ``step``; returns them."""
+        """Drop the rows after ``step``, and return them."""
         rows = self.rows()
-        after = [row for row in rows if int(row["step"]) > step]
         if self.path.exists():
-            self._rewrite([row for row in rows if int(row["step"]) <= step])
-        return after
+            self._rewrite([row for row in rows if _step(row) <= step])
+        return [row for row in rows if _step(row) > step]
 
     def sync(self) -> None:
-        """Make what was written durable."""
+        """Make the written rows durable."""
         if self.path.exists():
             with self.path.open("a") as file:
                 fsync(file.fileno())
@@ -94,7 +103,7 @@ class MetricsCSV(Logger):
         with self.path.open(newline="") as file:
             return next(csv.reader(file), [])
 
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+    def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, self.columns)
         writer.writeheader()
@@ -103,23 +112,56 @@ class MetricsCSV(Logger):
             file.write(table.getvalue().encode())
 
 
-def format_value(value: float) -> str:
-    """``value`` as it is written: with nine digits, which give a float32 back exactly."""
-    return f"{float(value):.9g}"
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a record as text, in their order; none if there is no file.
+
+    A last line that a kill has cut is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table of text.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
 
 
 def read_column(path: Path, name: str) -> dict[int, float]:
-    """Return a column of a record by step; values that are not numbers are left out."""
+    """Return a column of a record by step; values that are not numbers are left out.
+
+    A file that cannot be read is an empty one: use it for reports about a run, not for the run.
+    """
     try:
-        with path.open(newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]  # a kill may cut the last one
-        rows = list(csv.DictReader(lines))
-    except (OSError, ValueError, csv.Error):
+        return _numbers(read_rows(path), name)
+    except (OSError, ValueError):
         return {}
+
+
+def format_value(value: float) -> str:
+    """Return ``value`` with nine digits, from which a float32 is read back exactly."""
+    return f"{float(value):.9g}"
+
+
+def _format_row(metrics: Mapping[str, float], step: int | None) -> dict[str, str]:
+    return {"step": str(step)} | {name: format_value(value) for name, value in metrics.items()}
+
+
+def _step(row: Mapping[str, str]) -> int:
+    return int(row["step"])
+
+
+def _numbers(rows: Iterable[Mapping[str, str]], name: str) -> dict[int, float]:
+    """Return the column ``name`` by step, without cells that are not numbers."""
     found = {}
     for row in rows:
         try:
-            found[int(row["step"])] = float(row[name])
-        except (KeyError, TypeError, ValueError):
+            found[_step(row)] = float(row.get(name) or "")
+        except ValueError:
             continue
     return found

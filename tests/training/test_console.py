@@ -8,9 +8,10 @@ import sys
 def test_a_terminal_of_ascii_loses_no_line(tmp_path):
     program = f"""if True:
         from pathlib import Path
-        from exact_resume.attempt import CONSOLE, log_to
-        log_to(Path({str(tmp_path)!r}), 0)
-        CONSOLE.info("cr\\xe8me 10, caf\\xe9 8")
+        import logging
+        from exact_resume.attempt import configure_logging
+        configure_logging(Path({str(tmp_path)!r}), 0)
+        logging.getLogger("sturdy").info("cr\\xe8me 10, caf\\xe9 8")
     """
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

@@ -1,5 +1,6 @@
-"""The mirrors hold what ``metrics.csv`` holds, each row once, after a SIGKILL and a resume; read
-from their files.
+"""Loggers hold each row of ``metrics.csv`` once, after a SIGKILL and a resume.
+
+All is read from the loggers' files.
 """
 
 import json
@@ -9,9 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from mirrors import metrics, segment, segment_file, tensorboard_metrics, wandb_metrics
+from mirrors import (
+    metrics,
+    segment,
+    segment_file,
+    summaries,
+    tensorboard_metrics,
+    wandb_metrics,
+)
 from runs import kill_at, train
-from sturdy.training.loggers.evaluations import keep
+from sturdy.evaluation.record import write_row
 from sturdy.training.loggers.tensorboard import Tensorboard
 from sturdy.training.loggers.wandb import Wandb, has_key
 
@@ -28,8 +36,8 @@ def runs(nobody, tmp_path_factory):
     kill_at(tmp, "killed", 2, BOTH)
     kill_at(tmp, "killed", 8, BOTH)
     shutil.copytree(tmp / "runs" / "killed", tmp / "runs" / "at the kill", symlinks=True)
-    keep(tmp / "runs" / "killed", 3, {"evaluation/kid": 0.25})
-    keep(
+    write_row(tmp / "runs" / "killed", 3, {"evaluation/kid": 0.25})
+    write_row(
         tmp / "runs" / "killed", 12, {"evaluation/kid": 0.125}
     )  # of the future, for a start at an earlier step
     resumed = train(tmp, "killed", BOTH)
@@ -133,6 +141,18 @@ def test_a_key_is_found_in_the_environment_and_in_netrc(nobody, tmp_path):
         assert has_key()
 
 
+def test_reports_about_steps_that_a_server_has_go_into_its_summary(nobody, tmp_path):
+    """The history of wandb cannot be changed once it has gone on."""
+    logger = Wandb(directory=tmp_path)
+    logger.start()
+    logger.first_step = 5
+    for step in (3, 4, 6):
+        logger.write(step, {"train/loss": 1.0, "evaluation/kid": step / 8}, {})
+    logger.close(True)
+    assert [row["_step"] for row in segment(tmp_path)[1]] == [6]
+    assert summaries(tmp_path)[:2] == [{"evaluation/kid": 0.375}, {"evaluation/kid": 0.5}]
+
+
 def test_tensorboard_missing_says_how_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     with pytest.raises(ImportError, match=r"pip install 'sturdy-diffusion\[tensorboard\]'"):
@@ -150,8 +170,8 @@ def test_a_mirror_that_fails_does_not_stop_the_run(tmp_path):
     again = Tensorboard(directory=tmp_path / "tensorboard")
     again.refill(rows, {2: tmp_path / "nowhere.png"})
     again.finalize("success")
-    assert not mirror.works
-    assert not again.works  # the picture
+    assert not mirror.healthy
+    assert not again.healthy  # the picture
     whole = Tensorboard(directory=tmp_path / "tensorboard")
     whole.refill(rows, {})
     whole.finalize("success")

@@ -121,7 +121,9 @@ def tasks():
 def slept():
     '''How often the second thread has gone to sleep in 50 loops.'''
     status = Path(f"/proc/self/task/{worker}/status")
-    count = lambda: int(status.read_text().split("nonvoluntary")[0].split("voluntary_ctxt_switches:")[1])
+    def count():
+        voluntary, _ = status.read_text().split("nonvoluntary")
+        return int(voluntary.split("voluntary_ctxt_switches:")[1])
     before = count()
     for _ in range(50):
         numbers.add_(1)

@@ -27,9 +27,9 @@ from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.checks import check_choice, check_fraction, check_fraction_or_count, check_int
 from sturdy.data.folder import Folder
 from sturdy.data.images import AugmentedBatch, Batch, ImageDataset
-from sturdy.data.progress import Progress
 from sturdy.data.source import Source
 from sturdy.data.split import BalancedPermutation, Order, Split
+from sturdy.progress import ProgressPrinter
 
 SplitBy = Literal["count", "content"]
 
@@ -266,7 +266,7 @@ class ImageData(L.LightningDataModule):
         return source
 
     def _open_source(self, source: Source) -> Cache:
-        with Progress("preparing images") as progress:
+        with ProgressPrinter("preparing images") as progress:
             return open_cache(
                 source, root=self.cache_root, max_broken=self.max_broken, progress=progress
             )

@@ -114,7 +114,7 @@ def write_report(cfg: DictConfig) -> None:
 
     path = report.write()
     print(table, *report.verdicts, f"the whole report is {path}", sep="\n")
-    print(record(run.directory, run.point, run.config, report.numbers, run.trust))
+    print(record(run.directory, run.point, report.numbers))
     if options.summary is not None:
         write_json(Path(options.summary), summary_row(report.numbers))
 

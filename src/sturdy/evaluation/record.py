@@ -1,118 +1,84 @@
-"""The figures of a report go into the run's ``evaluations.csv``, and from there to its loggers.
+"""The main numbers of a report go into ``evaluations.csv`` of the run.
 
-At once, if nobody trains; else the next start of training fills them up. Nothing in here can cost
-the report.
+The run's loggers show them when it trains on; those of a finished run do not. An error here does not
+cost the report.
 """
 
+import csv
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
-from exact_resume.replay import ReplayLogger, recorded_rows
+from exact_resume.files import lock_file
+from exact_resume.metrics import MetricsCSV
+from exact_resume.replay import EVALUATIONS
 from exact_resume.resume import ResumePoint
-from exact_resume.run import AlreadyRunningError, Run
-from sturdy.training.loggers.evaluations import keep
-from sturdy.trust import Trust
 
 log = logging.getLogger(__name__)
-TRUST_NONE = Trust()
+
+# With the step, these columns tell one row from another.
+IDENTITY = ("evaluation/n", "evaluation/seed")
 
 
-def figures(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """The most important of a report's ``numbers``, as ``evaluation/kid`` and so on.
+def record(run: Path, point: ResumePoint, numbers: Mapping[str, Any]) -> str:
+    """Record the main numbers of a report.
 
-    Distances and shares are against the held-out images, ``worst_difference`` is in points of a
-    hundred.
+    Args:
+        run: the directory of the run.
+        point: the checkpoint that was evaluated.
+        numbers: of the report.
+
+    Returns:
+        A line that says where they are.
     """
-    found = {k: numbers[k] for k in ("n", "seed") if k in numbers} | numbers["quality"][
-        "held_out_samples"
-    ]
-    found |= {
-        f"copies_{space}": numbers[f"memorisation_{space}"]["copies"]
-        for space in ("pixels", "features")
-    }
+    if point.state.parent.parent.resolve() != (run / "checkpoints").resolve():
+        return f"its figures are not recorded: {point.state} is no checkpoint of {run}"
+    try:
+        path = write_row(run, point.step, main_numbers(numbers))
+    except (OSError, ValueError, csv.Error) as error:
+        log.warning(f"the report's figures could not be recorded in {run}: {error}")
+        return "its figures are in report.json alone"
+    return f"its figures are in {path}; loggers show them when the run trains on"
+
+
+def write_row(run: Path, step: int, numbers: Mapping[str, float]) -> Path:
+    """Write one row of ``evaluations.csv``, in the place of an older one with equal ``IDENTITY``.
+
+    Args:
+        run: the directory of the run.
+        step: of the checkpoint.
+        numbers: values by name.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it cannot be read.
+    """
+    path = run / EVALUATIONS
+    with path.with_name(f".{EVALUATIONS}.lock").open("a") as held:
+        lock_file(held, wait=True)  # another report may end at the same time
+        MetricsCSV(path).replace(numbers, step, same=IDENTITY)
+    return path
+
+
+def main_numbers(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Return the most important of a report's numbers, as ``evaluation/kid`` and so on.
+
+    Distances and fractions are relative to the held-out images. ``worst_difference`` is in
+    percentage points.
+    """
+    found = {name: numbers[name] for name in ("n", "seed") if name in numbers}
+    found |= numbers["quality"]["held_out_samples"]
+    for space in ("pixels", "features"):
+        found[f"copies_{space}"] = numbers[f"memorisation_{space}"]["copies"]
     if "class_accuracy" in numbers:
         found["class_accuracy"] = numbers["class_accuracy"]["all"]
     if "frequencies" in numbers:
-        found["worst_difference"] = max(
-            100 * abs(f["samples"] - f["truth"]) for f in numbers["frequencies"]
-        )
-    return {
-        f"evaluation/{name}": float(value) for name, value in found.items() if math.isfinite(value)
-    }
-
-
-def record(
-    run: Path,
-    entry: ResumePoint,
-    config: Mapping[str, Any],
-    numbers: Mapping[str, Any],
-    trust: Trust = TRUST_NONE,
-) -> str:
-    """Record what a report on ``entry``, a checkpoint of ``run`` with this ``config``, found; says
-    where, in a line.
-    """
-    if entry.state.parent.parent.resolve() != (run / "checkpoints").resolve():
-        return f"its figures are not recorded: {entry.state} is no checkpoint of {run}"
-    try:
-        said = f"its figures are in {keep(run, entry.step, figures(numbers))}"
-        mirrors = mirrors_of(config, run, trust, entry.state)
-        return said + shown(mirrors, run, config["trainer"]["max_steps"]) if mirrors else said
-    except AlreadyRunningError:
-        return (
-            f"{said}; the run is being trained, so its loggers show them when training starts next"
-        )
-    except (OSError, ValueError) as error:
-        log.warning(f"the report's figures could not be recorded in {run}: {error}")
-        return "its figures are in report.json alone"
-
-
-def shown(mirrors: list[ReplayLogger], run: Path, max_steps: int) -> str:
-    """Fill up ``mirrors`` and say which show the run now.
-
-    Raises:
-        AlreadyRunningError: if the run is being trained.
-    """
-    with Run(run).lock(brief=True):
-        rows, pictures = recorded_rows(run)
-        finished = any(int(row["step"]) >= max_steps for row in rows)
-        names = [
-            mirror.name for mirror in mirrors if mirror.show(rows, pictures, finished=finished)
-        ]
-    return f", and in {' and '.join(names)}" if names else ""
-
-
-def mirrors_of(
-    config: Mapping[str, Any],
-    run: Path,
-    trust: Trust = TRUST_NONE,
-    state: Path = Path("the checkpoint"),
-) -> list[ReplayLogger]:
-    """Those of the ``config`` of checkpoint ``state``, as far as they are trusted and lie in the
-    run's directory.
-
-    The run may have been copied or moved since; what lies elsewhere may belong to another one by
-    now.
-    """
-    home, found = os.path.normpath(Path(config["paths"]["runs"]) / config["name"]), []
-    for name, node in (config.get("logger") or {}).items():
-        try:
-            trust.check(state, config, [f"logger.{name}"])
-            there = Path(os.path.normpath(node["directory"]))
-            if not there.is_relative_to(home):
-                raise ValueError(f"its directory {there} is not in that of the run")
-            mirror = instantiate(
-                {**node, "directory": str(run / there.relative_to(home))}, _convert_="all"
-            )
-        except Exception as error:  # a logger may raise whatever it likes
-            log.warning(f"logger.{name} does not show the figures: {error.__cause__ or error}")
-            continue
-        if isinstance(mirror, ReplayLogger):
-            mirror.log_hyperparams(config)
-            found.append(mirror)
-    return found
+        differences = [abs(f["samples"] - f["truth"]) for f in numbers["frequencies"]]
+        found["worst_difference"] = 100 * max(differences)
+    finite = {name: float(value) for name, value in found.items() if math.isfinite(value)}
+    return {f"evaluation/{name}": value for name, value in finite.items()}

@@ -12,6 +12,7 @@ from PIL import Image
 from typing_extensions import override
 
 from exact_resume import distributed
+from exact_resume.callbacks import before_evaluation
 from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.denoiser import Guided
@@ -87,13 +88,19 @@ class SampleGrids(Callback):
 
     def draw(self, module: Any) -> Image.Image:
         """Draw the grid with the EMA of ``module``, a ``DiffusionModule``."""
-        denoiser = module.ema.model
-        classes = denoiser.num_classes
+        average = module.ema.model
+        denoiser = average
+        classes = average.num_classes
         draws = Draws(key(self.seed, "samples"), range(self.n))
         noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
         labels = None
         if classes:
             labels = torch.arange(self.n, device=module.device) % classes
             denoiser = Guided(denoiser, **(self.guidance or {"scale": 1.0}))
-        x0 = sample(self.sampler, denoiser, noise, labels, draws, clip=module.space.clip)
+        # Between two calls of the network, a signal is honoured.
+        hook = average.register_forward_pre_hook(lambda *_: before_evaluation(module.trainer))
+        try:
+            x0 = sample(self.sampler, denoiser, noise, labels, draws, clip=module.space.clip)
+        finally:
+            hook.remove()
         return grid(module.space.decode(x0), columns=class_columns(self.n, classes))

@@ -1,7 +1,6 @@
-"""torch.compile for the network that trains, believed once its gradients are those of the network
-as it is written.
+"""Compile the network that trains, and compare its gradients with those without compilation.
 
-Inductor has been seen to give wrong gradients without a word (docs/measurements/backbones.md).
+Inductor has given wrong gradients without an error (docs/measurements/backbones.md).
 """
 
 import logging
@@ -13,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from typing_extensions import override
 
 from exact_resume.distributed import rank
 from exact_resume.randomness import reseed
@@ -25,24 +25,27 @@ REL_TOL = 0.1  # of a gradient's norm: bfloat16 is off by some hundredths, a wro
 
 
 class Compile(Callback):
-    """Compiles ``module.denoiser.backbone`` at the first batch, with that batch's shape; the
-    averages stay as they are.
+    """Compiles ``module.denoiser.backbone`` at the first batch, for that batch's shape.
 
-    It takes a minute or more. Masks of dropout stay the same, and no kernel is chosen by how fast
-    it was.
+    The averages are not compiled. It takes a minute or more. Masks of dropout stay the same, and no
+    kernel is chosen by its measured speed.
 
     Raises:
-        ConfigError: at that batch, if gradients differ, with the names of the first that do.
+        ConfigError: at the first batch, if gradients differ; it names some of them.
     """
 
+    def __init__(self) -> None:
+        self.is_compiled = False
+
+    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
         backbone = pl_module.denoiser.backbone
-        # torch's own mark
-        if backbone._compiled_call_impl is not None:  # type: ignore[attr-defined]
+        if self.is_compiled:
             return
+        self.is_compiled = True
         if rank() == 0:
             log.info("compiling the network, which takes a minute or more")
         from torch._inductor import config as inductor  # seconds of imports, for those who compile
@@ -57,22 +60,21 @@ class Compile(Callback):
             backbone.compile(dynamic=False)
             found, _ = pl_module.shard_gradients(shard, part)
         names = [name for name, _ in pl_module.denoiser.named_parameters()]
-        if wrong := [
-            name
-            for name, a, b in zip(names, expected, found, strict=True)
-            if gradients_differ(a, b)
-        ]:
+        pairs = zip(names, expected, found, strict=True)
+        wrong = [name for name, a, b in pairs if gradients_differ(a, b)]
+        if wrong:
             raise ConfigError(
                 f"trainer.compile=true: compiled, {len(wrong)} of {len(names)} parameters get "
-                f"other gradients, such as "
-                f"{', '.join(wrong[:3])}. Nothing was trained with them; set trainer.compile=false"
+                f"other gradients, such as {', '.join(wrong[:3])}. Nothing was trained with them; "
+                f"set trainer.compile=false"
             )
 
 
 @contextmanager
 def perturbed_parameters(network: nn.Module) -> Iterator[None]:
-    """Inside, no parameter is zero: what starts so has no gradient that could be wrong. Afterwards
-    all is as before.
+    """Add noise to all parameters, and restore them afterwards.
+
+    A layer that starts at zero has a gradient of zero, which would hide an error.
     """
     reseed("awake")
     before = [p.detach().clone() for p in network.parameters()]
@@ -84,5 +86,5 @@ def perturbed_parameters(network: nn.Module) -> Iterator[None]:
 
 
 def gradients_differ(a: Tensor, b: Tensor) -> bool:
-    """By more than rounding; NaN differs from everything."""
+    """Return whether gradients differ by more than rounding; NaN differs from everything."""
     return not (a - b).norm() <= REL_TOL * a.norm()

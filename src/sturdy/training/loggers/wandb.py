@@ -1,43 +1,43 @@
-"""Weights & Biases, in ``runs/<name>/wandb``: offline unless a key is configured, and it never asks
-for one.
+"""Weights & Biases, in ``runs/<name>/wandb``: offline unless a key is configured.
 
-A run keeps its id in its directory, and beside it where that directory is: a copy gets an id of its
-    own. Online, a
-resumed run goes on where the server's history ends, and what a report says of a step before is in
-the run's summary, the newest step's. Offline, each start writes a segment that begins with all rows
-so far and replaces the segments of the starts before; ``wandb sync`` uploads it. A branch that was
-left (``abandoned/``) stays a run of its own.
+It never asks for a key. A run keeps its wandb id in its directory, and beside the id the path of
+that directory, so that a copied run gets an id of its own.
+
+Online, a resumed run continues where the server's history ends. Reports about older steps go into
+the summary of the wandb run. Offline, each start writes a segment that begins with all rows so far
+and replaces the segments of earlier starts; ``wandb sync`` uploads it. An archived branch of the
+run (``abandoned/``) stays a wandb run of its own.
 """
 
 import logging
 import os
 import secrets
 import shutil
-import sys
 from collections.abc import Mapping
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from typing_extensions import override
+
+from exact_resume.files import atomic_write
 from exact_resume.replay import ReplayLogger
 
 log = logging.getLogger(__name__)
 
-CLOUD = (
-    "api.wandb.ai",
-    "api.forge.coreweave.com",
-)  # the service's own hosts, by its older and its newer name
+# The service's own hosts, by its older and its newer name.
+CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 
 
 class Wandb(ReplayLogger):
-    """Rows, sample grids and the resolved config as a run of Weights & Biases, with our step as its
-    step.
+    """Rows, sample grids and the resolved config, with our step as wandb's step.
 
     Args:
         directory: ``runs/<name>``.
-        project, entity, run_name: where and as what the run is shown; ``entity`` None is the key's
-            own.
+        project: of wandb.
+        entity: of wandb; None for the default of the key.
+        run_name: the name that wandb shows.
     """
 
     def __init__(
@@ -49,116 +49,117 @@ class Wandb(ReplayLogger):
         run_name: str | None = None,
     ) -> None:
         super().__init__()
-        self.directory, self.project, self.entity, self.run_name = (
-            Path(directory).resolve(),
-            project,
-            entity,
-            run_name,
-        )
+        self.directory = Path(directory).resolve()
+        self.project = project
+        self.entity = entity
+        self.run_name = run_name
         self.run: Any = None
-        self.older: list[Path] = []
+        self.older: list[Path] = []  # segments of earlier starts
 
+    @override
     def start(self) -> None:
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # no telemetry; read when wandb is imported
-        os.environ.setdefault(
-            "WANDB_FINISH_TIMEOUT", "60"
-        )  # seconds; a preempted run must not wait for a network
+        # No telemetry; wandb reads this when it is imported.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        # Seconds: a preempted run must not wait for a network.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         import wandb
 
-        silent = wandb.Settings(silent=True, console="off", init_timeout=30)
-        mode = wandb.setup(silent).settings.mode
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        mode = wandb.setup(settings).settings.mode
         if mode == "online" and "WANDB_MODE" not in os.environ and not has_key():
             mode = "offline"
         run_id = self._run_id()
         self.older = [*self.directory.glob(f"wandb/offline-run-*-{run_id}*")]
-
-        def init(mode: Any) -> Any:
-            return wandb.init(
-                project=self.project,
-                entity=self.entity,
-                name=self.run_name,
-                dir=self.directory,
-                id=run_id,
-                mode=mode,
-                resume=None
-                if mode in ("offline", "dryrun")
-                else "allow",  # a segment replaces what was uploaded
-                config=self.config,
-                allow_val_change=True,
-                settings=silent,
-            )
-
         try:
-            self.run = init(mode)
+            self.run = self._init(run_id, mode, settings)
         except wandb.Error as error:
             log.warning(f"wandb is not reached, so this start is recorded offline: {error}")
             wandb.teardown()  # its service still holds the id
-            wandb.setup(silent)
-            self.run = init("offline")
-        self.first = self.run.starting_step  # the server has the steps before it, and keeps them
-        if not (
-            self.live or self.run.offline
-        ):  # its history is training's to write, which may have more to say
-            self.first, self.older = sys.maxsize, []
+            wandb.setup(settings)
+            self.run = self._init(run_id, "offline", settings)
+        self.first_step = self.run.starting_step  # the server already has earlier steps
         self.segment = Path(self.run.dir).parent
-        where = (
-            f"offline; to upload, wandb sync {self.segment}" if self.run.offline else self.run.url
-        )
-        log.info(f"wandb: {where or mode}")
+        if self.run.offline:
+            log.info(f"wandb: offline; to upload, wandb sync {self.segment}")
+        else:
+            log.info(f"wandb: {self.run.url or mode}")
 
+    @override
     def write(
-        self, step: int, values: Mapping[str, float], pictures: Mapping[str, list[str]]
+        self, step: int, values: Mapping[str, float], images: Mapping[str, list[str]]
     ) -> None:
         import wandb
 
-        if step < self.first:
-            if figures := {
-                key: value for key, value in values.items() if key.startswith("evaluation/")
-            }:
-                self.run.summary.update(figures)
+        if step < self.first_step:
+            reported = {k: v for k, v in values.items() if k.startswith("evaluation/")}
+            if reported:
+                self.run.summary.update(reported)
             return
-        images = {key: [wandb.Image(path) for path in paths] for key, paths in pictures.items()}
-        self.run.log({**values, **images}, step=step, commit=True)
+        shown = {name: [wandb.Image(path) for path in paths] for name, paths in images.items()}
+        self.run.log({**values, **shown}, step=step, commit=True)
         if self.older:
             length = _length(self.segment)
             self._remove([old for old in self.older if _length(old) <= length])
 
+    @override
     def close(self, finished: bool) -> None:
         if self.run:
             import wandb
 
             self.run.finish(exit_code=0 if finished else 1)
-            # when its service has left, the segment is whole; at finish it may not be
+            # The segment is complete only when wandb's service has ended.
             wandb.teardown()
             self.run = None
             self._remove(self.older)
 
-    def _run_id(self) -> str:
-        """Made once for the run, and once more for each branch it left: what was uploaded cannot be
-        rewound.
+    def _init(self, run_id: str, mode: Any, settings: Any) -> Any:
+        import wandb
 
-        A copied run gets another one, so that it does not write into the run of its original.
+        # Offline, a segment replaces the rows that were uploaded.
+        resume = None if mode in ("offline", "dryrun") else "allow"
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            name=self.run_name,
+            dir=self.directory,
+            id=run_id,
+            mode=mode,
+            resume=resume,  # type: ignore[arg-type]
+            config=self.config,
+            allow_val_change=True,
+            settings=settings,
+        )
+
+    def _run_id(self) -> str:
+        """Return the id of the run's current branch; make one if it has none.
+
+        Uploaded rows cannot be taken back, so each archived branch leads to a new id. A copied run
+        gets a new one, too, so that it does not write into the wandb run of its original.
         """
         branch = sum(1 for _ in self.directory.glob("abandoned/*"))
-        file, home = self.directory / "wandb" / f"id-{branch}", self.directory / "wandb" / "home"
-        origin = self._origin(home, file)
-        if origin:
-            log.info(f"wandb: {self.directory} is a copy of {origin}, so it gets an id of its own")
-        if origin or not file.exists():
+        folder = self.directory / "wandb"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"id-{branch}"
+        home = folder / "home"
+        original = self._original(home, file)
+        if original:
+            log.info(
+                f"wandb: {self.directory} is a copy of {original}, so it gets an id of its own"
+            )
+        if original or not file.exists():
             _write(file, secrets.token_hex(4))
         _write(home, str(self.directory))
         return file.read_text()
 
-    def _origin(self, home: Path, file: Path) -> Path | None:
-        """The directory that this one is a copy of, if that is still there with the same id; a
-        moved one has none.
+    def _original(self, home: Path, file: Path) -> Path | None:
+        """Return the directory that this one was copied from; None if it was moved.
+
+        The original is still in its place, with the same id.
         """
         try:
-            origin = Path(home.read_text())
-            same = (origin / "wandb" / file.name).read_text() == file.read_text()
-            return origin if same and not origin.samefile(self.directory) else None
+            original = Path(home.read_text())
+            same_id = (original / "wandb" / file.name).read_text() == file.read_text()
+            return original if same_id and not original.samefile(self.directory) else None
         except (OSError, ValueError):
             return None
 
@@ -168,19 +169,12 @@ class Wandb(ReplayLogger):
             shutil.rmtree(segment, ignore_errors=True)
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 def has_key() -> bool:
-    """Whether a key is configured, in the environment or in netrc for wandb's host."""
+    """Return whether a key is configured, in the environment or in netrc for wandb's host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     base = os.environ.get("WANDB_BASE_URL")
-    hosts = (urlsplit(base).netloc,) if base else CLOUD
+    hosts = (urlsplit(base).netloc,) if base else CLOUD_HOSTS
     try:
         known = netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).hosts
     except (OSError, NetrcParseError):
@@ -188,6 +182,11 @@ def has_key() -> bool:
     return any(host in known for host in hosts)
 
 
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def _length(segment: Path) -> int:
-    """Bytes of a segment's rows on disk; wandb holds back up to 32 KiB."""
+    """Return the bytes of a segment's rows on disk; wandb holds back up to 32 KiB."""
     return sum(file.stat().st_size for file in segment.glob("run-*.wandb"))

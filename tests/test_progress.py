@@ -8,14 +8,14 @@ import pty
 
 import pytest
 
-from sturdy.data.progress import Progress
+from sturdy.progress import ProgressPrinter
 
 
 def terminal(tell):
     """What ``tell(progress)`` puts on a terminal."""
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as stream:
-        tell(Progress("reading", stream=stream, patience=0.0))
+        tell(ProgressPrinter("reading", stream=stream, patience=0.0))
         stream.write("END")
     shown = b""
     with os.fdopen(master, "rb", buffering=0) as screen:
@@ -26,7 +26,7 @@ def terminal(tell):
 
 def test_a_job_that_takes_no_time_says_nothing():
     file = io.StringIO()
-    with Progress("reading", stream=file) as progress:
+    with ProgressPrinter("reading", stream=file) as progress:
         for done in range(101):
             progress(done, 100)
     assert file.getvalue() == ""
@@ -34,7 +34,7 @@ def test_a_job_that_takes_no_time_says_nothing():
 
 def test_whole_lines_in_a_file():
     file = io.StringIO()
-    with Progress("reading", stream=file, patience=0.0, pace=1e9) as progress:
+    with ProgressPrinter("reading", stream=file, patience=0.0, interval=1e9) as progress:
         for done in (0, 400, 1200):
             progress(done, 1200)
     first, last = file.getvalue().splitlines()
@@ -45,7 +45,7 @@ def test_whole_lines_in_a_file():
 def test_one_line_in_place_on_a_terminal():
     def tell(progress):
         with progress:
-            progress.pace = 0.0
+            progress.interval = 0.0
             for done in (0, 600, 1200):
                 progress(done, 1200)
 
