@@ -1,7 +1,7 @@
 """The main numbers of a report go into ``evaluations.csv`` of the run.
 
-The run's loggers show them when it trains on; those of a finished run do not. An error here does not
-cost the report.
+The run's loggers show them when it trains on; those of a finished run do not. An error here does
+not cost the report.
 """
 
 import csv
