@@ -95,8 +95,8 @@ def test_runs_where_files_cannot_be_locked(tmp_path):
     done = train(tmp_path, "run", sabotage="without-locks", code=2)
     assert "error: paths.runs: " in done.stderr
     assert (
-        "runs/run is on a file system that cannot lock files: use a local disk; docs/guides/storage.md"
-        in done.stderr
+        "runs/run is on a file system that cannot lock files: use a local disk; "
+        "docs/guides/storage.md" in done.stderr
     )
     assert done.stderr.count("\n") == 1
 

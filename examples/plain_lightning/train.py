@@ -72,7 +72,9 @@ def main(home: str = "runs/spirals", max_steps: int = 400) -> int:
     L.seed_everything(0, verbose=False)
     module = Classifier(max_steps)
     training = ExactTraining(  # exact_resume
-        home, config={"lr": module.lr, "max_steps": max_steps}, checkpoint=Checkpoint(every_n_train_steps=50)
+        home,
+        config={"lr": module.lr, "max_steps": max_steps},
+        checkpoint=Checkpoint(every_n_train_steps=50),
     )
     data = PositionData(spirals(4000, 1), spirals(400, 2), batch_size=32)  # exact_resume
     trainer = L.Trainer(

@@ -54,7 +54,7 @@ def init_process_group(accelerator: str = "cpu") -> None:
     address = f"tcp://{launcher.main_address}:{launcher.main_port}"
     with peer_errors():
         store, *_ = next(rendezvous(address, this_rank, processes, timeout=TIMEOUT))
-        own_store = dist.PrefixStore(store_prefix(processes), store)  # type: ignore[attr-defined]
+        own_store = dist.PrefixStore(store_prefix(processes), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             store=own_store,
@@ -69,8 +69,8 @@ def store_prefix(processes: int) -> str:
 
     The store of torchrun lives as long as torchrun and still has the addresses of the start before,
     so the number of restarts tells the starts apart. But each torchrun counts only the failures of
-    its own processes, so on several machines these numbers differ. There (docs/guides/slurm-and-clusters.md) rank 0
-    opens a new store at every start, as it does under ``supervise``.
+    its own processes, so on several machines these numbers differ. There rank 0 opens a new store
+    at every start, as it does under ``supervise`` (docs/guides/slurm-and-clusters.md).
     """
     new_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False"
     start = "0" if new_store else os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -1,0 +1,1 @@
+"""The template: train image diffusion models whose training run cannot be lost."""

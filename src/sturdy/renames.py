@@ -22,6 +22,8 @@ def _global_mixer_into_example(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+CALLBACKS = "sturdy.training.callbacks"
+
 RENAMED[1] = Renamed(
     targets={
         "sturdy.data.module": "sturdy.data.datamodule",
@@ -31,8 +33,8 @@ RENAMED[1] = Renamed(
         "sturdy.training.callbacks.guard.Guard": "exact_resume.callbacks.nan_guard.NanGuard",
         "sturdy.training.callbacks.watchdog": "exact_resume.callbacks.watchdog",
         "sturdy.training.callbacks.samples.Samples": "sturdy.sampling.grid_callback.SampleGrids",
-        "sturdy.training.callbacks.snapshots.Snapshots": "sturdy.training.callbacks.ema_snapshots.EMASnapshots",
-        "sturdy.training.callbacks.waiting.Waiting": "sturdy.training.callbacks.thread_waiting.ThreadWaiting",
+        f"{CALLBACKS}.snapshots.Snapshots": f"{CALLBACKS}.ema_snapshots.EMASnapshots",
+        f"{CALLBACKS}.waiting.Waiting": f"{CALLBACKS}.thread_waiting.ThreadWaiting",
     },
     weights={
         "ema.others": "ema.extra_averages",

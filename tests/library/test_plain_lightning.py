@@ -111,7 +111,8 @@ def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
     assert "Run the same command to continue" in output
     other = (
         "import sys; sys.argv = ['x']; sys.path.insert(0, sys.argv.pop() and "
-        f"{str(SCRIPT.parent)!r}); import train; train.Classifier.__init__.__defaults__ = (400, 1e-2); "
+        f"{str(SCRIPT.parent)!r}); import train; "
+        "train.Classifier.__init__.__defaults__ = (400, 1e-2); "
         f"train.main({str(home)!r})"
     )
     done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60)

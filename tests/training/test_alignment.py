@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_module import batch, fit, save
-from tiny_module import make as unaligned
 from torch import nn
 
 from exact_resume.checkpoint.store import Store, load_state
@@ -23,6 +21,8 @@ from sturdy.training.alignment import Alignment
 from sturdy.training.build import load_module
 from sturdy.training.init_from import find_source, init_from
 from sturdy.training.module import DiffusionModule
+from tiny_module import batch, fit, save
+from tiny_module import make as unaligned
 from worlds import World, finish
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)

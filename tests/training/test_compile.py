@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from tiny_module import Backbone, fit, make
 
 from runs import differences, kill_at, losses, train
 from sturdy.errors import ConfigError
 from sturdy.training.callbacks.compile import Compile
+from tiny_module import Backbone, fit, make
 
 
 class Traced(Backbone):

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
-from tiny_module import Stream, batch, make, trainer
 from torch.utils.data import DataLoader
 
 from exact_resume.attempt import IGNORED_WARNINGS
@@ -35,6 +34,7 @@ from sturdy.sampling.grid_callback import SampleGrids
 from sturdy.training.callbacks.progress import Progress
 from sturdy.training.memory import describe_out_of_memory
 from sturdy.training.session import lock_run, stopped_here_before
+from tiny_module import Stream, batch, make, trainer
 
 
 class Raising(Callback):

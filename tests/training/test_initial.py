@@ -10,7 +10,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tiny_module import fit, save
 from torch import nn
 
 from exact_resume.checkpoint.store import MANIFEST, STATE, Store, load_state
@@ -21,6 +20,7 @@ from sturdy.training.ema import PowerEMA
 from sturdy.training.init_from import differing_weights, find_source, init_from
 from sturdy.training.match_weights import class_change, match
 from sturdy.training.module import DiffusionModule
+from tiny_module import fit, save
 
 DIT = ["backbone=dit", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
 LABEL = "backbone.condition.label.weight"

@@ -1,7 +1,6 @@
 """A latent space and a text condition are one class each: nothing else changes for them."""
 
 import torch
-from tiny_module import batch, fit
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,6 +17,7 @@ from sturdy.diffusion import (
     sample,
 )
 from sturdy.training.module import DiffusionModule
+from tiny_module import batch, fit
 
 CAPTIONS = 3
 TABLE = torch.randn(CAPTIONS + 1, 5, 8, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tiny_module import fit, make, save
 from torch import nn
 
 from runs import ROOT
@@ -27,6 +26,7 @@ from sturdy.training.optimizer_state import (
     state_by_index,
     state_by_name,
 )
+from tiny_module import fit, make, save
 
 
 def test_constant_warms_up_and_stays():

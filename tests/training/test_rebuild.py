@@ -8,11 +8,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tiny_module import fit, save
 
 from exact_resume.checkpoint.store import load_state
 from runs import ROOT, SMALL_UNET
 from sturdy.training.build import build_module, load_module
+from tiny_module import fit, save
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_module import CLASSES, SGD, Backbone, batch, fit, make, save, trainer
 from torch.utils.data import DataLoader
 
 from exact_resume.checkpoint.store import load_state
@@ -12,6 +11,7 @@ from exact_resume.randomness import Draws, key
 from sturdy.diffusion import Denoiser, Objective, RectifiedFlow, Velocity
 from sturdy.training.ema import EMA
 from sturdy.training.module import DiffusionModule
+from tiny_module import CLASSES, SGD, Backbone, batch, fit, make, save, trainer
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01)
 

@@ -1,0 +1,1 @@
+"""Training: the LightningModule, its averages and optimizer, and one start of a run."""

@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from exact_resume import distributed
 from exact_resume.attempt import configure_logging, describe_attempt
 from exact_resume.callbacks.watchdog import arm_start_watchdog
+from exact_resume.checkpoint.schema import SchemaError
 from exact_resume.checkpoint.store import (
     CheckpointLoadError,
     CorruptCheckpointError,
     NoValidCheckpointError,
 )
-from exact_resume.checkpoint.schema import SchemaError
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
 from exact_resume.failures import is_out_of_memory
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback
-from tiny_module import Stream, make, trainer
 from torch.utils.data import DataLoader
 
 from exact_resume.callbacks.watchdog import Watchdog
+from tiny_module import Stream, make, trainer
 
 
 class Slow(Callback):

@@ -6,6 +6,7 @@ from pathlib import Path
 from exact_resume.metrics import MetricsCSV, read_rows
 from exact_resume.replay import recorded_rows
 from exact_resume.resume import ResumePoint
+from exact_resume.run import Run
 from sturdy.evaluation.record import main_numbers, record, write_row
 
 FORK = multiprocessing.get_context("fork")
@@ -102,3 +103,16 @@ def test_nothing_costs_the_report(tmp_path, caplog):
     assert record(run, point(run, 4), NUMBERS) == "its figures are in report.json alone"
     (run / "evaluations.csv").write_text("step,evaluation/kid\n3,much\n")
     assert recorded_rows(run)[0] == read_rows(run / "metrics.csv")
+
+
+def test_an_archived_branch_takes_its_reports_along(tmp_path):
+    home = make_run(tmp_path)
+    write_row(home, 2, {"evaluation/kid": 0.5})
+    write_row(home, 4, {"evaluation/kid": 0.25})
+    run = Run(home)
+    run.archive_newer(point(home, 2))  # no later checkpoint: reports stay
+    assert list(table(home)) == [2, 4]
+    (home / "checkpoints" / "step-00000004").mkdir(parents=True)
+    run.archive_newer(point(home, 2))
+    assert list(table(home)) == [2]
+    assert table(home / "abandoned" / "001") == {4: {"evaluation/kid": 0.25}}

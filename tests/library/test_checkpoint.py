@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_module import Stream, batch, fit, make, save, trainer
 from torch.utils.data import DataLoader
 
 from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.record import Record
 from exact_resume.checkpoint.store import SCORE, Store
 from exact_resume.metrics import MetricsCSV
+from tiny_module import Stream, batch, fit, make, save, trainer
 
 NAN, INF = float("nan"), float("inf")
 

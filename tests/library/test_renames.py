@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_module import fit, make, save
 
 from exact_resume.checkpoint import schema
 from exact_resume.checkpoint.renames import RENAMED, Renamed, rename_state
 from exact_resume.checkpoint.store import load_state
+from tiny_module import fit, make, save
 
 OLD = Renamed(
     weights={"backbone.inlet": "backbone.into"},

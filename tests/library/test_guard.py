@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from tiny_module import Stream, batch, make, trainer
 from torch.utils.data import DataLoader
 
 from exact_resume.callbacks.checkpoint import Checkpoint
@@ -24,6 +23,8 @@ from exact_resume.signals import EXIT_RESUMABLE, Preemption
 from exact_resume.skips import NonFiniteLossError, SkipLog
 from runs import differences, kill_at, losses, train
 from sturdy.data.datamodule import folder_data
+from sturdy.data.images import Batch
+from tiny_module import Stream, batch, make, trainer
 
 # in batches of 8: the very first, then two in a row, which both would make step 6
 POISON = "poison:3,50,57"
@@ -263,7 +264,7 @@ class Data(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
         x, label, positions = batch
-        return self.spoil(x, int(positions[0]) // 8 + 1), label, positions
+        return Batch(self.spoil(x, int(positions[0]) // 8 + 1), label, positions)
 
     def names(self, positions):
         return [f"image {int(p)}" for p in positions]
