@@ -1,7 +1,7 @@
 """Fit a checkpoint to a module whose config was changed on purpose since."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -24,16 +24,16 @@ from sturdy.training.optimizer_state import (
     state_by_name,
 )
 
-if TYPE_CHECKING:  # it imports this module
-    from sturdy.training.module import DiffusionModule
 
-
-def adapt_checkpoint(checkpoint: dict[str, Any], module: "DiffusionModule") -> list[str]:
-    """Change ``checkpoint`` so that ``module`` can load it; return a line for each difference.
+def adapt_checkpoint(checkpoint: dict[str, Any], module: Any) -> list[str]:
+    """Change ``checkpoint`` so that a ``DiffusionModule`` can load it.
 
     The rows of label tables, and their optimizer state, follow the names of the classes. Another
     kind of optimizer starts with an empty state. If alignment was switched off, its projection and
     its encoder are removed.
+
+    Returns:
+        A line for each difference.
 
     Raises:
         CheckpointLoadError: the weights are of another network; the message names the first.
@@ -54,7 +54,7 @@ def adapt_checkpoint(checkpoint: dict[str, Any], module: "DiffusionModule") -> l
 
 def _adapt_weights(
     checkpoint: dict[str, Any],
-    module: "DiffusionModule",
+    module: Any,
     then: Mapping[str, Any],
     now: Mapping[str, Any],
 ) -> list[str | None]:
@@ -91,7 +91,7 @@ def _state_of_classes(
 
 def _adapt_optimizer(
     checkpoint: dict[str, Any],
-    module: "DiffusionModule",
+    module: Any,
     then: Mapping[str, Any],
     now: Mapping[str, Any],
 ) -> list[str | None]:
