@@ -118,6 +118,25 @@ def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
     assert "momentum" in state["denoiser.backbone.first.weight"], "of the optimizer of its own"
 
 
+@pytest.mark.parametrize(
+    ("name", "words_of_it"),
+    [
+        ("space", ["space=squares", "backbone=dit", "backbone.heads=2", "backbone.width=16"]),
+        ("condition", ["condition=class_vector", "backbone=reader"]),
+    ],
+)
+def test_its_space_and_its_condition_train_resume_and_sample(outside, words, name, words_of_it):
+    words = [*words, *words_of_it, "trainer.max_steps=6"]
+    train(outside, name, base=words)
+    kill_at(outside, f"killed-{name}", 4, base=words)
+    assert "resumed from step" in train(outside, f"killed-{name}", base=words).stdout
+    assert differences(outside, name, f"killed-{name}") == []
+    options = ["sample.n=2", "sampler.steps=2", "guidance.scale=3"]
+    through(outside, "sample", PLACE, f"run={name}", *options)
+    images = sorted((outside / "runs" / name / "pictures").glob("0*.png"))
+    assert [Image.open(path).size for path in images] == [(16, 16)] * 2
+
+
 def test_its_code_is_in_the_promise(outside, words, once):
     """A changed comment is bitwise; a changed helper of the backbone is refused, and named, until
     it is undone.

@@ -46,8 +46,38 @@ class Plain(nn.Module):
         """
         if label is None:
             label = torch.full(t.shape, self.num_classes, dtype=torch.int64, device=t.device)
-        condition = self.time(t[:, None]) + self.label(label)
+        return self.predict(x, self.time(t[:, None]) + self.label(label))
+
+    def predict(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return a prediction ``(b, 3, h, w)``.
+
+        Args:
+            x: noisy images ``(b, 3, h, w)``.
+            embedding: of everything else that the network is told, ``(b, width)``.
+        """
         h = self.first(x)
         for block in self.blocks:
-            h = block(h, condition)
+            h = block(h, embedding)
         return self.last(h)
+
+
+class Reader(Plain):
+    """The same network, told a vector instead of a label.
+
+    Args:
+        dim: numbers in a vector.
+        width: as in ``Plain``.
+        depth: as in ``Plain``.
+        dropout: as in ``Plain``.
+    """
+
+    def __init__(
+        self, *, dim: int = 8, width: int = 32, depth: int = 4, dropout: float = 0.0
+    ) -> None:
+        super().__init__(width=width, depth=depth, dropout=dropout)
+        self.vector = nn.Linear(dim, width)
+
+    @override
+    def forward(self, x: Tensor, t: Tensor, vector: Tensor) -> Tensor:  # type: ignore[override]
+        """Return a prediction ``(b, 3, h, w)``; ``vector`` is ``(b, dim)``."""
+        return self.predict(x, self.time(t[:, None]) + self.vector(vector))
