@@ -46,8 +46,14 @@ class MetricsCSV(Logger):
 
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row; a metric that is new adds a column."""
-        row = _format_row({k: v for k, v in metrics.items() if k != "epoch"}, step)
+        """Append one row; a metric that is new adds a column.
+
+        Rows come from the callback ``Record``. Those that Lightning logs by itself have an
+        ``epoch`` and are ignored: they number the steps in another way.
+        """
+        if "epoch" in metrics:
+            return
+        row = _format_row(metrics, step)
         new = [name for name in row if name not in self.columns]
         if new:
             rows = self.rows()
