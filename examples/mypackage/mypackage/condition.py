@@ -16,8 +16,11 @@ class ClassVector(Condition):
     Args:
         label: ``(b,)`` int64 in [0, num_classes]; num_classes is the null label.
         num_classes: number of classes.
-        augmentation: how the images were augmented; this condition does not tell it.
+        augmentation: must be None, as this condition does not tell it.
         dim: numbers in a vector.
+
+    Raises:
+        ValueError: the images are augmented.
     """
 
     def __init__(
@@ -28,6 +31,8 @@ class ClassVector(Condition):
         *,
         dim: int = 8,
     ) -> None:
+        if augmentation is not None:
+            raise ValueError("condition=class_vector does not tell the network of data.augment")
         rows = [torch.randn(dim, generator=generator("vector", k)) for k in range(num_classes)]
         table = torch.stack([*rows, torch.zeros(dim)]).to(label.device)
         super().__init__(table[label])

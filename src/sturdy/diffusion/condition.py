@@ -21,7 +21,7 @@ class Condition(ABC):
 
     A subclass defines ``drop`` and ``arguments``. A text condition, for example, keeps the
     embeddings of the captions' tokens ``(b, n, d)``, and ``drop`` puts those of the empty caption
-    in their place.
+    in their place. The option of ``condition=`` makes it from labels (``Denoiser.make_condition``).
 
     Args:
         rows: tensors with a row for each sample, the first of which is not None.
@@ -32,7 +32,11 @@ class Condition(ABC):
 
     @abstractmethod
     def drop(self, mask: Tensor) -> Self:
-        """Return the condition with the null condition where ``mask`` ``(b,)`` is True."""
+        """Return the condition with the null condition where ``mask`` is True.
+
+        Args:
+            mask: ``(b,)`` bool on the CPU; move it to the device of the rows.
+        """
 
     @abstractmethod
     def arguments(self) -> tuple[Tensor | None, ...]:

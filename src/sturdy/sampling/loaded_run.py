@@ -16,10 +16,11 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from exact_resume.checkpoint.store import NoValidCheckpointError
+from exact_resume.fingerprint import content_hash
 from exact_resume.resume import ResumePoint, ResumeRefusedError, read_resume_point
 from exact_resume.system import available_cpus
 from sturdy.errors import describe
-from sturdy.training.build import load_module
+from sturdy.training.build import SAMPLING_PARTS, load_module
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
@@ -99,8 +100,27 @@ def open_run(cfg: DictConfig) -> LoadedRun:
             f"settings as sampler.steps=..., guidance.scale=... and so on",
             flush=True,
         )
+    check_files(point)
     module = load_module(point.state, content, trust=trust, training=False)
     return LoadedRun(directory, point, module.to(device).eval(), device, trust)
+
+
+def check_files(point: ResumePoint) -> None:
+    """Check that the files that the network reads are those that the run was trained with.
+
+    Raises:
+        ValueError: a file is gone, or its content changed; the message names the config key.
+    """
+    then = point.manifest.get("fingerprint", {})
+    for key, sha256 in then.get("files", {}).items():
+        path = then.get("config", {}).get(key)
+        if key.partition(".")[0] not in SAMPLING_PARTS or path is None:
+            continue
+        found = content_hash(Path(path).expanduser())
+        if found is None:
+            raise ValueError(f"{key}: {path}, which the run was trained with, is not there")
+        if found != sha256:
+            raise ValueError(f"{key}: the content of {path} is not what the run was trained with")
 
 
 def find_run(runs: Path, word: str, ckpt_path: str | int | None = "last") -> Path:

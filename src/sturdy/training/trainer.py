@@ -141,8 +141,16 @@ def dry_run_forward(module: DiffusionModule, size: int) -> None:
         ValueError: the image does not fit the backbone, or the optimizer refuses.
     """
     check_optimizer(module.make_optimizer, module)
-    with torch.no_grad():
-        module.ema.model(torch.zeros(1, *module.space.shape(size)), torch.full((1,), 0.5), None)
+    x = torch.zeros(1, *module.space.shape(size))
+    try:
+        with torch.no_grad():
+            module.ema.model(x, torch.full((1,), 0.5), None)
+    except (TypeError, RuntimeError, IndexError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"the backbone does not take what space and condition give: {reason}. Choose backbone=, "
+            f"space= and condition= that go together"
+        ) from error
 
 
 def load_alignment_encoder(
