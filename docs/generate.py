@@ -4,6 +4,7 @@
     python docs/generate.py --check  # exit code 1 if a page is not up to date
 
 - ``docs/reference/config.md``: every key of ``conf/``, with its default and its comment.
+- ``docs/concepts/checkpoint-format.md``: the table of ``exact_resume.checkpoint.schema``.
 - ``docs/**/*.md``: a code block under the name of a file, which is that file: a path in
   ``examples/mypackage``, or one that begins with ``examples/``.
 """
@@ -14,12 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from exact_resume.checkpoint.schema import markdown_table
+
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 EXAMPLE = ROOT / "examples" / "mypackage"
 SCRIPTS = ("train", "sample", "evaluate")
 SKIPPED_GROUPS = ("hydra",)
 CODE_BLOCK = re.compile(r"^`([\w/.]+)`:?\n\n```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
+SCHEMA = re.compile(r"(<!-- schema: state\.ckpt -->
+)
+(?:\|[^
+]*
+)*
+?")
 KEY_LINE = re.compile(r"( *)(\w+):(?: +(.*?))?(?: +# (.*))?")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 INTRODUCTION = """# All config keys
@@ -59,7 +68,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     config = ROOT / "docs" / "reference" / "config.md"
     yield config, config_page()
     for path in sorted(set((ROOT / "docs").rglob("*.md")) - {config}):
-        yield path, CODE_BLOCK.sub(lambda match: code_block(match[1]), path.read_text())
+        text = CODE_BLOCK.sub(lambda match: code_block(match[1]), path.read_text())
+        yield path, SCHEMA.sub(lambda match: f"{match[1]}\n{markdown_table().strip()}\n\n", text)
 
 
 def code_block(name: str) -> str:

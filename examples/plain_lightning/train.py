@@ -69,7 +69,7 @@ def spirals(n: int, seed: int) -> TensorDataset:
 
 def main(home: str = "runs/spirals", max_steps: int = 400) -> int:
     """Train, or continue; return the exit code."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(0, verbose=False)  # the first weights follow from a seed
     module = Classifier(max_steps)
     training = ExactTraining(  # exact_resume
         home,

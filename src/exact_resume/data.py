@@ -7,17 +7,21 @@ PyTorch's generators were seeded from (seed, position). So neither the number of
 they had prefetched when the process died changes a sample.
 """
 
+import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from exact_resume.permutation import FeistelPermutation, InfiniteBatchSampler
 from exact_resume.randomness import key, reseed
+
+DIGEST_SAMPLES = 64
 
 
 class PositionDataset(Dataset[Any]):
@@ -64,8 +68,8 @@ class PositionData(L.LightningDataModule):
         batch_size: samples of one batch over all processes together.
         seed: of the order and of the samples' randomness.
         num_workers: processes that read batches ahead.
-        digest: identifies the data; other data are then another trajectory. By default the
-            numbers of samples.
+        digest: identifies the data; other data are then another trajectory. By default it is of
+            the number of samples and of ``DIGEST_SAMPLES`` of them.
         loader_options: further options of the ``DataLoader``, such as ``collate_fn``.
     """
 
@@ -86,15 +90,18 @@ class PositionData(L.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.digest = digest or f"{len(train)} and {len(val) if val is not None else 0} samples"
+        self.digest = digest or f"{digest_samples(train)} {digest_samples(val)}"
         self.loader_options = loader_options
+        self.start_step = 0  # where this training began
+        self.start_position = 0
 
     @property
     def position(self) -> int:
         """The number of samples that the optimizer steps so far have used."""
         trainer = self.trainer
         assert trainer is not None
-        return trainer.global_step * trainer.accumulate_grad_batches * self.batch_size
+        steps = trainer.global_step - self.start_step
+        return self.start_position + steps * trainer.accumulate_grad_batches * self.batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the endless stream from the current position on."""
@@ -119,8 +126,14 @@ class PositionData(L.LightningDataModule):
         return self._loader(self.val, batch_size=self.batch_size)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position, which is saved with a checkpoint."""
-        return {"position": self.position}
+        """Return the step and the position, which are saved with a checkpoint."""
+        assert self.trainer is not None
+        return {"step": self.trainer.global_step, "position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue at the position of a checkpoint."""
+        self.start_step = state_dict["step"]
+        self.start_position = state_dict["position"]
 
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -132,3 +145,30 @@ class PositionData(L.LightningDataModule):
             **options,
             **self.loader_options,
         )
+
+
+def digest_samples(dataset: Any) -> str:
+    """Hash the length of a dataset and some of its samples, spread evenly; "" for None.
+
+    Tensors and arrays count by their bytes, anything else by its ``repr``.
+    """
+    if dataset is None:
+        return ""
+    total = hashlib.sha256(str(len(dataset)).encode())
+    samples = PositionDataset(dataset, seed=0)
+    for i in range(min(DIGEST_SAMPLES, len(dataset))):
+        _update(total, samples[i * len(dataset) // DIGEST_SAMPLES])
+    return total.hexdigest()[:16]
+
+
+def _update(total: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    if isinstance(value, list | tuple):
+        for item in value:
+            _update(total, item)
+    elif isinstance(value, Tensor | np.ndarray):
+        array = np.ascontiguousarray(value)
+        total.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    else:
+        total.update(repr(value).encode())

@@ -24,6 +24,7 @@ from exact_resume.attempt import configure_logging, describe_attempt
 from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
+from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.code_hash import code_hashes, file_hash, imports
 from exact_resume.data import PositionData
@@ -32,6 +33,7 @@ from exact_resume.randomness import reseed
 from exact_resume.resume import (
     LastStart,
     ResumePoint,
+    ResumeRefusedError,
     Rules,
     check_compatibility,
     describe_guarantee,
@@ -39,8 +41,9 @@ from exact_resume.resume import (
     resolve_checkpoint,
     resolve_repeated,
 )
-from exact_resume.run import Run
+from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
+from exact_resume.supervisor import EXIT_REFUSED
 
 
 class Reseed(Callback):
@@ -148,13 +151,23 @@ class ExactTraining:
             ckpt_path: ``auto``, ``last``, ``best``, a step, a path, or None to start afresh.
 
         Returns:
-            0 if it is finished, 75 if a signal stopped it and the same command continues it.
-
-        Raises:
-            ResumeRefusedError: the trajectory changed; nothing was changed.
-            AlreadyRunningError: another process trains in this directory.
-            NoValidCheckpointError: there are checkpoints, and none of them verifies.
+            The exit code: 0 finished, 2 refused (the trajectory changed, another process trains
+            in this directory, or no checkpoint verifies; nothing was changed), 75 stopped by a
+            signal and saved: the same command continues it.
         """
+        try:
+            return self._fit(trainer, module, data, ckpt_path)
+        except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_REFUSED
+
+    def _fit(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        data: PositionData,
+        ckpt_path: str | None,
+    ) -> int:
         self.preemption.install(training=False)
         lock = self.run.lock() if distributed.rank() == 0 else None
         word = resolve_repeated(ckpt_path, self.run.home, self.run.store, restart=False)

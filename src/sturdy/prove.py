@@ -309,7 +309,7 @@ def are_equal(once: Run, other: Run) -> bool:
     if names:
         line += f"{len(names)} values differ, such as\n    {min(names, key=len)};\n    "
     else:
-        line += "every tensor equal; "
+        line += "every value equal; "
     if divergence:
         step, column = divergence
         line += f"first difference at step {step}, {column}"

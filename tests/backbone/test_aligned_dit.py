@@ -6,7 +6,7 @@ from tiny import awake, dit
 from torch.nn import functional as F
 
 import sturdy.renames  # noqa: F401  (fills in the names of older versions)
-from exact_resume.checkpoint.schema import modern
+from exact_resume.checkpoint.renames import rename_state
 from examples.cars.backbone import AlignedDiT, GlobalMixer, cosines, spectrum
 
 
@@ -92,7 +92,7 @@ def test_checkpoints_of_older_versions_have_todays_names():
             name = name.replace(new, old) if name.startswith(new) else name
         weights[f"denoiser.backbone.{name}"] = value
     dit_config = {"_target_": "sturdy.backbone.dit.DiT", "width": 16, "image_size": 8}
-    state = modern({"state_dict": weights, "config": {"backbone": dit_config | {"whole": 4}}}, 2)
+    state = rename_state({"state_dict": weights, "config": {"backbone": dit_config | {"whole": 4}}})
     today = {f"denoiser.backbone.{name}" for name in aligned().state_dict()}
     assert set(state["state_dict"]) == today
     assert state["config"]["backbone"] == {
@@ -101,5 +101,5 @@ def test_checkpoints_of_older_versions_have_todays_names():
         "global_units": 4,
         "image_size": 8,
     }
-    plain = modern({"config": {"backbone": dit_config | {"whole": 0}}}, 2)["config"]["backbone"]
+    plain = rename_state({"config": {"backbone": dit_config | {"whole": 0}}})["config"]["backbone"]
     assert plain == {"_target_": "sturdy.backbone.dit.DiT", "width": 16}

@@ -255,7 +255,10 @@ def test_mistakes_are_told_before_anything_is_submitted(cluster):
 
 
 def test_the_batch_script_is_in_the_documentation():
-    assert f"```bash\n{BATCH}```" in (mini.ROOT / "docs" / "running.md").read_text()
+    assert (
+        f"```bash\n{BATCH}```"
+        in (mini.ROOT / "docs" / "guides" / "slurm-and-clusters.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])

@@ -10,7 +10,6 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,7 +19,6 @@ from PIL import Image
 from exact_resume.metrics import MetricsCSV
 from exact_resume.randomness import generator
 from exact_resume.resume import ResumePoint, ResumeRefusedError
-from mirrors import tensorboard_metrics
 from runs import ROOT, train
 from runs import SMALL as SMALL_RUN
 from sturdy.cli.overrides import check_composed
@@ -133,14 +131,6 @@ def test_its_figures_are_recorded_with_the_run(run):
     assert found["class_accuracy"] == pytest.approx(numbers["class_accuracy"]["all"])
     assert found["worst_difference"] > 0
     assert str(home / "evaluations.csv") in done.stdout
-    pytest.importorskip("tensorboard")
-    assert "and in tensorboard" in done.stdout
-    assert (3, "evaluation/kid", np.float32(row["evaluation/kid"])) in tensorboard_metrics(home)[0]
-    assert {step for step, name, _ in tensorboard_metrics(home)[0] if name == "train/loss"} == {
-        1,
-        2,
-        3,
-    }
 
 
 def test_more_pictures_are_added_to_those_there_are(run, again):

@@ -152,14 +152,21 @@ def test_what_a_run_needs_to_continue_is_named_if_it_is_missing(name, tmp_path):
         trainer.strategy.checkpoint_io.load_checkpoint(tmp_path / "part.ckpt")
 
 
-def test_what_is_marked_is_compared():
+def test_everything_is_compared_but_what_is_excepted():
     a = {"state_dict": {"w": torch.ones(1)}, "queue": [1], "loops": {"x": 1}}
     b = {"state_dict": {"w": torch.ones(1)}, "queue": [2], "loops": {"x": 2}}
+    assert diff_checkpoints(a, b) == ["queue/0"], "of a module that is not imported here"
     declare(Entry("queue", list, "samples that wait", written_by="Stock"))
+    assert diff_checkpoints(a, b) == ["queue/0"]
+    del STATE_ENTRIES["queue"]
+    declare(Entry("queue", list, "samples that wait", written_by="Stock", compared=False))
     assert diff_checkpoints(a, b) == []
     del STATE_ENTRIES["queue"]
-    declare(Entry("queue", list, "samples that wait", written_by="Stock", compared=True))
-    assert diff_checkpoints(a, b) == ["queue/0"]
+    nan, zero = {"x": float("nan")}, {"x": 0.0}
+    assert diff_checkpoints(nan, dict(nan)) == []
+    assert diff_checkpoints(zero, {"x": -0.0}) == ["x"]
+    assert diff_checkpoints({"x": None}, {}) == ["x"]
+    assert diff_checkpoints({"callbacks": {"A": {"n": 1}}}, {"callbacks": {"A": {"n": 2}}})
 
 
 @pytest.mark.parametrize("table", [STATE_ENTRIES, MANIFEST_ENTRIES])
@@ -167,4 +174,6 @@ def test_the_table_for_the_docs_has_a_row_for_each_entry(table):
     head, rule, *rows = markdown_table(table).splitlines()
     assert [row.split("`")[1] for row in rows] == list(table)
     assert all(row.count("|") == rule.count("|") == head.count("|") for row in rows)
-    assert schema.compared_entries()[:3] == ["state_dict", "optimizer_states", "global_step"]
+    for name in ("state_dict", "optimizer_states", "callbacks", "of a module not imported here"):
+        assert schema.is_compared(name)
+    assert not schema.is_compared("config"), "it holds the name of the run"

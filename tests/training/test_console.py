@@ -10,7 +10,7 @@ def test_a_terminal_of_ascii_loses_no_line(tmp_path):
         from pathlib import Path
         import logging
         from exact_resume.attempt import configure_logging
-        configure_logging(Path({str(tmp_path)!r}), 0)
+        configure_logging(Path({str(tmp_path)!r}), 0, ["sturdy"])
         logging.getLogger("sturdy").info("cr\\xe8me 10, caf\\xe9 8")
     """
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -1,12 +1,13 @@
 """Compare two checkpoints or two records bit by bit, and name what differs."""
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from exact_resume.checkpoint.schema import compared_entries
+from exact_resume.checkpoint.schema import is_compared
 
 ABSENT = object()  # equals nothing else, not even None
 
@@ -19,11 +20,13 @@ def diff_checkpoints(
     Args:
         a: the content of a ``state.ckpt``.
         b: the content of another.
-        parts: the entries to compare; without it, those that the schema marks as compared.
+        parts: the entries to compare; by default all but those that the schema excepts.
     """
-    parts = [*(compared_entries() if parts is None else parts)]
-    left = dict(_flatten({part: a.get(part) for part in parts}))
-    right = dict(_flatten({part: b.get(part) for part in parts}))
+    if parts is None:
+        parts = [name for name in a.keys() | b.keys() if is_compared(name)]
+    chosen = set(parts)
+    left = dict(_flatten({name: value for name, value in a.items() if name in chosen}))
+    right = dict(_flatten({name: value for name, value in b.items() if name in chosen}))
     names = left.keys() | right.keys()
     return sorted(k for k in names if not _same(left.get(k, ABSENT), right.get(k, ABSENT)))
 
@@ -58,6 +61,8 @@ def first_divergence(
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+    if isinstance(a, float) and isinstance(b, float):
+        return struct.pack("d", a) == struct.pack("d", b)  # as for tensors: NaN equals itself
     return type(a) is type(b) and bool(a == b)
 
 

@@ -2,14 +2,17 @@
 
     save      refuses an entry that is not declared here, or that has another type
     load      names a required entry that is missing
-    compare   compares the entries that are marked as compared, bit by bit
+    compare   compares every entry bit by bit, unless it is declared with ``compared=False``
     docs      show ``markdown_table()``
 
-To add a value to the checkpoint, declare it once, in the module that writes it:
+To add a value to the checkpoint, declare it once, in the module of the class that writes it:
 
-    schema.declare(Entry("queue", list, "samples that wait", written_by="MyCallback"))
+    from exact_resume.checkpoint.schema import Entry, declare
+    declare(Entry("queue", list, "samples that wait", written_by="MyCallback"))
 
-and write it in ``on_save_checkpoint(checkpoint)``: ``checkpoint["queue"] = self.queue``.
+A callback writes it in ``on_save_checkpoint(trainer, module, checkpoint)``, with
+``checkpoint["queue"] = self.queue``, and reads it in ``on_load_checkpoint`` with the same
+arguments. A LightningModule has the same two hooks, with ``checkpoint`` alone.
 
 Only the top level is declared; the writer of an entry decides what lies below it. Everything is a
 tensor or a primitive, at any depth, so that loading never executes code.
@@ -48,7 +51,7 @@ class Entry:
     meaning: str
     written_by: str
     required: bool = False
-    compared: bool = False
+    compared: bool = True
 
 
 def _by_name(*entries: Entry) -> dict[str, Entry]:
@@ -66,41 +69,41 @@ PRECISION = Entry(
     meaning="the scale of the loss in half precision")
 
 STATE_ENTRIES = _by_name(
-    Entry("state_dict", dict, written_by="Lightning", required=True, compared=True,
+    Entry("state_dict", dict, written_by="Lightning", required=True,
           meaning="weights and averages by name"),
-    Entry("optimizer_states", list, written_by="Lightning", required=True, compared=True,
+    Entry("optimizer_states", list, written_by="Lightning", required=True,
           meaning="the state of each optimizer"),
-    Entry("global_step", int, written_by="Lightning", required=True, compared=True,
+    Entry("global_step", int, written_by="Lightning", required=True,
           meaning="optimizer steps done"),
-    Entry("lr_schedulers", list, written_by="Lightning", required=True, compared=True,
+    Entry("lr_schedulers", list, written_by="Lightning", required=True,
           meaning="the state of each learning rate scheduler"),
-    Entry("loops", dict, written_by="Lightning", required=True,
+    Entry("loops", dict, written_by="Lightning", required=True, compared=False,
           meaning="progress of Lightning's loops"),
-    Entry("pytorch-lightning_version", str, written_by="Lightning", required=True,
+    Entry("pytorch-lightning_version", str, written_by="Lightning", required=True, compared=False,
           meaning="the version that wrote the file; Lightning migrates older ones"),
-    Entry("epoch", int, written_by="Lightning",
+    Entry("epoch", int, written_by="Lightning", compared=False,
           meaning="epochs done; an endless epoch counts as one"),
     Entry("callbacks", dict, written_by="Lightning",
           meaning="the state of each callback"),
     DATA_MODULE,
     PRECISION,
-    Entry("hyper_parameters", dict, written_by="save_hyperparameters",
+    Entry("hyper_parameters", dict, written_by="save_hyperparameters", compared=False,
           meaning="arguments of the module"),
-    Entry("hparams_name", str, written_by="save_hyperparameters",
+    Entry("hparams_name", str, written_by="save_hyperparameters", compared=False,
           meaning="the argument of the module that holds them"),
-    Entry("datamodule_hyper_parameters", dict, written_by="save_hyperparameters",
+    Entry("datamodule_hyper_parameters", dict, written_by="save_hyperparameters", compared=False,
           meaning="arguments of the data module"),
-    Entry("datamodule_hparams_name", str, written_by="save_hyperparameters",
+    Entry("datamodule_hparams_name", str, written_by="save_hyperparameters", compared=False,
           meaning="the argument of the data module that holds them"),
-    Entry("averaging_state", dict, written_by="Lightning's WeightAveraging", compared=True,
+    Entry("averaging_state", dict, written_by="Lightning's WeightAveraging",
           meaning="the progress of weight averaging"),
-    Entry("current_model_state", dict, written_by="Lightning's WeightAveraging", compared=True,
+    Entry("current_model_state", dict, written_by="Lightning's WeightAveraging",
           meaning="the weights that are being averaged"),
-    Entry("format", int, written_by="StoreCheckpointIO",
+    Entry("format", int, written_by="StoreCheckpointIO", compared=False,
           meaning="the version of the names in this file"),
-    Entry("config", dict | None, written_by="the application",
+    Entry("config", dict | None, written_by="the application", compared=False,
           meaning="the resolved config; the module can be rebuilt from it"),
-    Entry("init_from", dict, written_by="the application",
+    Entry("init_from", dict, written_by="the application", compared=False,
           meaning="path and SHA-256 of the checkpoint that the run began from"),
 )
 
@@ -150,9 +153,10 @@ def check_declared(content: Mapping[str, Any], table: Mapping[str, Entry] = STAT
         entry = table.get(name) or _entry_of_class(name)
         if entry is None:
             raise SchemaError(
-                f"the checkpoint has an entry {name!r} that its schema does not declare. Add "
-                f"one line to the module that writes it: exact_resume.checkpoint.schema.declare("
-                f"Entry({name!r}, {type(value).__name__}, 'its meaning', written_by='its writer'))"
+                f"the checkpoint has an entry {name!r} that its schema does not declare. Add to "
+                f"the module that writes it: from exact_resume.checkpoint.schema import Entry, "
+                f"declare; declare(Entry({name!r}, {type(value).__name__}, 'its meaning', "
+                f"'its writer'))"
             )
         if not isinstance(value, entry.type):
             raise SchemaError(
@@ -191,9 +195,13 @@ def missing_entries(
     return [entry.name for entry in table.values() if entry.required and entry.name not in content]
 
 
-def compared_entries() -> list[str]:
-    """Return the names of the entries that are compared bit by bit."""
-    return [entry.name for entry in STATE_ENTRIES.values() if entry.compared]
+def is_compared(name: str) -> bool:
+    """Return whether the entry ``name`` of two equal runs must be equal.
+
+    An entry that this process does not know is compared: its module may not be imported here.
+    """
+    entry = STATE_ENTRIES.get(name)
+    return entry is None or entry.compared
 
 
 def markdown_table(table: Mapping[str, Entry] = STATE_ENTRIES) -> str:

@@ -78,7 +78,11 @@ class InitialState:
             x0 = image_to_image(
                 sampler, denoiser, noise, start, self.strength, labels, draws, clip=clip
             )
-        return self.space.decode(x0)
+        drawn = self.space.decode(x0)
+        if self.mask is None:
+            return drawn
+        # A space may lose details: the pixels outside the mask are those of the image.
+        return torch.where(self.mask.to(drawn.device), drawn, images)
 
     def _latent_mask(self, x0: Tensor) -> Tensor:
         """Return the mask at the resolution of ``x0``: a cell with any white is drawn anew."""

@@ -21,6 +21,7 @@ from exact_resume.resume import ResumePoint, ResumeRefusedError, read_resume_poi
 from exact_resume.system import available_cpus
 from sturdy.errors import describe
 from sturdy.training.build import SAMPLING_PARTS, load_module
+from sturdy.training.fingerprint import SPACE_KEY
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
@@ -102,6 +103,9 @@ def open_run(cfg: DictConfig) -> LoadedRun:
         )
     check_files(point)
     module = load_module(point.state, content, trust=trust, training=False)
+    trained_with = point.manifest.get("fingerprint", {}).get("config", {}).get(SPACE_KEY, "")
+    if point.manifest and module.space.key() != trained_with:
+        raise ValueError("space: its weights are not those that the run was trained with")
     return LoadedRun(directory, point, module.to(device).eval(), device, trust)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from exact_resume.code_hash import code_hashes, targets
 from exact_resume.fingerprint import PACKAGES, Fingerprint, file_hashes, fingerprint, matches
 
+SPACE_KEY = "space.key"  # in the fingerprint's config: which weights encode and decode
+
 # The modules that compute every run, whatever its config names.
 ENGINE = (
     "sturdy.training.module",
@@ -47,7 +49,12 @@ COMPUTES = (
 
 
 def run_fingerprint(
-    config: Mapping[str, Any], data: str, gradients: str, *, ignore: Iterable[str]
+    config: Mapping[str, Any],
+    data: str,
+    gradients: str,
+    *,
+    ignore: Iterable[str],
+    space: str = "",
 ) -> Fingerprint:
     """Take the fingerprint of a run.
 
@@ -56,6 +63,7 @@ def run_fingerprint(
         data: digest of the data. It stands for the source of the images and its files, too.
         gradients: how gradients are summed (``exact_resume.reduction.reduction_id``).
         ignore: keys that cannot change a weight; code and files that they name do not count.
+        space: the key of the space (``Space.key``); empty if it has no weights.
     """
     ignore = [*ignore, "data.source", "init_from"]
     now = fingerprint(config, data, gradients)
@@ -68,6 +76,9 @@ def run_fingerprint(
         leave_out=[*ignore, "data", "callbacks", "logger"],  # the last two name what they write
         written=[runs / str(config["name"]), cache_folder],
     )
+    if space:
+        config = now.config | {SPACE_KEY: space}
+        return Fingerprint(config, data, code, now.stack, files)
     return Fingerprint(now.config, data, code, now.stack, files)
 
 

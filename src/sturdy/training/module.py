@@ -83,6 +83,11 @@ class DiffusionModule(L.LightningModule):
         self.alignment = alignment(denoiser.backbone) if alignment else None
         self.objective = objective
         self.space = space or Pixels()
+        if isinstance(self.space, nn.Module):
+            raise ValueError(
+                f"space: {type(self.space).__name__} is an nn.Module, so that its weights would "
+                f"enter the checkpoints; hold the network in a plain attribute of a Space"
+            )
         self.make_optimizer = optimizer
         self.learning_rate = learning_rate
         self.clip = clip

@@ -167,12 +167,12 @@ class Session:
         torch.set_num_threads(self.cfg.trainer.threads)
         self._open_data()
         config: dict[str, Any] = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
-        now = self._take_fingerprint(config)
-        guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
         # Parts that do not go together are refused before anything is promised.
         with distributed.rank_zero_first(), as_config_error():
             self.module = build_module(config)
-            dry_run_forward(self.module, self.data.image_size)
+            dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
+        now = self._take_fingerprint(config)
+        guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
         attempt = distributed.run_on_rank_zero(self.run.next_attempt)
         configure_logging(attempt, distributed.rank(), PACKAGES)
         if distributed.rank() == 0:
@@ -329,7 +329,13 @@ class Session:
         cfg = self.cfg
         mode = reduction_mode(cfg)
         gradients = reduction_id(cfg.data.shards, distributed.world_size(), mode)
-        now = run_fingerprint(config, self.data.digest, gradients, ignore=cfg.resume.ignore)
+        now = run_fingerprint(
+            config,
+            self.data.digest,
+            gradients,
+            ignore=cfg.resume.ignore,
+            space=self.module.space.key(),
+        )
         everywhere = distributed.all_gather_object((now.code, now.data))
         distributed.run_on_rank_zero(lambda: check_processes_agree(everywhere))
         return now

@@ -22,6 +22,7 @@ from exact_resume.checkpoint.store import load_state
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.failures import tolerate_errors
 from exact_resume.fingerprint import Fingerprint
+from exact_resume.randomness import Draws
 from exact_resume.reduction import (
     AllReduce,
     GradientReducer,
@@ -35,6 +36,7 @@ from exact_resume.run import Run
 from exact_resume.signals import Preemption
 from exact_resume.supervisor import is_launched
 from exact_resume.system import available_cpus
+from sturdy.diffusion.space import Space
 from sturdy.errors import ConfigError, as_config_error
 from sturdy.keys import NON_TRAINER_KEYS
 from sturdy.training import strategies
@@ -134,12 +136,13 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     return data
 
 
-def dry_run_forward(module: DiffusionModule, size: int) -> None:
-    """Send one image of ``size`` x ``size`` through the network, and build the optimizer once.
+def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> None:
+    """Send one image ``(channels, size, size)`` through everything, and build the optimizer.
 
     Raises:
-        ValueError: the image does not fit the backbone, or the optimizer refuses.
+        ValueError: the parts do not go together, or the optimizer refuses.
     """
+    check_space(module.space, torch.zeros(1, channels, size, size))
     check_optimizer(module.make_optimizer, module)
     x = torch.zeros(1, *module.space.shape(size))
     try:
@@ -148,9 +151,32 @@ def dry_run_forward(module: DiffusionModule, size: int) -> None:
     except (TypeError, RuntimeError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"the backbone does not take what space and condition give: {reason}. Choose backbone=, "
-            f"space= and condition= that go together"
+            f"the backbone does not take what space and condition give: {reason}. Choose a "
+            f"backbone, a space and a condition that go together"
         ) from error
+
+
+def check_space(space: Space, image: Tensor) -> None:
+    """Encode and decode ``image`` ``(1, c, size, size)`` once.
+
+    Raises:
+        ValueError: the members of the space contradict each other, or one is missing.
+    """
+    name = type(space).__name__
+    if not hasattr(space, "clip"):
+        raise ValueError(f"space: {name} has no clip: (low, high), or None")
+    with torch.no_grad():
+        x0 = space.encode(image, Draws(0, [0]))
+        decoded = space.decode(x0)
+    shape = (1, *space.shape(image.shape[-1]))
+    if tuple(x0.shape) != shape:
+        raise ValueError(
+            f"space: {name}.encode gives {tuple(x0.shape)} where its shape() says {shape}"
+        )
+    if decoded.shape != image.shape:
+        raise ValueError(
+            f"space: {name}.decode gives {tuple(decoded.shape)} for images {tuple(image.shape)}"
+        )
 
 
 def load_alignment_encoder(
