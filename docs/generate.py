@@ -23,12 +23,7 @@ EXAMPLE = ROOT / "examples" / "mypackage"
 SCRIPTS = ("train", "sample", "evaluate")
 SKIPPED_GROUPS = ("hydra",)
 CODE_BLOCK = re.compile(r"^`([\w/.]+)`:?\n\n```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
-SCHEMA = re.compile(r"(<!-- schema: state\.ckpt -->
-)
-(?:\|[^
-]*
-)*
-?")
+SCHEMA = re.compile(r"(<!-- schema: state\.ckpt -->\n)\n(?:\|[^\n]*\n)*\n?")
 KEY_LINE = re.compile(r"( *)(\w+):(?: +(.*?))?(?: +# (.*))?")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 INTRODUCTION = """# All config keys
