@@ -34,7 +34,7 @@ BATCH = """\
 #SBATCH --output=%x-%j.txt
 srun --ntasks=1 python train.py experiment=cars trainer=multi_gpu restarts=10
 code=$?
-# 75: a signal came, and the run has saved. Not RUNNING: it was scancel, and that is that.
+# 75: a signal came, and the run has saved. Not RUNNING: it was scancel, and the job must end.
 if [ $code = 75 ] && [ "$(squeue --noheader --format=%T --jobs=$SLURM_JOB_ID)" = RUNNING ]; then
     scontrol requeue $SLURM_JOB_ID
 fi

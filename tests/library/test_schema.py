@@ -110,7 +110,7 @@ def test_all_that_lightning_writes_is_declared(tmp_path):
 
 def test_a_value_that_is_not_declared_is_refused_and_one_line_declares_it(tmp_path):
     trainer, _ = fit(tmp_path, Stock(queue=[3, 1]))
-    with pytest.raises(SchemaError, match=r"entry 'queue' .*schema\.declare\(Entry\('queue', list"):
+    with pytest.raises(SchemaError, match=r"entry 'queue' .*declare\(Entry\('queue', list"):
         save(trainer)
     assert Store(tmp_path).steps() == []
     declare(Entry("queue", list, "samples that wait", written_by="Stock"))
