@@ -92,7 +92,7 @@ def campaign(tmp_path: Path, kills: int, steps: int) -> None:
 
 
 def test_it_ends_in_the_same_bits_after_two_kills(tmp_path: Path) -> None:
-    campaign(tmp_path, 2, 1000)
+    campaign(tmp_path, 2, 600)
 
 
 @pytest.mark.slow
