@@ -308,7 +308,10 @@ def test_real_runs_in_a_sweep_end_in_the_bits_of_runs_alone(tmp_path):
         words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
     )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "swept/trainer.devices-1: 60 images, 8 classes; finished at step 12" in again.stdout
+    assert (
+        "swept/trainer.devices-1: finished at step 12 (trainer.max_steps=12), nothing to"
+        in again.stdout
+    )
     assert (
         "swept/trainer.devices-2: 60 images, 8 classes, 2 processes; resumed from step 3"
         in again.stdout

@@ -226,7 +226,8 @@ def test_a_folder_without_classes_which_was_moved(run, again, tmp_path):
         shutil.rmtree(cache)
     code, said = again("run=mine", f"evaluate.out={tmp_path}")
     assert code == 2
-    assert "data.root" in said
+    assert "data.root=" in said
+    assert "If the images were moved: data_root=FOLDER" in said
     code, said = again("run=mine", f"evaluate.out={tmp_path}", f"data_root={moved}")
     assert code == 0, said
     text, numbers = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from exact_resume.resume import ResumeRefusedError
 from sturdy.encoders.images import ImageSet
+from sturdy.errors import add_key
 from sturdy.evaluation.features import Features
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.loaded_run import LoadedRun
@@ -46,7 +47,7 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
     """Return the data module of the run, open on the images that it was trained on.
 
     Raises:
-        ValueError: if its code is not trusted.
+        ValueError: if its code is not trusted, or the images cannot be opened.
         ResumeRefusedError: if the images are neither in the cache nor at the source.
     """
     settings = {**run.config["data"], "cache": cfg.paths.cache}
@@ -57,9 +58,13 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
     run.trust.check(run.point.state, run.config, ["data"])
     data = instantiate({"data": settings})["data"]
     trained_on = run.point.manifest.get("fingerprint", {}).get("data")
-    data.open(expected_digest=trained_on)
+    try:
+        data.open(expected_digest=trained_on)
+    except (ValueError, OSError) as error:
+        message = add_key(str(error), "data", settings)
+        raise ValueError(f"{message}. If the images were moved: data_root=FOLDER") from None
     for note in data.notes:
-        print(note, flush=True)
+        print(add_key(note, "data", settings), flush=True)
     if trained_on not in (None, data.digest):
         raise ResumeRefusedError(
             f"the images are not those that {cfg.run} was trained on (digest {trained_on[:12]}, "
@@ -142,6 +147,8 @@ def _without_features(data: Any, most: int, folder: Path) -> ReferenceImages:
 
 def _has_attributes(data: Any) -> bool:
     """Whether the source knows the attributes of exactly the images that are cached."""
+    if data.source is None:  # it is gone; the images come from the cache alone
+        return False
     same_images = data.source.key == data.cache.key and not data.cache.quarantine
     return same_images and hasattr(data.source, "attributes")
 
