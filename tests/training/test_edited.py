@@ -177,24 +177,16 @@ def test_a_supervised_run_of_thirty_restarts_while_somebody_edits(tmp_path):
 
 def edit(checkout: Checkout, number: int, rng: random.Random) -> None:
     """Do one of the things that people do to a checkout beside a run."""
+    package = checkout.tmp / "src" / "sturdy"
     match number % 5:
         case 0:
-            file = rng.choice(
-                ["training/module.py", "backbone/dit.py", "diffusion/objective.py", "data/order.py"]
-            )
-            path = checkout.tmp / "src" / "sturdy" / file
+            trained = ("training/module.py", "backbone/dit.py", "diffusion/objective.py")
+            path = package / rng.choice([*trained, "../exact_resume/permutation.py"])
             path.write_text(path.read_text() + f"\n# comment {number}\n")
         case 1:
-            path = (
-                checkout.tmp
-                / "src"
-                / "sturdy"
-                / rng.choice(["evaluation/charts.py", "sweep.py", "prove.py"])
-            )
+            path = package / rng.choice(["evaluation/figures.py", "cli/sweep.py", "prove.py"])
             path.write_text(path.read_text() + f"\n\nX{number} = {number}\n")
-            (checkout.tmp / "src" / "sturdy" / "backbone" / f"mine{number}.py").write_text(
-                "raise SystemExit\n"
-            )
+            (package / "backbone" / f"mine{number}.py").write_text("raise SystemExit\n")
         case 2:
             checkout.draw(f"new{number}.png", 1000 + number)
         case 3:
