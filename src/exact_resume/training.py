@@ -6,7 +6,8 @@
     sys.exit(training.fit(trainer, module, data))
 
 Kill it at any instant and run the same command again: the weights come out bit for bit the same, on
-the same stack and with the same number of processes.
+the same stack and with the same number of processes. ``ExactTraining(..., processes=2)`` starts two
+processes, and adds up their gradients in an order that a resumed run repeats.
 """
 
 import logging
@@ -24,6 +25,7 @@ from exact_resume.attempt import configure_logging, describe_attempt
 from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
+from exact_resume.callbacks.reduce_gradients import ReduceGradients
 from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.code_hash import code_hashes, file_hash, imports
@@ -37,13 +39,21 @@ from exact_resume.resume import (
     Rules,
     check_compatibility,
     describe_guarantee,
+    is_restart,
     monitored_scores,
     resolve_checkpoint,
     resolve_repeated,
 )
 from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
-from exact_resume.supervisor import EXIT_REFUSED
+from exact_resume.strategy import DDP, trainer_devices
+from exact_resume.supervisor import (
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    die_with_parent,
+    is_launched,
+    supervise,
+)
 
 
 class Reseed(Callback):
@@ -87,6 +97,9 @@ class ExactTraining:
         rules: changes of the config that are accepted nevertheless.
         checkpoint: when a checkpoint is written, and which are kept.
         packages: loggers whose messages go to the console and to the attempt's log.
+        processes: how many ``fit`` starts, each of which runs the script from its beginning. It
+            does not count under torchrun or srun, which start them.
+        restarts: how often ``fit`` starts them again after one has died.
     """
 
     def __init__(
@@ -98,6 +111,8 @@ class ExactTraining:
         rules: Rules | None = None,
         checkpoint: Checkpoint | None = None,
         packages: Sequence[str] = ("exact_resume",),
+        processes: int = 1,
+        restarts: int = 0,
     ) -> None:
         self.run = Run(home)
         self.seed = seed
@@ -105,20 +120,32 @@ class ExactTraining:
         self.rules = rules or Rules()
         self.checkpoint = checkpoint or Checkpoint()
         self.packages = packages
+        self.processes = processes
+        self.restarts = restarts
         self.preemption = Preemption()
         self.now: Fingerprint | None = None
 
     def trainer_options(self) -> dict[str, Any]:
-        """Return the options of ``lightning.Trainer`` that exact resume needs.
+        """Meet the other processes; return the options of ``lightning.Trainer`` that are needed.
 
-        The trainer's own ``max_steps``, ``val_check_interval`` (in steps), ``devices``,
+        The trainer's own ``max_steps``, ``val_check_interval`` (in steps), ``accelerator``,
         ``precision``, ``gradient_clip_val`` and so on are free. Further callbacks go after these:
         ``callbacks=[*options.pop("callbacks"), MyCallback()]``.
         """
+        die_with_parent()
+        distributed.init_process_group("auto")
         for library in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(library).setLevel(logging.WARNING)
-        return {
+        several: dict[str, Any] = {}
+        reduce: list[Callback] = []
+        plugins: list[Any] = [StoreCheckpointIO(self.run.store, self._metadata)]
+        if distributed.world_size() > 1:
+            several = {"strategy": DDP(), **trainer_devices()}
+            reduce = [ReduceGradients()]
+            plugins.append(distributed.cluster_environment())
+        return several | {
             "callbacks": [
+                *reduce,
                 AgreeOnSignal(self.preemption),
                 Reseed(self.seed),
                 Record(self.run.metrics),
@@ -126,7 +153,7 @@ class ExactTraining:
                 self.checkpoint,
             ],
             "logger": self.run.metrics,
-            "plugins": [StoreCheckpointIO(self.run.store, self._metadata)],
+            "plugins": plugins,
             "deterministic": True,
             "max_epochs": -1,
             "check_val_every_n_epoch": None,
@@ -151,15 +178,28 @@ class ExactTraining:
             ckpt_path: ``auto``, ``last``, ``best``, a step, a path, or None to start afresh.
 
         Returns:
-            The exit code: 0 finished, 2 refused (the trajectory changed, another process trains
-            in this directory, or no checkpoint verifies; nothing was changed), 75 stopped by a
-            signal and saved: the same command continues it.
+            The exit code: 0 finished, 1 a process is gone, 2 refused (the trajectory changed,
+            another process trains in this directory, or no checkpoint verifies; nothing was
+            changed), 75 stopped by a signal and saved: the same command continues it.
         """
+        if not is_launched() and (self.processes > 1 or self.restarts):
+            return supervise(
+                [sys.executable, *sys.orig_argv[1:]],
+                processes=self.processes,
+                restarts=self.restarts,
+                progress=self.run.newest_step,
+            )
         try:
-            return self._fit(trainer, module, data, ckpt_path)
+            with distributed.peer_errors():
+                return self._fit(trainer, module, data, ckpt_path)
         except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_REFUSED
+        except distributed.PeerLostError as error:
+            print(f"process {distributed.rank()}: {error}", file=sys.stderr)
+            return EXIT_FAILED
+        finally:
+            distributed.destroy_process_group()
 
     def _fit(
         self,
@@ -168,48 +208,73 @@ class ExactTraining:
         data: PositionData,
         ckpt_path: str | None,
     ) -> int:
-        self.preemption.install(training=False)
-        lock = self.run.lock() if distributed.rank() == 0 else None
-        word = resolve_repeated(ckpt_path, self.run.home, self.run.store, restart=False)
-        point = self._resolve(word)
-        if point and point.step >= trainer.max_steps:
-            print(f"{self.run.home}: finished at step {point.step}, nothing to do", flush=True)
-            return 0
-        self.now = self._take_fingerprint(module, data)
-        banner = f"{self.run.home}: fresh, to step {trainer.max_steps}"
-        if point:
-            guarantee = check_compatibility(point, self.now, self.rules)
-            reasons = "".join(f"\n    {reason}" for reason in guarantee.reasons)
-            banner = (
-                f"{self.run.home}: resumed from step {point.step}, to step {trainer.max_steps} "
-                f"({describe_guarantee(guarantee)}){reasons}"
+        if trainer.world_size != distributed.world_size():
+            raise ResumeRefusedError(
+                f"the trainer would start {trainer.world_size} processes by itself. Say "
+                f"ExactTraining(processes={trainer.world_size}) instead of devices= and strategy=, "
+                f"or take one device with devices=1"
             )
-        attempt = self.run.next_attempt()
+        self.preemption.install(training=False)
+        lock = None
+        with distributed.rank_zero_first():
+            if distributed.rank() == 0:
+                lock = self.run.lock()
+        word, point = distributed.run_on_rank_zero(lambda: self._resolve(ckpt_path))
+        if point and point.step >= trainer.max_steps:
+            self._say(f"finished at step {point.step}, nothing to do")
+            return 0
+        self.now = now = self._take_fingerprint(module, data)
+        banner = distributed.run_on_rank_zero(lambda: self._enter(point, now, trainer.max_steps))
+        attempt = distributed.run_on_rank_zero(self.run.next_attempt)
         configure_logging(attempt, distributed.rank(), self.packages)
-        describe_attempt(attempt, self.config, sys.argv[1:], self.now)
-        print(banner, flush=True)
-        self.run.archive_newer(point)
-        if word == ckpt_path:
+        if distributed.rank() == 0:
+            describe_attempt(attempt, self.config, sys.argv[1:], now)
+        self._say(banner)
+        distributed.run_on_rank_zero(lambda: self.run.archive_newer(point))
+        if word == ckpt_path and distributed.rank() == 0:
             LastStart.at(ckpt_path, point).write(self.run.home)
+        # Several processes leave together or not at all.
+        self.preemption.install(training=distributed.world_size() > 1)
         try:
             with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
                 path = point.state if point else None
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except PreemptedError as stop:
-            print(f"{stop}. Run the same command to continue.", flush=True)
+            distributed.all_reduce_max(0)  # a launcher takes the first that leaves for dead
+            if distributed.rank() == 0:
+                print(f"{stop}. Run the same command to continue.", flush=True)
             return EXIT_RESUMABLE
-        print(f"{self.run.home}: finished at step {trainer.global_step}", flush=True)
+        self._say(f"finished at step {trainer.global_step}")
         if lock:
             lock.close()
         return 0
 
-    def _resolve(self, word: str | None) -> ResumePoint | None:
+    def _say(self, text: str) -> None:
+        if distributed.rank() == 0:
+            print(f"{self.run.home}: {text}", flush=True)
+
+    def _enter(self, point: ResumePoint | None, now: Fingerprint, last: int) -> str:
+        """Judge a resume at ``point``; return the banner.
+
+        Raises:
+            ResumeRefusedError: the trajectory changed.
+        """
+        if point is None:
+            return f"fresh, to step {last}"
+        guarantee = check_compatibility(point, now, self.rules)
+        promise = describe_guarantee(guarantee)
+        lines = [f"resumed from step {point.step}, to step {last} ({promise})"]
+        return "\n    ".join(lines + guarantee.reasons)
+
+    def _resolve(self, ckpt_path: str | None) -> tuple[str | None, ResumePoint | None]:
+        """Return the word to resolve, which a repeated command changes, and what it means."""
         store = self.run.store
+        word = resolve_repeated(ckpt_path, self.run.home, store, restart=is_restart())
         store.remove_stale_temp()
         monitor = self.checkpoint.monitor or ""
         _, _, older = monitored_scores(self.run.home, store)
         scores = older | self.run.metrics.column(monitor) | store.scores(monitor)
-        return resolve_checkpoint(store, word, scores, self.checkpoint.mode)
+        return word, resolve_checkpoint(store, word, scores, self.checkpoint.mode)
 
     def _take_fingerprint(self, module: L.LightningModule, data: PositionData) -> Fingerprint:
         """Identify this training by its config, its data and the code that it runs."""
@@ -223,7 +288,7 @@ class ExactTraining:
         return fingerprint(
             config,
             data.digest,
-            f"Lightning's own over {distributed.world_size()} processes",
+            f"mean over {distributed.world_size()} processes",
             code=hash_code(classes),
         )
 

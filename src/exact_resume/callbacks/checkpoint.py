@@ -109,7 +109,9 @@ class Checkpoint(ModelCheckpoint):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step = trainer.global_step
-        self.scores[step] = float(trainer.callback_metrics.get(self.monitor or "", math.nan))
+        score = float(trainer.callback_metrics.get(self.monitor or "", math.nan))
+        # Those of the processes may differ, and all must save together.
+        self.scores[step] = distributed.run_on_rank_zero(lambda: score)
         if step in self._best(self.scores) and step < trainer.max_steps:
             self.save(trainer)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from typing_extensions import override
 
-from exact_resume.distributed import local_world_size, world_size
+from exact_resume.distributed import world_size
+from exact_resume.strategy import DDP
 from sturdy.training.optimizer_state import names_in_order, state_by_index
 
 
@@ -40,21 +41,6 @@ def ddp() -> Strategy | str:
 def fsdp2() -> Strategy | str:
     """Return the fully sharded strategy; a single process has nothing to share."""
     return FSDP2() if world_size() > 1 else "auto"
-
-
-def trainer_devices() -> dict[str, int]:
-    """Return the Trainer's arguments about the processes that the launcher has started."""
-    return {"devices": local_world_size(), "num_nodes": world_size() // local_world_size()}
-
-
-class DDP(DDPStrategy):
-    """Data-parallel training in which the module itself sums the gradients."""
-
-    @override
-    def configure_ddp(self) -> None:
-        # Do not wrap in DistributedDataParallel: its buckets change after the first step, so a
-        # resumed run would sum in another order.
-        pass
 
 
 class FSDP2(ModelParallelStrategy):

@@ -34,12 +34,12 @@ from exact_resume.reduction import (
 from exact_resume.resume import ResumePoint
 from exact_resume.run import Run
 from exact_resume.signals import Preemption
+from exact_resume.strategy import trainer_devices
 from exact_resume.supervisor import is_launched
 from exact_resume.system import available_cpus
 from sturdy.diffusion.space import Space
 from sturdy.errors import ConfigError, as_config_error
 from sturdy.keys import NON_TRAINER_KEYS
-from sturdy.training import strategies
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.progress import Progress
 from sturdy.training.module import DiffusionModule
@@ -250,7 +250,7 @@ def build_trainer(
     """Build Lightning's Trainer, with everything that this project fixes about it."""
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
-    settings |= strategies.trainer_devices()
+    settings |= trainer_devices()
     settings["limit_val_batches"] = 1.0  # the data module applies the limit
     trainer: L.Trainer = instantiate(
         settings,
