@@ -90,13 +90,20 @@ def kill_at(
     base: list[str] = SMALL,
     sabotage: str = "",
     after: float = 0.0,
+    saved: bool = False,
 ) -> None:
-    """Start the run and SIGKILL it ``after`` seconds from when its metrics show ``step``."""
+    """Start the run and SIGKILL it ``after`` seconds from when its metrics show ``step``.
+
+    With ``saved`` it has committed a checkpoint by then, too, which it does in the background.
+    """
     metrics = tmp / "runs" / name / "metrics.csv"
+    store = Store(tmp / "runs" / name / "checkpoints")
     process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
     while process.exitcode is None:
-        if metrics.exists() and any(
-            line.startswith(f"{step},") for line in metrics.read_text().splitlines()
+        if (
+            metrics.exists()
+            and any(line.startswith(f"{step},") for line in metrics.read_text().splitlines())
+            and (store.steps() or not saved)
         ):
             time.sleep(after)
             process.kill()

@@ -107,7 +107,7 @@ def through(tmp, door, *words, code=0):
 
 def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
     for step in (2, 6, 10):
-        kill_at(outside, "killed", step, base=words)
+        kill_at(outside, "killed", step, base=words, saved=step > 6)
     assert "resumed from step" in train(outside, "killed", base=words).stdout
     assert differences(outside, "once", "killed") == []
     norms = [
@@ -126,9 +126,9 @@ def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
     ],
 )
 def test_its_space_and_its_condition_train_resume_and_sample(outside, words, name, words_of_it):
-    words = [*words, *words_of_it, "trainer.max_steps=6"]
+    words = [*words, *words_of_it]
     train(outside, name, base=words)
-    kill_at(outside, f"killed-{name}", 4, base=words)
+    kill_at(outside, f"killed-{name}", 4, base=words, saved=True)
     assert "resumed from step" in train(outside, f"killed-{name}", base=words).stdout
     assert differences(outside, name, f"killed-{name}") == []
     options = ["sample.n=2", "sampler.steps=2", "guidance.scale=3"]

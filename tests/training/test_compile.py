@@ -68,6 +68,6 @@ def test_killed_it_ends_in_the_same_bits(tmp_path):
         for n in ("written", "compiled")
     )
     torch.testing.assert_close(found, written, rtol=1e-3, atol=1e-3)
-    kill_at(tmp_path, "killed", 6, "trainer.compile=true")
+    kill_at(tmp_path, "killed", 6, "trainer.compile=true", saved=True)
     assert "bitwise: same stack" in train(tmp_path, "killed", "trainer.compile=true").stdout
     assert differences(tmp_path, "compiled", "killed") == []

@@ -300,7 +300,7 @@ def test_a_run_that_began_from_another_is_killed_and_goes_on_without_it(tmp_path
     sha256 = find_source("base", tmp_path / "runs").sha256
     told = train(tmp_path, "whole", "init_from=base", base=words).stdout
     assert "init_from=base (step 3, EMA weights): all" in told
-    kill_at(tmp_path, "killed", 6, "init_from=base", base=words)
+    kill_at(tmp_path, "killed", 6, "init_from=base", base=words, saved=True)
     shutil.rmtree(tmp_path / "runs" / "base")
     assert "bitwise" in train(tmp_path, "killed", "init_from=base", base=words).stdout
     assert differences(tmp_path, "whole", "killed") == []
