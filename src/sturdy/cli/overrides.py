@@ -33,6 +33,7 @@ from sturdy.cli.usage import (
 )
 
 LAUNCHER = ("hydra/launcher", "hydra.launcher")  # words that say where the jobs of a sweep run
+SHORT_KEYS = {"base": "base.path"}
 
 # Groups that can be switched off, and the option that does it.
 OFF_OPTION = {"logger": "csv", "alignment": "none"}
@@ -97,6 +98,7 @@ def parse_overrides(words: list[str], *, multirun: bool = False) -> list[Overrid
         UsageError: for a word that is not ``key=value``.
     """
     parser = OverridesParser.create(config_loader=_loader())
+    words = [_spell_out(word) for word in words]
     for number, word in enumerate(words):
         if ("=" not in word or word.startswith("=")) and not word.startswith("~"):
             names = {*NAMES, *FOREIGN_KEYS, "seed", "lr", *_loader().get_group_options("")}
@@ -245,6 +247,8 @@ def _implied_options(
 ) -> dict[str, str]:
     """Choose the option that demands a given key, where none was chosen: folder for ``data.root``.
 
+    Keys of no group may be those of an experiment.
+
     Raises:
         UsageError: if options have the key and none of them demands it.
     """
@@ -254,6 +258,8 @@ def _implied_options(
     for override in overrides:
         key = override.key_or_group
         group = key.split(".")[0]
+        if group != key and not _options(group):
+            group = "experiment"
         if override.is_add() or group in {**groups, **implied} or key == group or key in keys:
             continue
         values: dict[str, Any] = {}  # of the key, by the option that has it
@@ -308,6 +314,12 @@ def _resolve_value(override: Override, base: DictConfig, keys: dict[str, Any]) -
         inner = ", ".join(f"{key}.{name}" for name in old)
         raise UsageError(f"{word}: {key} is no value of its own; its keys are {inner}")
     return word
+
+
+def _spell_out(word: str) -> str:
+    """Return ``word`` with the full name of its key."""
+    key, equals, value = word.partition("=")
+    return f"{SHORT_KEYS.get(key, key)}{equals}{value}"
 
 
 def _expected_kind(old: Any, new: Any) -> str | None:

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.fingerprint import content_hash
 from exact_resume.resume import ResumePoint, ResumeRefusedError, read_resume_point
 from exact_resume.system import available_cpus
 from sturdy.errors import describe
+from sturdy.training.base import move_base
 from sturdy.training.build import SAMPLING_PARTS, load_module
 from sturdy.training.fingerprint import SPACE_KEY
 from sturdy.training.module import DiffusionModule
@@ -102,6 +103,8 @@ def open_run(cfg: DictConfig) -> LoadedRun:
             flush=True,
         )
     check_files(point)
+    if (base := OmegaConf.select(cfg, "base.path")) is not None:
+        content["config"] = move_base(content["config"], base)
     module = load_module(point.state, content, trust=trust, training=False)
     trained_with = point.manifest.get("fingerprint", {}).get("config", {}).get(SPACE_KEY, "")
     if point.manifest and module.space.key() != trained_with:

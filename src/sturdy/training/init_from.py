@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exact_resume.checkpoint.store import (
     MANIFEST,
@@ -19,9 +19,15 @@ from exact_resume.checkpoint.store import (
     verify_checkpoint,
 )
 from exact_resume.fingerprint import content_hash, flatten
+from exact_resume.weights_file import open_weights
 from sturdy.training.match_weights import Config, backbone_changes, class_change, match, shorten
 from sturdy.training.module import DiffusionModule
 
+if TYPE_CHECKING:  # diffusers is imported where it is needed
+    from sturdy.pretrained.base import Base
+
+NETWORK = "backbone.network."  # of diffusers, in a denoiser
+FOLDER_FILES = ("model_index.json", "config.json")  # of a folder of diffusers
 AVERAGE = "ema.model."  # the average that validates and samples, whichever kind of EMA it is
 # Settings that give the same weights another meaning.
 MEANING = {
@@ -38,12 +44,14 @@ class Source:
     Attributes:
         word: what the user called it.
         state: path of its ``state.ckpt``.
-        sha256: of that file.
+        sha256: of that file; of its U-Net's tensors where it is no checkpoint of this project.
+        pretrained: the base that the file or folder is, if it is no checkpoint of this project.
     """
 
     word: str
     state: Path
     sha256: str | None
+    pretrained: "Base | None" = None
 
 
 def find_source(word: str, runs: Path) -> Source:
@@ -51,7 +59,8 @@ def find_source(word: str, runs: Path) -> Source:
 
     Args:
         word: a ``state.ckpt``, a checkpoint's directory, a run's directory or the name of a run. A
-            run means its newest checkpoint that verifies.
+            run means its newest checkpoint that verifies. Or a file or folder of a pretrained
+            network.
         runs: the directory of all runs.
 
     Raises:
@@ -59,7 +68,9 @@ def find_source(word: str, runs: Path) -> Source:
     """
     place = _locate(word, runs)
     if isinstance(place, Path):
-        return Source(word, place, _verified_hash(place, word))
+        pretrained = None if _is_checkpoint(place) else _open_pretrained(place, word)
+        sha256 = pretrained.sha256("unet") if pretrained else _verified_hash(place, word)
+        return Source(word, place, sha256, pretrained)
     if place is None:
         checkpoints = [path for path in runs.glob("*/checkpoints") if Store(path).steps()]
         names = sorted(path.parent.name for path in checkpoints)
@@ -86,6 +97,8 @@ def init_from(module: DiffusionModule, source: Source) -> str:
         ValueError: they are of another network; the message names the config keys that differ.
         CheckpointLoadError: the file holds more than tensors and primitives.
     """
+    if source.pretrained:
+        return _init_from_pretrained(module, source, source.pretrained)
     state = load_state(source.state)
     given = {}
     for name, tensor in state.get("state_dict", {}).items():
@@ -167,10 +180,62 @@ def differing_weights(
     )
 
 
+def _init_from_pretrained(module: DiffusionModule, source: Source, base: "Base") -> str:
+    """Take from the U-Net of ``base`` each tensor whose name and shape are those of this network.
+
+    Raises:
+        ValueError: there is none.
+    """
+    networks = [module.denoiser, *module.ema.networks()]
+    given = {f"{NETWORK}{name}": tensor for name, tensor in base.weights("unet").items()}
+    own = networks[0].state_dict()
+    fitting = [name for name in own if name in given and own[name].shape == given[name].shape]
+    if not fitting:
+        backbone = type(module.denoiser.backbone).__name__
+        raise ValueError(
+            f"init_from={source.word} holds a {base.config('unet')['_class_name']} of diffusers, "
+            f"and no tensor of it fits this run's backbone, {backbone}. To train that network: "
+            f"experiment=finetune base={source.word}"
+        )
+    for network in networks:
+        network.load_state_dict(own | {name: given[name] for name in fitting})
+    module.initial = {"path": str(source.state), "sha256": source.sha256}
+    reshaped = [name for name in own if name in given and name not in fitting]
+    count = "all" if len(fitting) == len(own) else f"{len(fitting)} of"
+    lines = [f"init_from={source.word}: {count} {len(own)} tensors taken"]
+    if reshaped:
+        shapes = [f"{n} {tuple(given[n].shape)}, here {tuple(own[n].shape)}" for n in reshaped]
+        lines.append(f"of another shape: {shorten(shapes)}")
+    if new := [name for name in own if name not in given]:
+        lines.append(f"new here: {shorten(new)}")
+    if left := [name for name in given if name not in own]:
+        lines.append(f"not taken: {shorten(left)}")
+    return "\n    ".join(lines)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether ``path`` is a file that this project wrote, or a part of one."""
+    if path.name == STATE or (path.parent / MANIFEST).exists():
+        return True
+    if path.is_dir():
+        return False
+    tensors = open_weights(path).tensors
+    return any(name.startswith(AVERAGE) for name in tensors)
+
+
+def _open_pretrained(path: Path, word: str) -> "Base":
+    from sturdy.pretrained.base import open_base
+
+    try:
+        return open_base(path)
+    except ValueError as error:
+        raise ValueError(f"init_from={word}: {error}") from None
+
+
 def _locate(word: str, runs: Path) -> Path | Store | None:
     """Return the ``state.ckpt`` or the store that ``word`` names; None if there is neither."""
     for path in (Path(word).expanduser(), runs / word):
-        if path.is_file():
+        if path.is_file() or any((path / name).is_file() for name in FOLDER_FILES):
             return path
         if (path / STATE).is_file():
             return path / STATE

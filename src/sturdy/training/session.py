@@ -52,6 +52,7 @@ from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
 from sturdy.errors import EXIT_USAGE, ConfigError, add_key, as_config_error
+from sturdy.training.base import resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.ema_snapshots import path_of
 from sturdy.training.fingerprint import run_fingerprint
@@ -136,6 +137,7 @@ class Session:
                 self.lock = lock_run(self.run)
         with as_config_error():
             self.skips = self.run.skips()
+        self.base_lines = resolve_base(self.cfg)
         self._resolve_repetition()
         return self
 
@@ -373,6 +375,8 @@ class Session:
 
     def _announce(self, guarantee: Guarantee | None) -> None:
         """Say what was understood of the data, and whether the run is fresh or resumed."""
+        for line in self.base_lines:
+            log.info(line)
         for line in self.data.summary_lines():
             log.info(add_key(line, "data", self.cfg.data))
         if report := self.data.cache.report():

@@ -1,0 +1,131 @@
+"""A base: the pretrained files that a fine-tuning run starts from, and what they decide.
+
+    base=FILE|FOLDER  ->  backbone, space, condition and target of the config
+
+The config records what was found, with a SHA-256 of each part. So a run is continued with the same
+base, wherever it lies now, and with no other.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sturdy.errors import ConfigError
+
+if TYPE_CHECKING:  # diffusers is imported by runs that have a base
+    from sturdy.pretrained.base import Base
+
+TARGETS = {"noise": "sturdy.diffusion.target.Noise", "v": "sturdy.diffusion.target.V"}
+FAMILIES = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
+
+
+def resolve_base(cfg: DictConfig) -> list[str]:
+    """Write into ``cfg`` what the files of ``base.path`` decide; nothing without that key.
+
+    Args:
+        cfg: is changed.
+
+    Returns:
+        What was found, for people.
+
+    Raises:
+        ConfigError: the files cannot be used, or do not go with the rest of the config.
+    """
+    path = OmegaConf.select(cfg, "base.path")
+    if path is None:
+        if OmegaConf.select(cfg, "target") is None:
+            raise ConfigError("target must be chosen: target=noise, v, velocity, ...")
+        return []
+    from sturdy.pretrained.base import open_base
+
+    try:
+        base = open_base(path)
+        check_image_size(base, cfg.data.image_size)
+        network = base.config("unet")
+        hashes = {part: base.sha256(part) for part in base.parts}
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(_with_key(str(error), path)) from None
+    cfg.backbone.network = network.pop("_class_name", "UNet2DConditionModel")
+    cfg.backbone.config = {k: v for k, v in network.items() if not k.startswith("_")}
+    cfg.backbone.base.sha256 = hashes["unet"]
+    if "path" in cfg.space and cfg.space.path == path:
+        cfg.space.sha256 = hashes["vae"]
+    if "path" in cfg.condition and cfg.condition.path == path:
+        encoders = [hashes[part] for part in base.parts if part.startswith("text_encoder")]
+        cfg.condition.sha256 = "+".join(encoders)
+    resolve_target(cfg, base)
+    family = FAMILIES.get(base.family, base.family)
+    prediction = cfg.target._target_.rpartition(".")[2].lower()
+    return [f"base: {family}, {base.path} (SHA-256 {hashes['unet'][:12]}), target {prediction}"]
+
+
+def resolve_target(cfg: DictConfig, base: "Base") -> None:
+    """Fill in ``target`` from the base, or check the one that was given.
+
+    Raises:
+        ConfigError: the base does not say what it predicts, or says something else.
+    """
+    given = OmegaConf.select(cfg, "target._target_")
+    expected = TARGETS.get(base.prediction or "")
+    if given is None and expected is None:
+        raise ConfigError(
+            f"base={base.path} does not say what its network predicts. Add target=v (the models of "
+            f"Stable Diffusion 2 for 768 pixels) or target=noise (those for 512 pixels)"
+        )
+    if given is None:
+        cfg.target = {"_target_": expected}
+    elif expected is not None and given != expected:
+        raise ConfigError(
+            f"target={given.rpartition('.')[2].lower()}: base={base.path} predicts "
+            f"{base.prediction}. Leave target out"
+        )
+
+
+def check_image_size(base: "Base", size: int) -> None:
+    """Check that network and autoencoder can halve images of ``size`` as often as they do.
+
+    Raises:
+        ValueError: they cannot; the message names the next sizes.
+    """
+    levels = len(base.config("unet").get("block_out_channels", ())) or 1
+    reductions = len(base.config("vae").get("block_out_channels", ())) or 1
+    unit = 2 ** (levels - 1 + reductions - 1)
+    if size % unit:
+        below = size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else str(unit)
+        raise ValueError(
+            f"data.image_size={size} is no multiple of {unit}, as this base needs: choose {nearest}"
+        )
+
+
+def move_base(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the config of a run with its base at ``path``.
+
+    Args:
+        config: resolved, nested primitives.
+        path: where the base lies now.
+
+    Raises:
+        ValueError: the run has no base.
+    """
+    before = (config.get("base") or {}).get("path")
+    if before is None:
+        raise ValueError(f"base={path}: this run has no base")
+    return _replaced(config, before, path)
+
+
+def _replaced(node: Any, before: str, now: str) -> Any:
+    """Copy nested primitives with ``now`` for each ``path`` that is ``before``."""
+    if isinstance(node, Mapping):
+        moved = {}
+        for key, value in node.items():
+            is_place = key == "path" and value == before
+            moved[key] = now if is_place else _replaced(value, before, now)
+        return moved
+    return node
+
+
+def _with_key(message: str, path: Any) -> str:
+    """Put ``base=`` in front, unless ``message`` begins with a key of its own."""
+    return message if message.startswith(("data.", "base=")) else f"base={path}: {message}"
