@@ -1,9 +1,13 @@
-"""Show the checkpoints of a run, or verify them; nothing is changed.
+"""Show the checkpoints of a run, verify them, or show any file of weights; nothing is changed.
 
     python -m exact_resume status runs/NAME     a table, and what the run's command would do now
     python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
+    python -m exact_resume show FILE            what a file of weights holds; nothing is executed
+
+``show`` also takes a checkpoint, a run, or a folder with several files of weights.
 
 Exit code: 0 if all checkpoints verify, 1 if one does not or there is none, 2 for a wrong command.
+Of ``show``: 0 if the file can be read, 1 if it is refused or damaged, 2 for a wrong command.
 """
 
 import math
@@ -26,18 +30,21 @@ from exact_resume.checkpoint.store import (
 from exact_resume.code_hash import code_hashes
 from exact_resume.fingerprint import Fingerprint, describe_stack
 from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
+from exact_resume.show import show
 
-USAGE = "usage: python -m exact_resume status|verify runs/NAME"
+USAGE = "usage: python -m exact_resume status|verify runs/NAME, or show FILE"
 ROW = "{:>10}  {:>7}  {:>11}  {:8}  {:>10}  {}"
 MAX_REASONS = 10
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit code."""
-    if len(arguments) != 2 or arguments[0] not in ("status", "verify"):
+    if len(arguments) != 2 or arguments[0] not in ("status", "verify", "show"):
         print(USAGE, file=sys.stderr)
         return 2
     command, run = arguments[0], Path(arguments[1])
+    if command == "show":
+        return show(run)
     if not run.is_dir():
         print(
             f"error: {run} is not there; give the directory of a run, such as runs/cars",
