@@ -66,3 +66,28 @@ def build_tokenizer(merges: list[tuple[str, str]], pad: str = "<|endoftext|>") -
         pad_token=pad,
         model_max_length=TEXT_LENGTH,
     )
+
+
+def load_tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
+    """Return the tokenizer in ``folder``, as transformers wrote it.
+
+    Args:
+        folder: of any version of transformers.
+        tokens: that the text encoder knows.
+
+    Raises:
+        ValueError: if there is none, or if it has more tokens than the text encoder.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder} holds no tokenizer of CLIP ({reason})") from None
+    if len(tokenizer) > tokens:
+        raise ValueError(
+            f"{folder} has {len(tokenizer)} tokens, and its text encoder knows {tokens}: they are "
+            f"of different models"
+        )
+    return tokenizer
