@@ -1,1 +1,1 @@
-"""Models that others trained: what they are, their parts, and how to train them further."""
+"""Pretrained networks of others; only this room imports diffusers, transformers and peft."""

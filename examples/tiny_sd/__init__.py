@@ -1,0 +1,1 @@
+"""A tiny Stable Diffusion with random weights: see README.md."""
