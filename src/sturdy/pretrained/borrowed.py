@@ -73,7 +73,7 @@ class Borrowed(nn.Module):
         self,
         *,
         network: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
         base: Mapping[str, Any] | None = None,
         lora: Mapping[str, Any] | None = None,
         checkpoint: bool = False,
@@ -201,8 +201,11 @@ class Borrowed(nn.Module):
         if self.kind != "UNet2DConditionModel":
             if others:
                 raise ValueError(f"{self.kind} cannot be told how images were augmented")
-            if first is None and self.kind == "DiTTransformer2DModel":
-                raise ValueError(f"{self.kind} needs classes, and the data have none")
+            is_dit = self.kind == "DiTTransformer2DModel"
+            if (is_dit or self.network.class_embedding is not None) != (first is not None):
+                has = "no classes" if first is None else "classes"
+                argument = "num_embeds_ada_norm" if is_dit else "num_class_embeds"
+                raise ValueError(f"the data have {has}, which is not what {argument} says")
             return {"class_labels": first}
         if first is None or first.ndim != 3:
             raise ValueError(
@@ -276,7 +279,7 @@ class UNet2D(Borrowed):
         super().__init__(network="UNet2DModel", config=config, checkpoint=checkpoint)
 
 
-def build_network(kind: str, config: Mapping[str, Any]) -> Any:
+def build_network(kind: str, config: Mapping[str, Any] | None) -> Any:
     """Return a network of diffusers with random weights from PyTorch's default generator.
 
     Raises:
@@ -284,6 +287,8 @@ def build_network(kind: str, config: Mapping[str, Any]) -> Any:
     """
     if kind not in NETWORKS:
         raise ValueError(f"network={kind} must be one of {', '.join(NETWORKS)}")
+    if not config:
+        raise ValueError(f"config: give the arguments of {kind}, as in the config.json of a folder")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when diffusers is imported
     try:
         import diffusers

@@ -52,4 +52,4 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
             try:
                 part.load_base(fresh=fresh)
             except ValueError as error:
-                raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from error
+                raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from None
