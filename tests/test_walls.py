@@ -5,6 +5,7 @@ names exists.
 import ast
 import fnmatch
 import re
+import subprocess
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ LAYERS = [
     {"exact_resume"},
     {"sturdy.errors", "sturdy.keys", "sturdy.renames", "sturdy.progress"},
     {"sturdy.diffusion", "sturdy.backbone", "sturdy.data", "sturdy.encoders"},
+    {"sturdy.pretrained"},
     {"sturdy.trust", "sturdy.training"},
     {"sturdy.sampling"},
     {"sturdy.evaluation"},
@@ -31,6 +33,9 @@ LAYERS = [
 TOGETHER = {("sturdy.training", "sturdy.trust"), ("sturdy.prove", "sturdy.cli")}
 HYDRA = {"sturdy.errors", "sturdy.training", "sturdy.sampling", "sturdy.evaluation", "sturdy.trust"}
 HYDRA |= {"sturdy.cli", "sturdy.prove"}
+# Only this room knows what others trained, and its packages are imported when they are used.
+PRETRAINED = {"diffusers", "transformers", "peft", "safetensors"}
+WEIGHTS_FILE = "exact_resume.weights_file"  # reads safetensors
 TORCH_ONLY = {"sturdy.diffusion", "sturdy.backbone"}
 
 
@@ -73,6 +78,8 @@ def may_import(place, name):
         return layer(other) is not None and layer(other) < layer(place)
     if package == "examples":
         return False
+    if package in PRETRAINED:
+        return place == "sturdy.pretrained"
     if package in ("hydra", "omegaconf"):
         return place in HYDRA
     known = package == "torch" or package in sys.stdlib_module_names
@@ -84,7 +91,10 @@ def test_a_room_imports_lower_rooms_only(file):
     if module_name(file) == "sturdy":
         assert not [*imported(file.read_text())], "the package itself imports nothing"
     else:
-        assert trespasses(room(module_name(file)), file.read_text()) == []
+        found = trespasses(room(module_name(file)), file.read_text())
+        if module_name(file) == WEIGHTS_FILE:
+            found = [name for name in found if not name.startswith("safetensors")]
+        assert found == []
 
 
 @pytest.mark.parametrize(
@@ -100,10 +110,41 @@ def test_a_room_imports_lower_rooms_only(file):
         ("sturdy.backbone", "from lightning.pytorch import Trainer"),
         ("sturdy.diffusion", "from hydra.utils import instantiate"),
         ("sturdy.diffusion", "import numpy as np"),
+        ("sturdy.training", "def f():\n    from diffusers import UNet2DModel"),
+        ("sturdy.encoders", "import transformers"),
+        ("sturdy.sampling", "from peft import LoraConfig"),
+        ("exact_resume", "from safetensors.torch import load_file"),
+        ("sturdy.pretrained", "from sturdy.training import frozen"),
+        ("sturdy.data", "from sturdy.pretrained import borrowed"),
     ],
 )
 def test_control_a_trespass_is_seen(place, line):
     assert trespasses(place, line)
+
+
+def imported_at_once(source):
+    """Yield the packages that ``source`` imports when it is imported itself."""
+    lines = [n for n in ast.parse(source).body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    yield from (name.split(".")[0] for name in imported(ast.unparse(ast.Module(lines, []))))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_what_others_trained_is_imported_when_it_is_used(file):
+    assert PRETRAINED & {*imported_at_once(file.read_text())} == set()
+
+
+def test_control_an_early_import_is_seen():
+    early = "try:\n    import diffusers\nexcept ImportError:\n    pass"
+    late = "def f():\n    import diffusers\nclass A:\n    def g(self):\n        import peft"
+    assert PRETRAINED & {*imported_at_once(early)}
+    assert not PRETRAINED & {*imported_at_once(late)}
+
+
+def test_a_run_without_pretrained_parts_loads_none_of_their_packages():
+    code = "import sturdy.training.run, sturdy.pretrained.borrowed, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # torchmetrics, which Lightning imports, imports transformers where it is installed
+    assert (PRETRAINED - {"transformers"}) & {*done.stdout.split()} == set()
 
 
 def test_every_room_has_a_layer():

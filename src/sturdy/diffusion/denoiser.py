@@ -20,7 +20,8 @@ class Denoiser(nn.Module):
         backbone: ``backbone(x_t (b, c, h, w), t (b,), *cond.arguments()) -> (b, c, h, w)``, where
             x_t and t are as ``target.inputs`` makes them. For classes the argument is ``label``,
             ``(b,)`` int64 or None, of which it embeds ``num_classes + 1``: the last,
-            ``num_classes``, is the null label of label drop and guidance.
+            ``num_classes``, is the null label of label drop and guidance. A backbone that must know
+            more than t has a method ``set_schedule(schedule, target)``.
         num_classes: number of labels; with 0 the backbone gets None for them.
         make_condition: ``make_condition(label, num_classes, augmentation) -> Condition``: the
             meaning of labels. For a text condition a label is the number of a caption, and
@@ -41,6 +42,8 @@ class Denoiser(nn.Module):
     ) -> None:
         super().__init__()
         target.check(schedule)
+        if hasattr(backbone, "set_schedule"):
+            backbone.set_schedule(schedule, target)  # type: ignore[operator]
         self.backbone = backbone
         self.schedule = schedule
         self.target = target

@@ -13,7 +13,7 @@ from typing_extensions import override
 from exact_resume.randomness import Draws
 from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser
-from sturdy.diffusion.schedule import Schedule
+from sturdy.diffusion.schedule import STEPS, Schedule
 from sturdy.diffusion.target import Target
 
 T_MIN = 2.0**-24  # training times are never 0, where SNR is infinite; float32 uniforms end here too
@@ -33,6 +33,27 @@ class Uniform(Time):
     @override
     def __call__(self, draws: Draws, schedule: Schedule) -> Tensor:
         return 1 - draws.uniform("time")
+
+
+class Discrete(Time):
+    """t = (i + 1) / steps with i uniform on 0 ... steps - 1.
+
+    These are the times of a chain of ``steps`` betas, such as ``ScaledLinear``. A network that was
+    trained on them alone has seen no time between.
+
+    Raises:
+        ValueError: ``steps`` is less than 1.
+    """
+
+    def __init__(self, *, steps: int = STEPS) -> None:
+        if steps < 1:
+            raise ValueError(f"steps={steps} must be at least 1")
+        self.steps = steps
+
+    @override
+    def __call__(self, draws: Draws, schedule: Schedule) -> Tensor:
+        step = (draws.uniform("time").double() * self.steps).floor()  # exact: u has 24 bits
+        return ((step + 1) / self.steps).float()
 
 
 class LogitNormal(Time):

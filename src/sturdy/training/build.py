@@ -16,6 +16,7 @@ from exact_resume.checkpoint.store import load_state
 from exact_resume.randomness import reseed
 from sturdy.diffusion.condition import ClassCondition
 from sturdy.diffusion.denoiser import Denoiser
+from sturdy.training.frozen import load_base
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
@@ -23,12 +24,16 @@ SAMPLING_PARTS = ("space", "condition", "backbone", "schedule", "target", "ema")
 PARTS = (*SAMPLING_PARTS, "objective", "optimizer", "learning_rate", "alignment")
 
 
-def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> DiffusionModule:
+def build_module(
+    config: Mapping[str, Any], parts: Iterable[str] = PARTS, *, fresh: bool = True
+) -> DiffusionModule:
     """Build the module of a resolved config, with weights that are a function of its seed.
 
     Args:
         config: the resolved config, nested primitives.
         parts: which parts to build. With ``SAMPLING_PARTS`` the module can sample and not train.
+        fresh: whether no checkpoint will be loaded; if one will be, a base is read for what the
+            checkpoint lacks only.
 
     Raises:
         ValueError: the parts do not go together; the message says what to choose.
@@ -45,6 +50,7 @@ def build_module(config: Mapping[str, Any], parts: Iterable[str] = PARTS) -> Dif
         config["num_classes"],
         make_condition=built["condition"] or ClassCondition,  # older configs have no condition
     )
+    load_base(denoiser, fresh=fresh)
     return DiffusionModule(
         denoiser,
         built["objective"],
@@ -91,7 +97,7 @@ def load_module(
     trusted = trust if isinstance(trust, Trust) else Trust(trust)
     trusted.check(Path(path), config, parts)
     try:
-        module = build_module(config, parts)
+        module = build_module(config, parts, fresh=False)
     except InstantiationException as error:
         message = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{path}: {message}") from error

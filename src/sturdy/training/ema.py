@@ -3,17 +3,18 @@
     ema <- beta(step) ema + (1 - beta(step)) weights
 
 They are frozen submodules of the LightningModule, so they are saved, loaded and moved to devices
-like the weights. Beta is a function of the step alone, so there is no other state.
+like the weights. Beta is a function of the step alone, so there is no other state. What no step
+changes, because a base puts it back, is shared with the network and not averaged.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import nn
 from typing_extensions import override
 
 from sturdy.training import ema_profiles
+from sturdy.training.frozen import copy_trained
 
 
 class EMA(nn.Module):
@@ -48,7 +49,11 @@ class EMA(nn.Module):
     def update(self, model: nn.Module, step: int) -> None:
         """Move the averages towards ``model``; ``step`` counts the updates before this one."""
         for average, beta in zip(self.networks(), self.betas(step), strict=True):
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
+            pairs = zip(average.parameters(), model.parameters(), strict=True)
+            moving = [(ours, theirs) for ours, theirs in pairs if ours is not theirs]
+            ours = [pair[0] for pair in moving]
+            theirs = [pair[1] for pair in moving]
+            torch._foreach_lerp_(ours, theirs, 1 - beta)
             for buffer, current in zip(average.buffers(), model.buffers(), strict=True):
                 buffer.copy_(current)
 
@@ -93,5 +98,8 @@ class PowerEMA(EMA):
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode and without gradients."""
-    return deepcopy(model).requires_grad_(False).eval()
+    """Return a copy in eval mode and without gradients.
+
+    What a base puts back is not copied, but shared (see ``frozen``).
+    """
+    return copy_trained(model).requires_grad_(False).eval()

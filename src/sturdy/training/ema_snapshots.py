@@ -25,15 +25,16 @@ MAX_ERROR = 0.1  # largest error of a profile that is still called an EMA of tha
 def snapshot(ema: PowerEMA, step: int, dtype: torch.dtype | None = None) -> Snapshot:
     """Return the averages after ``step`` updates, the parameters in ``dtype``.
 
-    Tensors that stay as they are, are not copied.
+    It holds what a checkpoint holds of them. Tensors that stay as they are, are not copied.
     """
+    saved = ema.model.state_dict().keys()
     averages = []
     for network in ema.networks():
-        parameters = network.named_parameters()
+        parameters = [(name, p) for name, p in network.named_parameters() if name in saved]
         averages.append(
             {name: full(p).detach().to(dtype=dtype, device="cpu") for name, p in parameters}
         )
-    buffers = {name: full(b).detach().cpu() for name, b in ema.model.named_buffers()}
+    buffers = {name: full(b).detach().cpu() for name, b in ema.model.named_buffers() if name in saved}
     return {
         "step": step,
         "stds": ema.stds,

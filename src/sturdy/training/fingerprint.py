@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from exact_resume.code_hash import code_hashes, targets
 from exact_resume.fingerprint import PACKAGES, Fingerprint, file_hashes, fingerprint, matches
 
+# Their versions are part of the stack of a run that uses them.
+PRETRAINED_PACKAGES = ("diffusers", "transformers", "peft")
 SPACE_KEY = "space.key"  # in the fingerprint's config: which weights encode and decode
 
 # The modules that compute every run, whatever its config names.
@@ -35,11 +38,14 @@ COMPUTES = (
     "sturdy.diffusion.*",
     "sturdy.encoders.encoder",
     "sturdy.encoders.network",
+    "sturdy.pretrained.borrowed",
+    "sturdy.pretrained.lora",
     "sturdy.training.alignment",
     "sturdy.training.auxiliary",
     "sturdy.training.build",
     "sturdy.training.ema",
     "sturdy.training.ema_profiles",
+    "sturdy.training.frozen",
     "sturdy.training.module",
     "sturdy.training.optim",
     "sturdy.training.optimizer_state",
@@ -67,6 +73,8 @@ def run_fingerprint(
     """
     ignore = [*ignore, "data.source", "init_from"]
     now = fingerprint(config, data, gradients)
+    if any(is_pretrained(target) for target in targets(config)):
+        now.stack.update({name: metadata.version(name) for name in PRETRAINED_PACKAGES})
     roots = [*ENGINE, *targets(without(config, ignore))]
     code = code_hashes(roots, leave_out=modules_beside(), known=PACKAGES)
     runs = Path(now.config["paths.runs"])
@@ -80,6 +88,11 @@ def run_fingerprint(
         config = now.config | {SPACE_KEY: space}
         return Fingerprint(config, data, code, now.stack, files)
     return Fingerprint(now.config, data, code, now.stack, files)
+
+
+def is_pretrained(target: str) -> bool:
+    """Return whether a ``_target_`` uses the packages of ``sturdy.pretrained``."""
+    return target.startswith("sturdy.pretrained.")
 
 
 def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:

@@ -34,6 +34,7 @@ MEANING = {
     "target": "the output layer must be learned anew",
     "schedule": "the same time is another level of noise",
     "data.image_size": "the same shape has another size in pixels",
+    "backbone.base.sha256": "an adapter was learned for other weights",
 }
 
 

@@ -29,6 +29,7 @@ from sturdy.diffusion.space import Pixels, Space
 from sturdy.training.adapt_checkpoint import adapt_checkpoint
 from sturdy.training.auxiliary import AuxiliaryLoss
 from sturdy.training.ema import EMA
+from sturdy.training.frozen import frozen_names
 from sturdy.training.optim import LearningRate, parameter_groups
 from sturdy.training.optimizer_state import load_exactly, names_in_order, state_by_name
 from sturdy.training.strategies import full, local, shard_parameters, with_gradient
@@ -59,6 +60,7 @@ class DiffusionModule(L.LightningModule):
         reduce_gradients: sums the tensors of a step over processes.
         initial: ``path`` and ``sha256`` of the checkpoint whose weights the run started from; None
             if it started from none.
+        base_names: tensors of the denoiser that a base puts back (see ``frozen``).
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class DiffusionModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False  # Lightning's accumulation is no tree
         self.denoiser = denoiser
+        self.base_names = frozen_names(denoiser)
         self.ema = ema(denoiser)
         self.alignment = alignment(denoiser.backbone) if alignment else None
         self.objective = objective
@@ -202,9 +205,14 @@ class DiffusionModule(L.LightningModule):
         return load_exactly(self.make_optimizer(parameter_groups(self)))
 
     def trained(self) -> list[nn.Parameter]:
-        """Return the parameters in the order in which their gradients are summed."""
+        """Return the parameters in the order in which their gradients are summed.
+
+        Those that a base puts back are not among them.
+        """
+        parameters = self.denoiser.named_parameters()
+        network = [p for name, p in parameters if name not in self.base_names]
         auxiliary = self.alignment.head.parameters() if self.alignment else []
-        return [*self.denoiser.parameters(), *auxiliary]
+        return [*network, *auxiliary]
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -171,7 +171,7 @@ class Session:
         config: dict[str, Any] = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
         # Parts that do not go together are refused before anything is promised.
         with distributed.rank_zero_first(), as_config_error():
-            self.module = build_module(config)
+            self.module = build_module(config, fresh=self.point is None)
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))

@@ -111,6 +111,11 @@ def make_gradient_reducer(cfg: DictConfig, module: DiffusionModule) -> GradientR
     if mode == "tree":
         return tree_all_reduce
     if mode == "fsdp2":
+        if module.base_names:
+            raise ConfigError(
+                "strategy=fsdp2 cuts weights that are trained; the base of an adapter is not, and "
+                "each process has it whole: use strategy=ddp"
+            )
         return fsdp_reduce
     one_shard_each = cfg.data.shards == distributed.world_size()
     return AllReduce(module.trained(), overlap=one_shard_each)

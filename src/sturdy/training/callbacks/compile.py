@@ -59,7 +59,8 @@ class Compile(Callback):
             expected, _ = pl_module.shard_gradients(shard, part)
             backbone.compile(dynamic=False)
             found, _ = pl_module.shard_gradients(shard, part)
-        names = [name for name, _ in pl_module.denoiser.named_parameters()]
+        name_of = {id(p): name for name, p in pl_module.denoiser.named_parameters()}
+        names = [name_of.get(id(p), "of the auxiliary loss") for p in pl_module.trained()]
         pairs = zip(names, expected, found, strict=True)
         wrong = [name for name, a, b in pairs if gradients_differ(a, b)]
         if wrong:
