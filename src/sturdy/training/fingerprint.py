@@ -9,6 +9,8 @@ from exact_resume.code_hash import code_hashes, targets
 from exact_resume.fingerprint import PACKAGES, Fingerprint, file_hashes, fingerprint, matches
 
 SPACE_KEY = "space.key"  # in the fingerprint's config: which weights encode and decode
+CONDITION_KEY = "condition.key"  # likewise: which weights read the captions
+CAPTIONS = "captions"  # in the fingerprint's stack: the digest of their embeddings
 
 # The modules that compute every run, whatever its config names.
 ENGINE = (
@@ -35,6 +37,7 @@ COMPUTES = (
     "sturdy.diffusion.*",
     "sturdy.encoders.encoder",
     "sturdy.encoders.network",
+    "sturdy.pretrained.captions",
     "sturdy.training.alignment",
     "sturdy.training.auxiliary",
     "sturdy.training.build",
@@ -55,6 +58,8 @@ def run_fingerprint(
     *,
     ignore: Iterable[str],
     space: str = "",
+    condition: str = "",
+    captions: str = "",
 ) -> Fingerprint:
     """Take the fingerprint of a run.
 
@@ -64,6 +69,9 @@ def run_fingerprint(
         gradients: how gradients are summed (``exact_resume.reduction.reduction_id``).
         ignore: keys that cannot change a weight; code and files that they name do not count.
         space: the key of the space (``Space.key``); empty if it has no weights.
+        condition: the key of the condition's text encoders; empty if it has none.
+        captions: the digest of the captions' embeddings. They are made anew where the cache is
+            gone, and another machine rounds them differently.
     """
     ignore = [*ignore, "data.source", "init_from"]
     now = fingerprint(config, data, gradients)
@@ -76,15 +84,15 @@ def run_fingerprint(
         leave_out=[*ignore, "data", "callbacks", "logger"],  # the last two name what they write
         written=[runs / str(config["name"]), cache_folder],
     )
-    if space:
-        config = now.config | {SPACE_KEY: space}
-        return Fingerprint(config, data, code, now.stack, files)
-    return Fingerprint(now.config, data, code, now.stack, files)
+    keys = {SPACE_KEY: space, CONDITION_KEY: condition}
+    stated = now.config | {name: value for name, value in keys.items() if value}
+    stack = now.stack | ({CAPTIONS: captions} if captions else {})
+    return Fingerprint(stated, data, code, stack, files)
 
 
 def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:
     """Hash the code that draws images: a sampler's config, and the network of a run's config."""
-    parts = [config.get(key) for key in ("backbone", "schedule", "target")]
+    parts = [config.get(key) for key in ("condition", "backbone", "schedule", "target")]
     roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets([*parts, sampler])]
     return code_hashes(roots, leave_out=modules_beside(), known=PACKAGES)
 
