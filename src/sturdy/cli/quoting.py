@@ -30,7 +30,9 @@ PATHS = (
 )
 NAMES = ("name", "run")
 LABELS = ("sample.label",)  # a class by its name, or by its number
-TEXT = (*PATHS, *NAMES, *LABELS, "logger.*.project", "logger.*.entity", "logger.*.run_name")
+PROMPTS = ("sample.prompt", "sample.negative")  # a list gives several
+LOGGERS = ("logger.*.project", "logger.*.entity", "logger.*.run_name")
+TEXT = (*PATHS, *NAMES, *LABELS, *PROMPTS, *LOGGERS)
 
 WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
@@ -60,9 +62,9 @@ def quote_text(word: str, parser: OverridesParser, *, multirun: bool = False) ->
     start = f"{match['sign']}{key}="
     if not _parse(f"{start}0", parser):
         raise UsageError(f"{word}: {key!r} is no key; write key=value, without spaces around the =")
-    folders = re.fullmatch(r"\[([^\[\]]*)\]", value)
-    if folders and matches(key, IMAGE_FOLDERS) and not multirun:
-        items = [_quote_value(key, item.strip(), parser) for item in split_values(folders[1])]
+    several = re.fullmatch(r"\[([^\[\]]*)\]", value)
+    if several and matches(key, (*IMAGE_FOLDERS, *PROMPTS)) and not multirun:
+        items = [_quote_value(key, item.strip(), parser) for item in split_values(several[1])]
         return f"{start}[{','.join(items)}]"
     override = _parse(word, parser)
     is_function = re.match(r"[a-z]+\(", value)  # such as choice(a,b)

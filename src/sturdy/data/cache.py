@@ -149,7 +149,7 @@ def open_cache(
     path = root / hashlib.sha256(f"{LAYOUT} {source.key}".encode()).hexdigest()[:32]
     cache = _open_if_intact(path, source.key)
     if cache is None:
-        with _lock(path.with_suffix(".lock")):
+        with lock_folder(path.with_suffix(".lock")):
             # Another process may have made it while this one waited.
             cache = _open_if_intact(path, source.key)
             if cache is None:
@@ -244,7 +244,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock_folder(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``, which one process can.
 
     The lock ends with its process; the empty file stays.

@@ -27,12 +27,14 @@ from sturdy.evaluation.reference import ReferenceImages, load_reference_images, 
 from sturdy.evaluation.report import Report, write_json
 from sturdy.evaluation.summary import count_network_calls, summary_row
 from sturdy.evaluation.walk import walk_section
+from sturdy.pretrained.captions import Captions
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import SamplingConfig, resolve_sampling
 from sturdy.sampling.grids import to_uint8
 from sturdy.sampling.labels import labels_for
 from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
 from sturdy.sampling.output_folder import claim_folder, provenance
+from sturdy.training.captions import caption_option
 
 LABELS = ("prior", "even", "none")
 MINIMUMS = {
@@ -67,7 +69,10 @@ def write_report(cfg: DictConfig) -> None:
     run = open_run(cfg)
     data = open_data(cfg, run)
     reference = load_reference_images(data, features, options.most, Path(cfg.paths.cache))
-    labels = labels_for(options.labels, reference.train.labels, len(data.classes), options.n)
+    option = caption_option(run.module)
+    if option:
+        option.prepare(data.captions, Path(cfg.paths.cache))
+    labels = labels_for(options.labels, reference.train.labels, reference.conditions, options.n)
     sampling = resolve_sampling(
         cfg, run.config, options.ema, state=run.point.state, trust=run.trust
     )
@@ -90,10 +95,14 @@ def write_report(cfg: DictConfig) -> None:
     report = Report(out, f"{cfg.run} at step {run.point.step:,}")
     report.introduction = (
         f"{options.n:,} images of {data.image_size} x {data.image_size} pixels, "
-        f"{'no labels' if labels is None else f'labels {options.labels}'}, seed {options.seed}, "
+        f"{_describe_labels(labels, options.labels, option)}, seed {options.seed}, "
         f"{sampling.describe(labels)}. Trained on {len(data.cache) - data.held_out:,} images. "
         f"Features: {features.name}."
     )
+    if option and data.classes and reference.class_of is None:
+        report.introduction += (
+            " Figures by class are left out: a caption has images of several classes."
+        )
     report.numbers = {
         "run": cfg.run,
         "step": run.point.step,
@@ -117,6 +126,12 @@ def write_report(cfg: DictConfig) -> None:
     print(record(run.directory, run.point, report.numbers))
     if options.summary is not None:
         write_json(Path(options.summary), summary_row(report.numbers))
+
+
+def _describe_labels(labels: Tensor | None, how: str, option: Captions | None) -> str:
+    if labels is None:
+        return "no captions" if option else "no labels"
+    return f"captions {how}" if option else f"labels {how}"
 
 
 def check_options(options: DictConfig) -> None:
@@ -184,8 +199,9 @@ def _compare_with_real_images(
     options: DictConfig,
 ) -> str:
     """Add the sections on quality, memorisation and attributes; return the table of quality."""
-    train = reference.train
-    held_out = reference.held_out
+    samples = reference.with_classes(samples)
+    train = reference.with_classes(reference.train)
+    held_out = reference.with_classes(reference.held_out)
     samples_section(report, samples)
     table = quality_section(report, features.distance, samples, train, held_out, data.classes)
     mirrored = data.flip or getattr(data, "augment", None) is not None

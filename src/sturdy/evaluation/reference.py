@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -31,6 +32,10 @@ class ReferenceImages:
         held_out: with features.
         options: names of the options of each attribute that is known of the images.
         class_attribute: the attribute that is the class; None if none is.
+        class_of: the class of each label, ``(conditions + 1,)``, where labels are rows of captions
+            and each caption is of one class; -1 for a caption of none of these images. Else None.
+        labels_are_captions: whether labels are rows of captions, and no classes.
+        conditions: number of labels that a network can be asked for; 0 without labels.
         cache_key: primitives that identify the images.
         cache_folder: for results that are computed from the images.
     """
@@ -39,8 +44,20 @@ class ReferenceImages:
     held_out: ImageSet
     options: Mapping[str, Sequence[str]]
     class_attribute: str | None
+    class_of: Tensor | None
+    conditions: int
+    labels_are_captions: bool
     cache_key: tuple[object, ...]
     cache_folder: Path
+
+    def with_classes(self, images: ImageSet) -> ImageSet:
+        """Return ``images`` with classes as labels; without labels where no classes follow."""
+        if not self.labels_are_captions or images.labels is None:
+            return images
+        labels = None if self.class_of is None else self.class_of[images.labels]
+        if labels is not None and (labels < 0).any():
+            labels = None
+        return replace(images, labels=labels)
 
 
 def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
@@ -92,7 +109,7 @@ def load_reference_images(data: Any, features: Features, most: int, cache: Path)
     train = reference.train
     features.prepare(
         train.pixels,
-        cast(Tensor, train.labels),
+        classes_at(data, np.arange(data.held_out, data.held_out + len(train))),
         len(data.classes),
         data=key,
         folder=folder,
@@ -101,7 +118,7 @@ def load_reference_images(data: Any, features: Features, most: int, cache: Path)
 
     def with_features(images: ImageSet, which: str) -> ImageSet:
         found = features.extract_cached(images.pixels, data=(*key, which), folder=folder)
-        labels = images.labels if data.classes else None
+        labels = images.labels if reference.conditions else None
         return replace(images, features=found, labels=labels)
 
     return replace(
@@ -125,7 +142,8 @@ def _without_features(data: Any, most: int, folder: Path) -> ReferenceImages:
     sets = []
     for positions in (train_positions, held_out_positions):
         batch = images[positions]
-        answers = {"class": batch.label} if data.classes else {}
+        classes = classes_at(data, positions)
+        answers = {"class": classes} if data.classes else {}
         sets.append(ImageSet(batch.image, batch.label, torch.empty(len(positions), 0), answers))
     options: dict[str, Sequence[str]] = {"class": tuple(data.classes)} if data.classes else {}
     class_attribute = "class" if data.classes else None
@@ -142,7 +160,43 @@ def _without_features(data: Any, most: int, folder: Path) -> ReferenceImages:
     train, held_out = sets
     first = images.split.indices(np.arange(8)).tolist()  # identifies the fold
     key = (data.digest, data.image_size, len(train), data.held_out, first)
-    return ReferenceImages(train, held_out, options, class_attribute, key, folder)
+    captions = len(getattr(data, "captions", []))
+    class_of = None
+    if captions and data.classes:
+        positions = np.concatenate([train_positions, held_out_positions])
+        rows = torch.cat([cast(Tensor, one.labels) for one in sets])
+        class_of = classes_of_captions(rows, classes_at(data, positions), captions)
+    return ReferenceImages(
+        train=train,
+        held_out=held_out,
+        options=options,
+        class_attribute=class_attribute,
+        class_of=class_of,
+        labels_are_captions=captions > 0,
+        conditions=captions or len(data.classes),
+        cache_key=key,
+        cache_folder=folder,
+    )
+
+
+def classes_at(data: Any, positions: NDArray[np.int64]) -> Tensor:
+    """Return the class of each image ``(n,)``, also where labels are rows of captions."""
+    return torch.from_numpy(data.cache.labels[data.split.indices(positions)])
+
+
+def classes_of_captions(rows: Tensor, classes: Tensor, captions: int) -> Tensor | None:
+    """Return the class of each caption ``(captions + 1,)``, -1 for one without an image.
+
+    None if images of one caption are of several classes.
+
+    Args:
+        rows: the row of each image's caption, ``(n,)``; ``captions`` is the empty one.
+        classes: the class of each image, ``(n,)``.
+        captions: how many there are.
+    """
+    found = torch.full((captions + 1,), -1)
+    found[rows] = classes
+    return found if torch.equal(found[rows], classes) else None
 
 
 def _has_attributes(data: Any) -> bool:

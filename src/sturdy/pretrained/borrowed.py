@@ -13,11 +13,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exact_resume.weights_file import open_weights
 from sturdy.diffusion.schedule import STEPS, Schedule
 from sturdy.diffusion.target import Target, coefficients_at
 from sturdy.pretrained.lora import MARK, LoRA, original_name
@@ -295,7 +297,7 @@ def build_network(kind: str, config: Mapping[str, Any] | None) -> Any:
     except ImportError:
         raise ValueError(
             f"network={kind} is of diffusers, which is not installed: "
-            f"pip install 'sturdy-diffusion[pretrained]'"
+            f"pip install 'sturdy-diffusion[latent]'"
         ) from None
     arguments = {name: value for name, value in config.items() if not name.startswith("_")}
     try:
@@ -328,23 +330,21 @@ def _keep_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, *rest
 def read_base(path: str, part: str) -> tuple[Mapping[str, Tensor], str]:
     """Return the weights of a part of a base by name, and their SHA-256.
 
+    Args:
+        path: of a Stable Diffusion; or of a folder of diffusers that holds ``part`` alone.
+        part: its name.
+
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such part.
     """
-    import hashlib
-    from pathlib import Path
+    from sturdy.pretrained.base import hash_tensors, open_base
+    from sturdy.pretrained.folder import find_weights
 
-    from safetensors.torch import load_file
-
-    file = Path(path).expanduser() / part / "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
-        raise ValueError(
-            f"path={path} is not there, or has no {part}. If it was moved, give its new place"
-        )
-    weights = load_file(file)
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return weights, digest.hexdigest()
+    folder = Path(path).expanduser() / part
+    if folder.is_dir() and not (folder.parent / "vae").is_dir():
+        tensors: dict[str, Tensor] = {}
+        for file in find_weights(folder):
+            tensors |= open_weights(file).tensors
+        return tensors, hash_tensors(tensors)
+    base = open_base(path)
+    return base.weights(part), base.sha256(part)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.resume import ResumeRefusedError, read_resume_point
+from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser, Guided
 from sturdy.diffusion.sampler import Estimator, Sampler
 from sturdy.errors import describe
@@ -80,14 +81,14 @@ class SamplingConfig:
         return cast(Denoiser, module.ema.model.to(run.device))
 
     def add_guidance(
-        self, network: Denoiser, labels: Tensor | None, guide: Denoiser | None
+        self, network: Denoiser, cond: Condition | Tensor | None, guide: Denoiser | None
     ) -> Estimator:
-        """Wrap ``network`` in guidance, if there are labels or a weaker network ``guide``.
+        """Wrap ``network`` in guidance, if there is a condition or a weaker network ``guide``.
 
         Raises:
             ValueError: naming the key, if the settings make no guidance.
         """
-        if not self.is_guided(labels):
+        if not self.is_guided(cond):
             return network
         try:
             return Guided(network, **{**self.guidance, "guide": guide})
@@ -97,21 +98,21 @@ class SamplingConfig:
                 message if message.startswith("guidance") else f"guidance.{message}"
             ) from None
 
-    def is_guided(self, labels: Tensor | None) -> bool:
-        """Whether there are labels or a weaker network to guide by."""
-        return labels is not None or self.guidance.get("guide") is not None
+    def is_guided(self, cond: Condition | Tensor | None) -> bool:
+        """Whether there is a condition or a weaker network to guide by."""
+        return cond is not None or self.guidance.get("guide") is not None
 
-    def primitives(self, labels: Tensor | None) -> dict[str, Any]:
-        """Return the settings that images with these ``labels`` depend on."""
-        guidance = self.guidance if self.is_guided(labels) else None
+    def primitives(self, cond: Condition | Tensor | None) -> dict[str, Any]:
+        """Return the settings that images with the condition ``cond`` depend on."""
+        guidance = self.guidance if self.is_guided(cond) else None
         return {"sampler": self.sampler, "guidance": guidance, "ema": self.ema}
 
-    def describe(self, labels: Tensor | None) -> str:
+    def describe(self, cond: Condition | Tensor | None) -> str:
         """Return the settings, and where they are from, in one line."""
         name = self.sampler["_target_"].rsplit(".", 1)[-1]
         arguments = ", ".join(f"{k} {v}" for k, v in self.sampler.items() if k != "_target_")
         guidance = "no guidance"
-        if self.is_guided(labels):
+        if self.is_guided(cond):
             guidance = f"guidance {self.guidance['scale']:g}"
         if self.guidance.get("guide") is not None:
             guidance += f" away from {self.guidance['guide']}"

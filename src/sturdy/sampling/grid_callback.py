@@ -18,6 +18,7 @@ from exact_resume.randomness import Draws, key
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
 from sturdy.sampling.grids import class_columns, grid, save_png
+from sturdy.training.captions import caption_option
 
 
 class SampleGrids(Callback):
@@ -32,7 +33,8 @@ class SampleGrids(Callback):
         guidance: arguments of ``Guided``; without classes there is no guidance.
         image_size: height and width.
         every_n_steps: None for never.
-        n: number of images. Classes take turns, so a column of the grid is a class.
+        n: number of images. Classes take turns, so a column of the grid is a class. Captions do,
+            too; of more than ``n``, it draws ``n`` that are spread evenly over all.
         seed: of the noise.
     """
 
@@ -86,6 +88,13 @@ class SampleGrids(Callback):
             return False
         return step % self.every_n_steps == 0 or step == last
 
+    def _labels(self, module: Any, rows: int) -> torch.Tensor:
+        """Return the label of each image ``(n,)``: in turn, or spread over more captions than n."""
+        numbers = torch.arange(self.n)
+        if caption_option(module) and rows > self.n:
+            return numbers * rows // self.n
+        return numbers % rows
+
     def draw(self, module: Any) -> Image.Image:
         """Draw the grid with the EMA of ``module``, a ``DiffusionModule``."""
         average = module.ema.model
@@ -95,7 +104,7 @@ class SampleGrids(Callback):
         noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
         labels = None
         if classes:
-            labels = torch.arange(self.n, device=module.device) % classes
+            labels = self._labels(module, classes).to(module.device)
             denoiser = Guided(denoiser, **(self.guidance or {"scale": 1.0}))
         # Between two calls of the network, a signal is honoured.
         hook = average.register_forward_pre_hook(lambda *_: before_evaluation(module.trainer))

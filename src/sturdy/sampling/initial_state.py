@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from exact_resume.randomness import Draws
+from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
 from sturdy.diffusion.space import Space
@@ -60,23 +61,23 @@ class InitialState:
         sampler: Sampler,
         denoiser: Estimator,
         noise: Tensor,
-        labels: Tensor | None,
+        cond: Condition | Tensor | None,
         draws: Draws,
     ) -> Tensor:
         """Draw images ``(b, 3, h, w)`` in [-1, 1]; arguments are those of ``sample``."""
         clip = self.space.clip
         if self.image is None:
-            x0 = sample(sampler, denoiser, noise, labels, draws, clip=clip)
+            x0 = sample(sampler, denoiser, noise, cond, draws, clip=clip)
             return self.space.decode(x0)
         images = self.image.to(noise.device).expand(len(noise), *self.image.shape)
         start = self.space.encode(images, draws)
         if self.mask is not None:
             denoiser = InpaintingDenoiser(denoiser, start, self._latent_mask(start))
         if self.mask is not None and self.strength == 1:
-            x0 = sample(sampler, denoiser, noise, labels, draws, clip=clip)
+            x0 = sample(sampler, denoiser, noise, cond, draws, clip=clip)
         else:
             x0 = image_to_image(
-                sampler, denoiser, noise, start, self.strength, labels, draws, clip=clip
+                sampler, denoiser, noise, start, self.strength, cond, draws, clip=clip
             )
         drawn = self.space.decode(x0)
         if self.mask is None:

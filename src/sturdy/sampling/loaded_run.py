@@ -22,7 +22,8 @@ from exact_resume.system import available_cpus
 from sturdy.errors import describe
 from sturdy.training.base import move_base
 from sturdy.training.build import SAMPLING_PARTS, load_module
-from sturdy.training.fingerprint import SPACE_KEY
+from sturdy.training.captions import caption_option
+from sturdy.training.fingerprint import CONDITION_KEY, SPACE_KEY
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
@@ -106,9 +107,15 @@ def open_run(cfg: DictConfig) -> LoadedRun:
     if (base := OmegaConf.select(cfg, "base.path")) is not None:
         content["config"] = move_base(content["config"], base)
     module = load_module(point.state, content, trust=trust, training=False)
-    trained_with = point.manifest.get("fingerprint", {}).get("config", {}).get(SPACE_KEY, "")
-    if point.manifest and module.space.key() != trained_with:
+    trained_with = point.manifest.get("fingerprint", {}).get("config", {})
+    if point.manifest and module.space.key() != trained_with.get(SPACE_KEY, ""):
         raise ValueError("space: its weights are not those that the run was trained with")
+    option = caption_option(module)
+    if point.manifest and option and option.key() != trained_with.get(CONDITION_KEY):
+        raise ValueError(
+            f"condition: the text encoders of {option.path} are not those that the run was trained "
+            f"with"
+        )
     return LoadedRun(directory, point, module.to(device).eval(), device, trust)
 
 

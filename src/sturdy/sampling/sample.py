@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
+from torch import Tensor
 
 from exact_resume.randomness import Draws, key
+from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import resolve_sampling
@@ -23,6 +25,8 @@ from sturdy.sampling.initial_state import InitialState
 from sturdy.sampling.labels import select_labels
 from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
 from sturdy.sampling.output_folder import claim_folder, provenance
+from sturdy.sampling.prompts import check_no_prompt, select_captions
+from sturdy.training.captions import caption_option
 
 MINIMUMS = {"n": 1, "first": 0, "batch_size": 1, "seed": None}
 GRID_IMAGES = 64
@@ -49,27 +53,35 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     numbers = range(options.first, options.first + options.n)
     if label == "null" and label not in classes:
         label = None
-    labels = select_labels(label, classes, run.config.get("prior", []), numbers.stop)
+    cond: Tensor | Condition | None
+    if caption_option(run.module) is None:
+        check_no_prompt(options)
+        cond = select_labels(label, classes, run.config.get("prior", []), numbers.stop)
+        chosen = {"label": label}
+        turns = 0 if label is not None else len(classes)  # conditions that come in turn
+    else:
+        cond, chosen = select_captions(run, options, numbers.stop, Path(cfg.paths.cache))
+        turns = min(len(cond.table), numbers.stop)
     sampling = resolve_sampling(
         cfg, run.config, options.ema, state=run.point.state, trust=run.trust
     )
     sampler = sampling.make_sampler()
     network = sampling.load_network(run)
-    denoiser = sampling.add_guidance(network, labels, sampling.load_guide(run))
+    denoiser = sampling.add_guidance(network, cond, sampling.load_guide(run))
     start = InitialState(options, size, run.module.space)
 
-    how = provenance(run, sampling.sampler) | sampling.primitives(labels) | start.primitives
-    how |= {"seed": options.seed, "label": label}
+    how = provenance(run, sampling.sampler) | sampling.primitives(cond) | start.primitives
+    how |= {"seed": options.seed, **chosen}
     out = claim_folder("sample.out", options.out, run.directory / OUTPUT, how, ["*.png"])
-    print(sampling.describe(labels), flush=True)
+    print(sampling.describe(cond), flush=True)
 
-    def draw(batch: range) -> torch.Tensor:
+    def draw(batch: range) -> Tensor:
         draws = Draws(key(options.seed, "sample"), batch)
         noise = draws.normal("start", run.module.space.shape(size)).to(run.device)
-        batch_labels = None
-        if labels is not None:
-            batch_labels = labels[batch.start : batch.stop].to(run.device)
-        return to_uint8(start.draw(sampler, denoiser, noise, batch_labels, draws))
+        batch_cond = None
+        if cond is not None:
+            batch_cond = cond[batch.start : batch.stop].to(run.device)
+        return to_uint8(start.draw(sampler, denoiser, noise, batch_cond, draws))
 
     progress = ProgressPrinter("images")
     drawn = 0
@@ -84,7 +96,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
         drawn += len(missing)
         progress(batch.stop - numbers.start, len(numbers))
 
-    name = save_grid(out, numbers[:GRID_IMAGES], 0 if label is not None else len(classes))
+    name = save_grid(out, numbers[:GRID_IMAGES], turns)
     print(_summary(run, options, out, name, drawn))
 
 

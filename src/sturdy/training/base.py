@@ -46,14 +46,16 @@ def resolve_base(cfg: DictConfig) -> list[str]:
         hashes = {part: base.sha256(part) for part in base.parts}
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(_with_key(str(error), path)) from None
-    cfg.backbone.network = network.pop("_class_name", "UNet2DConditionModel")
-    cfg.backbone.config = {k: v for k, v in network.items() if not k.startswith("_")}
+    cfg.backbone.network = "UNet2DConditionModel"
+    cfg.backbone.config = network
     cfg.backbone.base.sha256 = hashes["unet"]
     if "path" in cfg.space and cfg.space.path == path:
         cfg.space.sha256 = hashes["vae"]
     if "path" in cfg.condition and cfg.condition.path == path:
         encoders = [hashes[part] for part in base.parts if part.startswith("text_encoder")]
         cfg.condition.sha256 = "+".join(encoders)
+    if cfg.backbone.lora.rank is None:
+        cfg.backbone.lora = None
     resolve_target(cfg, base)
     family = FAMILIES.get(base.family, base.family)
     prediction = cfg.target._target_.rpartition(".")[2].lower()

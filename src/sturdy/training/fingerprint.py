@@ -12,6 +12,8 @@ from exact_resume.fingerprint import PACKAGES, Fingerprint, file_hashes, fingerp
 # Their versions are part of the stack of a run that uses them.
 PRETRAINED_PACKAGES = ("diffusers", "transformers", "peft")
 SPACE_KEY = "space.key"  # in the fingerprint's config: which weights encode and decode
+CONDITION_KEY = "condition.key"  # likewise: which weights read the captions
+CAPTIONS = "captions"  # in the fingerprint's stack: the digest of their embeddings
 
 # The modules that compute every run, whatever its config names.
 ENGINE = (
@@ -40,6 +42,7 @@ COMPUTES = (
     "sturdy.encoders.network",
     "sturdy.pretrained.borrowed",
     "sturdy.pretrained.lora",
+    "sturdy.pretrained.captions",
     "sturdy.training.alignment",
     "sturdy.training.auxiliary",
     "sturdy.training.build",
@@ -61,6 +64,8 @@ def run_fingerprint(
     *,
     ignore: Iterable[str],
     space: str = "",
+    condition: str = "",
+    captions: str = "",
 ) -> Fingerprint:
     """Take the fingerprint of a run.
 
@@ -70,6 +75,9 @@ def run_fingerprint(
         gradients: how gradients are summed (``exact_resume.reduction.reduction_id``).
         ignore: keys that cannot change a weight; code and files that they name do not count.
         space: the key of the space (``Space.key``); empty if it has no weights.
+        condition: the key of the condition's text encoders; empty if it has none.
+        captions: the digest of the captions' embeddings. They are made anew where the cache is
+            gone, and another machine rounds them differently.
     """
     ignore = [*ignore, "data.source", "init_from"]
     now = fingerprint(config, data, gradients)
@@ -84,10 +92,10 @@ def run_fingerprint(
         leave_out=[*ignore, "data", "callbacks", "logger"],  # the last two name what they write
         written=[runs / str(config["name"]), cache_folder],
     )
-    if space:
-        config = now.config | {SPACE_KEY: space}
-        return Fingerprint(config, data, code, now.stack, files)
-    return Fingerprint(now.config, data, code, now.stack, files)
+    keys = {SPACE_KEY: space, CONDITION_KEY: condition}
+    stated = now.config | {name: value for name, value in keys.items() if value}
+    stack = now.stack | ({CAPTIONS: captions} if captions else {})
+    return Fingerprint(stated, data, code, stack, files)
 
 
 def is_pretrained(target: str) -> bool:
@@ -97,7 +105,7 @@ def is_pretrained(target: str) -> bool:
 
 def sampling_code(config: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:
     """Hash the code that draws images: a sampler's config, and the network of a run's config."""
-    parts = [config.get(key) for key in ("backbone", "schedule", "target")]
+    parts = [config.get(key) for key in ("condition", "backbone", "schedule", "target")]
     roots = ["sturdy.diffusion.denoiser", "sturdy.diffusion.sampler", *targets([*parts, sampler])]
     return code_hashes(roots, leave_out=modules_beside(), known=PACKAGES)
 

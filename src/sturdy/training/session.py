@@ -54,6 +54,7 @@ from exact_resume.supervisor import die_with_parent, is_launched
 from sturdy.errors import EXIT_USAGE, ConfigError, add_key, as_config_error
 from sturdy.training.base import resolve_base
 from sturdy.training.build import build_module
+from sturdy.training.captions import caption_option, prepare_captions
 from sturdy.training.ema_snapshots import path_of
 from sturdy.training.fingerprint import run_fingerprint
 from sturdy.training.init_from import differing_weights, find_source, init_from
@@ -172,6 +173,7 @@ class Session:
         # Parts that do not go together are refused before anything is promised.
         with distributed.rank_zero_first(), as_config_error():
             self.module = build_module(config, fresh=self.point is None)
+            prepare_captions(self.module, self.data, self.cfg)
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
@@ -331,12 +333,15 @@ class Session:
         cfg = self.cfg
         mode = reduction_mode(cfg)
         gradients = reduction_id(cfg.data.shards, distributed.world_size(), mode)
+        option = caption_option(self.module)
         now = run_fingerprint(
             config,
             self.data.digest,
             gradients,
             ignore=cfg.resume.ignore,
             space=self.module.space.key(),
+            condition=option.key() if option else "",
+            captions=option.digest if option else "",
         )
         everywhere = distributed.all_gather_object((now.code, now.data))
         distributed.run_on_rank_zero(lambda: check_processes_agree(everywhere))
@@ -386,6 +391,9 @@ class Session:
             log.warning(f"the configuration was edited: {line}")
         for line in self.data.notes:
             log.warning(add_key(line, "data", self.cfg.data))
+        if option := caption_option(self.module):
+            for line in option.notes:
+                log.warning(line)
 
     def _banner(self, guarantee: Guarantee | None) -> str:
         cfg = self.cfg

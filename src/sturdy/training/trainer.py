@@ -135,7 +135,7 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     with as_config_error("data", cfg.data):
         data.open(begun)
     cfg.classes = list(data.classes)
-    cfg.num_classes = len(data.classes)
+    cfg.num_classes = len(getattr(data, "captions", [])) or len(data.classes)
     cfg.num_conditions = data.augmentation_size
     cfg.prior = data.prior
     return data
