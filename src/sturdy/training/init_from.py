@@ -195,7 +195,7 @@ def _init_from_pretrained(module: DiffusionModule, source: Source, base: "Base")
         backbone = type(module.denoiser.backbone).__name__
         raise ValueError(
             f"init_from={source.word} holds a U-Net of Stable Diffusion, and no "
-            f" tensor of it fits this run's backbone, {backbone}. To train that network: "
+            f"tensor of it fits this run's backbone, {backbone}. To train that network: "
             f"experiment=finetune base={source.word}"
         )
     for network in networks:

@@ -1,0 +1,148 @@
+"""Fine-tuning a whole Stable Diffusion, tiny and real: killed, moved, changed, and drawn from."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from exact_resume.checkpoint.store import Store, load_state
+from finetuning import LIVE, LORA, STEPS, prepare
+from runs import ROOT, differences, fork, kill_at, train
+
+
+@pytest.fixture(scope="module")
+def tmp(tmp_path_factory):
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def words(tmp):
+    return prepare(tmp)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp, words):
+    """A run of an adapter that nobody has disturbed: what it said."""
+    return train(tmp, "adapter", *LORA, base=words).stdout
+
+
+def state(tmp, name, step=STEPS):
+    return load_state(Store(tmp / "runs" / name / "checkpoints").state(step))
+
+
+def script(tmp, door, *words, code=0):
+    """Return what a script says to ``words``."""
+    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
+    process, out, err = fork(tmp, door, [str(ROOT / f"{door}.py"), *paths, "threads=1", *words])
+    process.join(300)
+    said = out.read_text() + err.read_text()
+    assert process.exitcode == code, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_the_start_says_what_was_found(adapter, tmp):
+    assert f"base: Stable Diffusion 1, {tmp / 'sd1'} (SHA-256 " in adapter
+    assert "target noise" in adapter
+    assert "captions" in adapter
+    assert "latents of 20 images" in adapter
+
+
+@pytest.mark.parametrize("way", [[], LORA, [*LORA, *LIVE]], ids=["full", "adapter", "live"])
+def test_killed_it_ends_in_the_same_bits(way, tmp, words, adapter):
+    name = {0: "full", 2: "adapter", 3: "live"}[len(way)]
+    if name != "adapter":
+        train(tmp, name, *way, base=words)
+    kill_at(tmp, f"{name}-killed", 3, *way, base=words, saved=True)
+    assert "bitwise" in train(tmp, f"{name}-killed", *way, base=words).stdout
+    assert differences(tmp, name, f"{name}-killed") == []
+
+
+def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp, adapter):
+    saved = state(tmp, "adapter")
+    assert all("lora_" in name for name in saved["state_dict"])
+    weights = sum(t.numel() for n, t in saved["state_dict"].items() if n.startswith("denoiser."))
+    file = Store(tmp / "runs" / "adapter" / "checkpoints").state(STEPS)
+    others = 250_000  # bytes of the config and of names
+    assert file.stat().st_size < 5 * 4 * weights + others
+
+
+def test_a_base_that_was_moved_continues_and_another_is_refused(tmp, words, adapter):
+    kill_at(tmp, "moved", 3, *LORA, base=words, saved=True)
+    moved = tmp / "elsewhere"
+    shutil.copytree(tmp / "sd1", moved)
+    there = [word if not word.startswith("base=") else f"base={moved}" for word in words]
+    assert "bitwise" in train(tmp, "moved", *LORA, base=there).stdout
+    assert differences(tmp, "adapter", "moved") == []
+
+    file = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    said = train(tmp, "moved", *LORA, "trainer.max_steps=8", base=there, code=2).stderr
+    assert "backbone.base.sha256" in said
+    shutil.rmtree(moved)
+    said = train(tmp, "moved", *LORA, "trainer.max_steps=8", base=there, code=2).stderr
+    assert f"base={moved}" in said
+    assert "is not there" in said
+
+
+def test_images_are_drawn_for_a_prompt(tmp, adapter):
+    options = ["run=adapter", "sample.n=2", "sampler.steps=2", "guidance.scale=3"]
+    said = script(tmp, "sample", *options, "sample.prompt=a red car, at night")
+    assert "a red car, at night" in said
+    pictures = tmp / "runs" / "adapter" / "pictures"
+    assert [Image.open(p).size for p in sorted(pictures.glob("0*.png"))] == [(64, 64)] * 2
+
+    start = ["sample.image=" + str(tmp / "images" / "00.png"), "sample.strength=0.5"]
+    script(tmp, "sample", *options, "sample.prompt=a car", *start)
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp / "mask.png")
+    start = [start[0], f"sample.mask={tmp / 'mask.png'}", f"sample.out={tmp / 'filled'}"]
+    script(tmp, "sample", *options, "sample.prompt=a car", *start)
+    assert len(list((tmp / "filled").glob("0*.png"))) == 2
+
+
+def test_a_run_is_evaluated(tmp, adapter):
+    few = ["evaluate.n=4", "evaluate.batch_size=2", "evaluate.levels=2", "evaluate.audit_seen=0"]
+    script(tmp, "evaluate", "run=adapter", *few, "features.seen=8", "sampler.steps=2")
+    report = tmp / "runs" / "adapter" / "evaluation"
+    assert json.loads((report / "report.json").read_text())
+
+
+def test_a_prediction_that_is_not_the_bases_is_refused(tmp, words):
+    said = train(tmp, "odd", "target=v", base=words, code=2).stderr
+    assert "target=v" in said
+    assert "Leave target out" in said
+
+
+def test_a_size_that_cannot_be_halved_is_refused(tmp, words):
+    said = train(tmp, "odd", "data.image_size=72", base=words, code=2).stderr
+    assert "data.image_size=72" in said
+    assert "64 or 128" in said
+
+
+def test_a_base_alone_chooses_the_experiment(tmp, words):
+    without = [word for word in words if not word.startswith("experiment=")]
+    job = [sys.executable, str(ROOT / "train.py"), *without, "--cfg", "job"]
+    done = subprocess.run(job, capture_output=True, text=True, env=os.environ, check=True)
+    assert "sturdy.pretrained.borrowed.Borrowed" in done.stdout
+
+
+def test_it_begins_from_the_weights_of_a_folder(tmp, words):
+    other = tmp / "other"
+    if not other.exists():
+        from examples.tiny_sd.build import build
+
+        build(other, seed=5)
+    said = train(tmp, "begun", f"init_from={other}", "trainer.max_steps=1", base=words).stdout
+    assert f"init_from={other}: all" in said
+    assert torch.isfinite(next(iter(state(tmp, "begun", 1)["state_dict"].values()))).all()
