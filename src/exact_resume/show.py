@@ -22,13 +22,8 @@ from exact_resume.checkpoint.store import (
     Store,
     verify_checkpoint,
 )
-from exact_resume.weights_file import (
-    WeightsFile,
-    WeightsFileError,
-    is_harmless,
-    open_weights,
-    printable,
-)
+from exact_resume.pickle_names import is_harmless
+from exact_resume.weights_file import WeightsFile, WeightsFileError, open_weights, printable
 
 HOOKS = "exact_resume.describe"
 SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
@@ -71,7 +66,7 @@ def _show_file(path: Path) -> int:
         file = open_weights(path)
     except WeightsFileError as error:
         print(f"refused: {error}")
-        for name in error.imports:
+        for name in sorted(error.imports, key=is_harmless):  # the refused ones first
             _print_fact("imports", f"{name} ({'harmless' if is_harmless(name) else 'REFUSED'})")
         return 1
     print(printable(str(path)))

@@ -14,51 +14,21 @@ Any other name refuses the file.
 
 import errno
 import io
-import pickletools
-import re
 import threading
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-# What a stand-in may replace: everything in these packages, and these names.
-HARMLESS_PACKAGES = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.")
-HARMLESS = {
-    "argparse.Namespace",
-    "builtins.bool",
-    "builtins.dict",
-    "builtins.float",
-    "builtins.int",
-    "builtins.list",
-    "builtins.str",
-    "builtins.tuple",
-    "collections.defaultdict",
-    "datetime.datetime",
-    "datetime.timedelta",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath",
-    "typing.Any",
-}
-# What the pickle of every torch file imports to build tensors.
-TENSORS = re.compile(r"collections\.OrderedDict|torch\._utils\._rebuild_\w+|torch\.\w*Storage")
+from exact_resume.pickle_names import is_harmless, list_imports, stand_in
+
 # What files that are no weights begin with, and what to do.
 NO_WEIGHTS = {
     b"version https://git-lfs": "is a git-lfs pointer, not the weights: fetch them, git lfs pull",
@@ -186,7 +156,7 @@ def _list_unsafe(path: Path, pickle: bytes) -> list[str]:
     except UnpicklingError:  # torch knows only the instructions that it writes itself
         raise WeightsFileError(
             f"{path} holds a pickle that torch did not write. {ASK}",
-            _list_imports(io.BytesIO(pickle)),
+            list_imports(io.BytesIO(pickle)),
         ) from None
     if any(not is_harmless(name) for name in imports):
         raise _refuse_imports(path, imports)
@@ -198,41 +168,13 @@ def _load(path: Path, imports: list[str]) -> Any:
     # torch takes every path with this suffix for the other format.
     is_mapped = path.suffix != ".safetensors"
     try:
-        with path.open("rb") as file, safe_globals([(_stand_in(name), name) for name in imports]):
+        with path.open("rb") as file, safe_globals([(stand_in(name), name) for name in imports]):
             return torch.load(
                 path if is_mapped else file, map_location="cpu", weights_only=True, mmap=is_mapped
             )
     except UnpicklingError as error:
         reason = _first_line(error.__context__ or error)
         raise WeightsFileError(f"{path} cannot be read ({reason}). {ASK}", imports) from None
-
-
-def is_harmless(name: str) -> bool:
-    """Return whether a stand-in may take the place of ``name`` of a pickle."""
-    return name in HARMLESS or name.startswith(HARMLESS_PACKAGES)
-
-
-class _Inert:
-    """Stand in for an object of another library: take any arguments, and do nothing."""
-
-    def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-class _InertDict(_Inert):
-    """Stand in for a subclass of dict, whose items a pickle sets one by one."""
-
-    def __new__(cls, *arguments: Any, **options: Any) -> Any:
-        return OrderedDict()
-
-
-def _stand_in(name: str) -> type:
-    """Return a class of its own for each name, because classes may be the keys of a dict."""
-    is_dict = name.endswith((".AttributeDict", ".defaultdict"))
-    return type("Inert", (_InertDict if is_dict else _Inert,), {})
 
 
 def _read_pickle(path: Path) -> bytes:
@@ -301,7 +243,7 @@ def _refuse_legacy(path: Path, start: bytes) -> WeightsFileError:
             f"{path} is a tar file, perhaps of torch before 0.1.10, which is not read. {ASK}"
         )
     with path.open("rb") as file:
-        imports = _list_imports(file)
+        imports = list_imports(file)
     if any(not is_harmless(name) for name in imports):
         return _refuse_imports(path, imports)
     return WeightsFileError(
@@ -318,35 +260,6 @@ def _refuse_imports(path: Path, imports: list[str]) -> WeightsFileError:
     return WeightsFileError(
         f"{path} would import {printable(names)}, which no weights need. {ASK}", imports
     )
-
-
-def _list_imports(file: IO[bytes]) -> list[str]:
-    """Return what the pickles at the start of ``file`` would import beyond tensors.
-
-    They are disassembled, not loaded. A file by torch before 1.6 begins with five of them. The list
-    is for people: what may be loaded is not decided by it.
-    """
-    names = set()
-    strings = ["", ""]
-    memo: dict[Any, str] = {}
-    try:
-        for _ in range(5):
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name in ("GLOBAL", "INST"):
-                    names.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    names.add(".".join(strings[-2:]))
-                elif opcode.name == "MEMOIZE":
-                    memo[len(memo)] = strings[-1]
-                elif "PUT" in opcode.name:
-                    memo[argument] = strings[-1]
-                elif "GET" in opcode.name:
-                    strings.append(memo.get(argument, "?"))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except Exception:
-        pass  # the end of the pickles, or of the file
-    return sorted(name for name in names if not TENSORS.fullmatch(name))
 
 
 def _describe_start(start: bytes) -> str:

@@ -272,9 +272,7 @@ def test_a_bare_pickle_is_refused_with_what_it_would_import(protocol, tmp_path, 
     path = tmp_path / "a.ckpt"
     attack = [Calls(os.system, touch(canary)), Calls(os.mkfifo, str(canary))]
     path.write_bytes(pickle.dumps(attack, protocol))
-    with pytest.raises(
-        WeightsFileError, match="would import posix.mkfifo, posix.system"
-    ) as refused:
+    with pytest.raises(WeightsFileError, match=r"would import posix\.mkfifo") as refused:
         open_weights(path)
     assert refused.value.imports == ["posix.mkfifo", "posix.system"]
     assert not canary.exists()
