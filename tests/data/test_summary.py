@@ -105,7 +105,10 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
         "1 .tar (unpack first)",
         "3 hidden by a dot in front",
     }
-    assert unused == "not used, as only folders give classes: 4 .txt, metadata.jsonl"
+    assert unused == (
+        "not used, as only folders give classes: 4 .txt, metadata.jsonl; captions=true reads "
+        "captions for a text condition from metadata.jsonl and the .txt of each image"
+    )
 
 
 def test_any_suffix_looks_at_the_content(tmp_path):

@@ -13,7 +13,7 @@ import shlex
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ SUFFIXES = frozenset(
 ) | (HEIC if READS_HEIC else frozenset())
 # of captions, labels and tables
 TEXT_SUFFIXES = frozenset(b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split())
+TABLES = frozenset({b"metadata.csv", b"metadata.jsonl"})  # those that can be read
 ARCHIVE_SUFFIXES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
 # folders that systems make, in lower case; hidden ones begin with a dot and are left out anyway
 SYSTEM_FOLDERS = frozenset(
@@ -59,6 +60,18 @@ class ImageFile(NamedTuple):
     second: bytes
 
 
+class TextFile(NamedTuple):
+    """A file that may have captions or classes.
+
+    Attributes:
+        name: its path under the folder that all roots are in, as of an image.
+        path: its path.
+    """
+
+    name: bytes
+    path: bytes
+
+
 class Listing:
     """The images under some folders at any depth, and the number of other files.
 
@@ -69,17 +82,27 @@ class Listing:
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
         any_suffix: whether to read the first bytes of files with other suffixes, and to take those
             that are images.
+        keep_texts: whether to keep the paths of ``.txt`` files, which may be captions.
 
     Attributes:
         images: the images found so far.
         tops: the folders in the roots, with images or without.
+        tables: the files named ``metadata.csv`` or ``metadata.jsonl``.
+        text_files: the ``.txt`` files by their name without the suffix, with ``keep_texts``.
+        used: the files that ``use`` was told of.
     """
 
-    def __init__(self, exclude: Sequence[str] = (), *, any_suffix: bool = False) -> None:
+    def __init__(
+        self, exclude: Sequence[str] = (), *, any_suffix: bool = False, keep_texts: bool = False
+    ) -> None:
         self.exclude = {pattern: os.fsencode(pattern.strip("/")) for pattern in exclude}
         self.any_suffix = any_suffix
         self.images: list[ImageFile] = []
         self.tops: set[bytes] = set()
+        self.keep_texts = keep_texts
+        self.tables: list[TextFile] = []
+        self.text_files: dict[bytes, TextFile] = {}
+        self.used: set[TextFile] = set()
         self.other_files: Counter[bytes] = Counter()  # by suffix
         self.examples: dict[bytes, list[bytes]] = {}  # the first paths of each of these suffixes
         self.hidden = 0
@@ -114,6 +137,8 @@ class Listing:
                     if self._is_image(entry.path):
                         file = ImageFile(prefix + path, _pack(status), top, second)
                         self.images.append(file)
+                    elif stat.S_ISREG(status.st_mode):
+                        self._keep_text(TextFile(prefix + path, entry.path))
                 elif entry.name.lower() in SYSTEM_FOLDERS:
                     self.system_folders[entry.name] += 1
                 else:
@@ -132,6 +157,22 @@ class Listing:
                 self.excluded[pattern] += 1
                 return True
         return False
+
+    def _keep_text(self, file: TextFile) -> None:
+        stem, suffix = os.path.splitext(file.name)
+        if os.path.basename(file.name) in TABLES:
+            self.tables.append(file)
+        elif self.keep_texts and suffix.lower() == b".txt":
+            self.text_files[stem] = file
+
+    def use(self, files: Iterable[TextFile]) -> None:
+        """Count these files no longer among those that are not used."""
+        new = set(files) - self.used
+        self.used |= new
+        for file in new:
+            suffix = _suffix(file.name)
+            self.other_files[suffix] -= 1
+            self.examples[suffix] = [path for path in self.examples[suffix] if path != file.path]
 
     def _is_image(self, path: bytes) -> bool:
         """Return whether a file is listed as an image; count it otherwise."""
@@ -167,13 +208,19 @@ class Listing:
         parts = []
         for suffix, n in _most_frequent(self.other_files):
             examples = self.examples[suffix]
-            if suffix not in TEXT_SUFFIXES:
+            if suffix not in TEXT_SUFFIXES or n == 0:
                 continue
             if n <= len(examples):
                 parts += sorted(printable(os.path.basename(path)) for path in examples)
             else:
                 parts.append(f"{n:,} {printable(suffix)}")
         return parts
+
+    def has_text_of_image(self) -> bool:
+        """Return whether one of the first ``.txt`` files has the name of an image beside it."""
+        stems = [os.path.splitext(path)[0] for path in self.examples.get(b".txt", [])]
+        suffixes = [*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES)]
+        return any(os.path.exists(stem + suffix) for stem in stems for suffix in suffixes)
 
     def unmatched(self) -> list[str]:
         """Return the patterns of ``exclude`` that match nothing."""
@@ -224,6 +271,11 @@ def begins_as_image(path: bytes) -> bool:
             return is_image(file.read(HEAD))
     except OSError:
         return False
+
+
+def first_names(names: Collection[str], most: int = 3) -> str:
+    """Return the first names, and dots if there are more."""
+    return ", ".join([*names][:most]) + ", ..." * (len(names) > most)
 
 
 def printable(name: bytes | os.PathLike[str]) -> str:

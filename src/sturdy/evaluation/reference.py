@@ -124,9 +124,10 @@ def _without_features(data: Any, most: int, folder: Path) -> ReferenceImages:
     train_positions = np.arange(data.held_out, min(data.held_out + most, total))
     sets = []
     for positions in (train_positions, held_out_positions):
-        batch = images[positions]
-        answers = {"class": batch.label} if data.classes else {}
-        sets.append(ImageSet(batch.image, batch.label, torch.empty(len(positions), 0), answers))
+        pixels = images[positions].image
+        classes = images.classes(positions)
+        answers = {"class": classes} if data.classes else {}
+        sets.append(ImageSet(pixels, classes, torch.empty(len(positions), 0), answers))
     options: dict[str, Sequence[str]] = {"class": tuple(data.classes)} if data.classes else {}
     class_attribute = "class" if data.classes else None
     if _has_attributes(data):
