@@ -14,9 +14,9 @@ from PIL import Image
 from runs import COMMON, train
 from sturdy.data.cache import open_cache
 from sturdy.data.cache_writer import seal
+from sturdy.data.classes import as_override, describe_classes
 from sturdy.data.datamodule import folder_data
 from sturdy.data.folder import Folder
-from sturdy.data.listing import as_override, describe_classes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 6, 6, 3), dtype=np.uint8)
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]

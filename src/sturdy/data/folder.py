@@ -16,19 +16,16 @@ import numpy as np
 
 from sturdy.data.captions import read_captions
 from sturdy.data.checks import check_choice, check_colour, check_int, check_strings, check_text
-from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode_file, max_bytes, read_file
-from sturdy.data.listing import (
-    MAX_KINDS,
-    SUFFIXES,
-    Listing,
+from sturdy.data.classes import (
     as_override,
     count_classes_below,
     count_images,
     describe_classes,
     find_classes,
-    printable,
     subfolders,
 )
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode_file, max_bytes, read_file
+from sturdy.data.listing import MAX_KINDS, SUFFIXES, Listing, printable
 from sturdy.data.metadata import describe_unused_texts, read_labels
 from sturdy.data.roots import check_roots
 
