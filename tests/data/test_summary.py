@@ -14,9 +14,9 @@ from PIL import Image
 from runs import COMMON, train
 from sturdy.data.cache import open_cache
 from sturdy.data.cache_writer import seal
+from sturdy.data.classes import as_override, describe_classes
 from sturdy.data.datamodule import folder_data
 from sturdy.data.folder import Folder
-from sturdy.data.listing import as_override, describe_classes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (400, 6, 6, 3), dtype=np.uint8)
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]
@@ -105,7 +105,10 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
         "1 .tar (unpack first)",
         "3 hidden by a dot in front",
     }
-    assert unused == "not used, as only folders give classes: 4 .txt, metadata.jsonl"
+    assert unused == (
+        "not used, as only folders give classes: 4 .txt, metadata.jsonl; captions=true reads "
+        "captions for a text condition from metadata.jsonl and the .txt of each image"
+    )
 
 
 def test_any_suffix_looks_at_the_content(tmp_path):

@@ -52,7 +52,9 @@ class Cache:
         dtype: NumPy type of the images.
         labels: ``(n,)``, int64.
         shapes: height and width of each image, ``(n, 2)``, int64.
-        digest: of images, labels and classes.
+        caption_rows: the row in ``captions`` of the caption of each image, ``(n,)``, int64, and
+            ``len(captions)`` where it is empty; ``None`` if the source had no captions.
+        digest: of images, labels and classes, and of captions, if there are any.
         digest_with_contents: of these and ``contents``; ``None`` in a cache of an older version.
         contents: a hash of the content of each image, ``(n,)``, uint64; ``None`` in a cache of an
             older version.
@@ -82,6 +84,9 @@ class Cache:
             self.contents: np.ndarray | None = None
             if self.digest_with_contents:
                 self.contents = np.load(self.path / "contents.npy")
+            self.caption_rows: np.ndarray | None = None
+            if "captions.npy" in manifest["bytes"]:
+                self.caption_rows = np.load(self.path / "captions.npy")
             memory = np.memmap(self.path / "images.bin", dtype=self.dtype, mode="r")
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise CorruptCacheError(f"{self.path}: {error}") from error
@@ -101,6 +106,19 @@ class Cache:
         """The name of each image in messages and tables."""
         names: list[str] = json.loads((self.path / "names.json").read_bytes())
         return names
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The distinct captions; empty if the source had none."""
+        if self.caption_rows is None:
+            return []
+        captions: list[str] = json.loads((self.path / "captions.json").read_bytes())
+        return captions
+
+    def caption(self, index: int) -> str:
+        """Return the text of an image's caption; empty without captions."""
+        row = 0 if self.caption_rows is None else int(self.caption_rows[index])
+        return self.captions[row] if row < len(self.captions) else ""
 
     def image(self, index: int) -> np.ndarray:
         """Return one image, ``(c, h, w)``, a read-only view of the memory map."""

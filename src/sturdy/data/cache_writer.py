@@ -4,6 +4,8 @@ images.bin     the pixels of image after image
 labels.npy     labels, ``(n,)``
 shapes.npy     heights and widths, ``(n, 2)``
 contents.npy   a hash of the content of each image, ``(n,)``
+captions.json  the distinct captions, if the source has captions
+captions.npy   the row in them of the caption of each image, ``(n,)``
 names.json     the name of each image
 quarantine.txt the images that were left out, and why
 manifest.json  a description of these files, sealed by a hash
@@ -135,6 +137,13 @@ def _write_tables(
     contents = np.array([entry.content_hash for entry in entries], dtype="<u8")
     digest.update(np.array(labels, dtype="<i8").tobytes())
     digest.update(json.dumps(source.classes).encode())
+    captions = list(getattr(source, "captions", ()))
+    if captions:
+        rows = caption_rows(source, [entry.source_index for entry in entries], len(captions))
+        digest.update(b"captions" + json.dumps(captions).encode() + rows.tobytes())
+        _save(path / "captions.npy", rows)
+        with open_durable(path / "captions.json") as file:
+            file.write(json.dumps(captions).encode())
     with_contents = digest.copy()
     with_contents.update(contents.tobytes())
 
@@ -161,6 +170,21 @@ def _write_tables(
     }
     with open_durable(path / "manifest.json") as file:
         file.write(json.dumps({**manifest, "seal": seal(manifest)}, indent=1).encode())
+
+
+def caption_rows(source: Any, indices: Sequence[int], captions: int) -> np.ndarray:
+    """Return the rows of the captions of the images at ``indices``, int64 ``(n,)``.
+
+    Raises:
+        ValueError: a row is not in [0, captions].
+    """
+    rows = np.array([source.caption(index) for index in indices], dtype="<i8")
+    if rows.size and (rows.min() < 0 or rows.max() > captions):
+        raise ValueError(
+            f"the source has {captions:,} captions, and caption() of an image gives a row out of "
+            f"[0, {captions:,}]"
+        )
+    return rows
 
 
 def _save(path: Path, array: np.ndarray) -> None:

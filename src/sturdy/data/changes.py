@@ -1,9 +1,11 @@
 """How the images of a run differ, by name, from other images or from their source."""
 
 from collections.abc import Collection
+from typing import Any
 
 from sturdy.data.cache import Cache
 from sturdy.data.cache_writer import hash_pixels
+from sturdy.data.listing import first_names
 from sturdy.data.source import Source
 
 
@@ -19,7 +21,8 @@ def describe_changes(old: Cache, new: Cache) -> list[str]:
     broken = dict.fromkeys(name for name, _ in new.quarantine if name in old_index)
     missing = {name: old_hashes[i] for name, i in old_index.items() if name not in new_index}
     missing_by_hash = {h: name for name, h in missing.items() if name not in broken}
-    added, renamed, changed, moved = [], [], [], []
+    both_have_captions = bool(old.captions and new.captions)
+    added, renamed, changed, moved, told = [], [], [], [], []
     for name, i in new_index.items():
         if name in old_index:
             k = old_index[name]
@@ -27,6 +30,8 @@ def describe_changes(old: Cache, new: Cache) -> list[str]:
                 changed.append(name)
             if _class_name(old, k) != _class_name(new, i):
                 moved.append(f"{name}: {_class_name(old, k)} -> {_class_name(new, i)}")
+            if both_have_captions and old.caption(k) != new.caption(i):
+                told.append(name)
         elif old_name := missing_by_hash.pop(new_hashes[i], None):
             renamed.append(f"{old_name} -> {name}")
             del missing[old_name]
@@ -39,10 +44,15 @@ def describe_changes(old: Cache, new: Cache) -> list[str]:
         *_count(renamed, "was renamed or moved", "were renamed or moved"),
         *_count(broken, "cannot be read any more", "cannot be read any more"),
         *_count(moved, "has another class", "have another class"),
+        *_count(told, "changed", "changed", what="caption"),
     ]
+    if bool(old.captions) != bool(new.captions):
+        before = f"{len(old.captions):,} captions" if old.captions else "no captions"
+        after = f"{len(new.captions):,}" if new.captions else "none"
+        lines.append(f"there were {before}, and there are {after}")
     if old.classes != new.classes:
-        before = _first_names(old.classes) or "none"
-        after = _first_names(new.classes) or "none"
+        before = first_names(old.classes) or "none"
+        after = first_names(new.classes) or "none"
         lines.append(f"the classes were {before}, and are {after}")
     return lines or ["the files are the same; their order differs, or how they are decoded"]
 
@@ -51,15 +61,29 @@ def describe_unused(cache: Cache, source: Source) -> list[str]:
     """Say by name alone how ``source`` differs now from the source that ``cache`` was made of."""
     if cache.key == source.key:
         return []
-    names = [source.name(i) for i in range(len(source))]
+    index = {source.name(i): i for i in range(len(source))}
     broken = [name for name, _ in cache.quarantine]
     in_cache = {*cache.names, *broken, *cache.small}
-    in_source = set(names)
-    added = [name for name in names if name not in in_cache]
-    missing = [name for name in cache.names if name not in in_source]
+    added = [name for name in index if name not in in_cache]
+    missing = [name for name in cache.names if name not in index]
+    captions = [*getattr(source, "captions", ()), ""]
+    both_have_captions = bool(cache.captions) and len(captions) > 1
+    both_have_classes = bool(cache.classes and source.classes)
+    caption: Any = getattr(source, "caption", None)
+    moved, told = [], []
+    for k, name in enumerate(cache.names):
+        i = index.get(name)
+        if i is None:
+            continue
+        if both_have_classes and source.classes[source.label(i)] != _class_name(cache, k):
+            moved.append(name)
+        if both_have_captions and captions[caption(i)] != cache.caption(k):
+            told.append(name)
     lines = [
         *_count(added, "is new, and not used", "are new, and not used"),
         *_count(missing, "is gone, and still used", "are gone, and still used"),
+        *_count(moved, "has another class, which is not used", "have other classes, not used"),
+        *_count(told, "changed; the old one is used", "changed; the old are used", what="caption"),
     ]
     return lines or [
         "files were moved or written anew; the images that the run began with are used"
@@ -80,13 +104,9 @@ def _class_name(cache: Cache, index: int) -> str:
     return cache.classes[cache.labels[index]] if cache.classes else "none"
 
 
-def _count(names: Collection[str], one: str, several: str) -> list[str]:
+def _count(names: Collection[str], one: str, several: str, *, what: str = "image") -> list[str]:
     """Return ``["13 images are new (a.jpg, b.jpg, c.jpg, ...)"]``, or nothing without names."""
     if not names:
         return []
-    what = f"image {one}" if len(names) == 1 else f"images {several}"
-    return [f"{len(names):,} {what} ({_first_names(names)})"]
-
-
-def _first_names(names: Collection[str], most: int = 3) -> str:
-    return ", ".join([*names][:most]) + ", ..." * (len(names) > most)
+    described = f"{what} {one}" if len(names) == 1 else f"{what}s {several}"
+    return [f"{len(names):,} {described} ({first_names(names)})"]

@@ -62,3 +62,10 @@ def check_colour(name: str, value: Any) -> tuple[int, int, int]:
             f"[255,128,0]"
         ) from None
     return red, green, blue
+
+
+def check_text(name: str, value: Any) -> str | None:
+    """Return ``value`` if it is a text or ``None``."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}={value} must be a text; quote it: '{name}=\"{value}\"'")
+    return value

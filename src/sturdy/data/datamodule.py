@@ -67,9 +67,11 @@ class ImageData(L.LightningDataModule):
         augmentation_size: length of the vector that describes an image's augmentation; 0 without.
         source: the source; ``None`` if it is no longer there. Set by ``open``, as all that follow.
         classes: the name of each class; empty when unlabelled.
+        captions: the distinct captions, sorted, without the empty one; empty without captions. The
+            label in a batch is then the row of the caption, and ``len(captions)`` if it is empty.
         prior: the frequency of each class among all images.
         held_out: number of the held-out images.
-        digest: identifies the images, their labels, and what the split depends on.
+        digest: identifies the images, their labels and captions, and what the split depends on.
         notes: lines about how the images in use differ from those of the source.
 
     Raises:
@@ -170,6 +172,7 @@ class ImageData(L.LightningDataModule):
         self.split, self.digest = self._split()
         self.held_out = len(self.split.held_out)
         self.classes = self.cache.classes
+        self.captions = self.cache.captions
         self.prior: list[float] = []
         if self.classes:
             counts = np.bincount(self.cache.labels, minlength=len(self.classes))

@@ -1,34 +1,33 @@
 """Folders of image files as a source.
 
-    image k = the k-th name in byte order        label = its top-level folder
+    image k = the k-th name in byte order        label = its top-level folder, or a column
 
 To list the files, none is decoded: the key hashes their names, times and sizes.
 """
 
 import hashlib
+import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from sturdy.data.checks import check_choice, check_colour, check_int, check_strings
-from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode_file, max_bytes, read_file
-from sturdy.data.listing import (
-    ARCHIVE_SUFFIXES,
-    MAX_KINDS,
-    SUFFIXES,
-    Listing,
+from sturdy.data.captions import read_captions
+from sturdy.data.checks import check_choice, check_colour, check_int, check_strings, check_text
+from sturdy.data.classes import (
     as_override,
     count_classes_below,
     count_images,
     describe_classes,
     find_classes,
-    printable,
     subfolders,
 )
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode_file, max_bytes, read_file
+from sturdy.data.listing import MAX_KINDS, SUFFIXES, Listing, printable
+from sturdy.data.metadata import describe_unused_texts, read_labels
+from sturdy.data.roots import check_roots
 
 
 class Folder:
@@ -38,7 +37,8 @@ class Folder:
     Images only in ``root`` itself, or only under one folder, are unlabelled. Images both in
     ``root`` and in its folders are an error, and so are folders named like the parts of a data set
     (train, test; images, masks). ``True`` makes every folder a class, even if there is only one;
-    ``False`` takes all images as unlabelled.
+    ``False`` takes all images as unlabelled. With ``label_column``, a table has the classes and
+    folders are none.
 
     Args:
         root: the folder, or several. Folders of the same name in several are one class. The names
@@ -53,9 +53,14 @@ class Folder:
             are scaled up.
         exclude: glob patterns of files and folders to leave out, relative to a root.
         any_suffix: whether to look for images in files with other suffixes or none.
+        label_column: the column of ``metadata.csv`` or ``metadata.jsonl`` with the classes.
+        captions: whether to read captions; see ``sturdy.data.captions``.
+        caption_column: the column of these tables with the captions; ``None`` does not read them.
+        caption: of images without another; ``{}`` in it is the class.
 
     Attributes:
         classes: the name of each class.
+        captions: the distinct captions, sorted; empty without.
         key: changes with the files and with the way they are decoded.
         scaled_up: indices of images decoded so far that were smaller than ``image_size``.
         deep: indices of images decoded so far with more than 8 bits of grey.
@@ -79,8 +84,23 @@ class Folder:
         min_side: int | None = None,
         exclude: Sequence[str] = (),
         any_suffix: bool = False,
+        label_column: str | None = None,
+        captions: bool = False,
+        caption_column: str | None = "text",
+        caption: str | None = None,
     ) -> None:
         self.labels = check_choice("labels", labels, ("auto", True, False))
+        label_column = check_text("label_column", label_column)
+        if label_column is not None and labels is True:
+            raise ValueError(
+                f"labels=true takes folders as classes, and label_column={label_column} a column: "
+                f"leave out one of them"
+            )
+        check_choice("captions", captions, (True, False))
+        caption_column = check_text("caption_column", caption_column)
+        caption = check_text("caption", caption)
+        if caption is not None and not captions:
+            raise ValueError(f'caption="{caption}" is not used without captions=true')
         self.decoding: dict[str, Any] = {  # the key contains it: keep names and order
             "size": check_int("image_size", image_size),
             "crop": check_choice("crop", crop, get_args(Crop)),
@@ -95,24 +115,48 @@ class Folder:
             self.decoding["min_side"] = check_int("min_side", min_side)
         exclude = check_strings("exclude", exclude)
         any_suffix = check_choice("any_suffix", any_suffix, (True, False))
-        self.roots = _check_roots(root)
+        self.roots = check_roots(root)
         self.root = Path(os.path.commonpath(self.roots))
 
-        listing = Listing(exclude, any_suffix=any_suffix)
+        listing = Listing(exclude, any_suffix=any_suffix, keep_texts=captions)
         prefixes = [_prefix(path, self.root) for path in self.roots]
         for path, prefix in zip(self.roots, prefixes, strict=True):
             listing.add(os.fsencode(path), prefix)
         images = sorted(listing.images)
         if not images:
             raise ValueError(_describe_empty(self.roots, listing))
-        classes = find_classes(self.roots, images, labels)
+        tables = sorted(listing.tables)
+        names = [image.name for image in images]
+        notes: list[str] = []
+        if label_column is None:
+            classes = find_classes(self.roots, images, labels)
+            values = [image.top for image in images]
+        else:
+            values, column = read_labels(label_column, tables, names)
+            classes = sorted(set(values))
+            notes += column.notes()
+            listing.use(column.tables)
         self.classes = tuple(printable(name) for name in classes)
         class_index = {name: k for k, name in enumerate(classes)}
-        self._labels = np.array([class_index.get(i.top, 0) for i in images], dtype=np.int64)
+        self._labels = np.array([class_index.get(value, 0) for value in values], dtype=np.int64)
         # One string and the ends of the names, which takes little memory for a million names.
-        self._names = b"".join(image.name for image in images)
-        self._ends = np.cumsum([0, *(len(image.name) for image in images)])
-        self._summary = self._describe(listing, classes)
+        self._names = b"".join(names)
+        self._ends = np.cumsum([0, *(len(name) for name in names)])
+        self.captions: tuple[str, ...] = ()
+        if captions:
+            found = read_captions(
+                names,
+                column=caption_column,
+                template=caption,
+                tables=tables,
+                texts=listing.text_files,
+                classes=[self.classes[k] for k in self._labels] if classes else [],
+            )
+            self.captions = found.texts
+            self._caption_rows = found.rows
+            notes = [*found.lines, *notes]
+            listing.use(found.used)
+        self._summary = self._describe(listing, values, label_column, list(dict.fromkeys(notes)))
         self.scaled_up: set[int] = set()
         self.deep: set[int] = set()
 
@@ -122,6 +166,11 @@ class Folder:
             digest.update(repr(sorted(prefixes)).encode())
         for image in images:
             digest.update(image.name + b"\0" + image.status)
+        if label_column is not None:
+            digest.update(json.dumps(["labels", self.classes, self._labels.tolist()]).encode())
+        if captions:
+            rows = self._caption_rows.tolist()
+            digest.update(json.dumps(["captions", self.captions, rows]).encode())
         self.key = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -130,6 +179,10 @@ class Folder:
     def label(self, index: int) -> int:
         """Return the index of the class, 0 when unlabelled."""
         return int(self._labels[index])
+
+    def caption(self, index: int) -> int:
+        """Return the row of the image's caption in ``captions``; their number if it is empty."""
+        return int(self._caption_rows[index])
 
     def name(self, index: int) -> str:
         """Return the path under ``root``; bytes that cannot be printed are escaped."""
@@ -167,24 +220,29 @@ class Folder:
         index = range(len(self))[index]
         return self._names[self._ends[index] : self._ends[index + 1]]
 
-    def _describe(self, listing: Listing, classes: list[bytes]) -> list[str]:
+    def _describe(
+        self, listing: Listing, values: list[bytes], label_column: str | None, notes: list[str]
+    ) -> list[str]:
         images = listing.images
-        tops = count_images(image.top for image in images)
-        found = describe_classes(tops) if classes else "no classes"
+        tops = count_images(values)  # the folders of the images, or their values in the column
+        found = describe_classes(tops) if self.classes else "no classes"
         first = f"{_join(self.roots)}: {len(images):,} images, {found}"
-        if not classes and self.labels == "auto" and len(tops) == 1:
+        if label_column is not None:
+            first += f" (label_column={label_column})"
+        if not self.classes and self.labels == "auto" and len(tops) == 1:
             if inner := count_classes_below(images, tops):
                 override = as_override("root", subfolders(self.roots, tops))
                 first += f"; {override} would make {len(inner):,} classes"
-        lines = [first]
+        lines = [first, *notes]
         left_out = listing.left_out()
-        if classes:
+        if self.classes and label_column is None:
             empty = sorted(listing.tops - tops.keys())[:MAX_KINDS]
             left_out += [f"the folder {printable(name)} (no images)" for name in empty]
         if left_out:
             lines.append(f"left out: {', '.join(left_out)}")
-        if texts := listing.texts():
-            lines.append(f"not used, as only folders give classes: {', '.join(texts)}")
+        lines += describe_unused_texts(
+            listing, has_captions=bool(self.captions), has_column=label_column is not None
+        )
         if unmatched := listing.unmatched():
             lines.append(f"exclude=[{','.join(unmatched)}] matches nothing")
         return lines
@@ -205,64 +263,3 @@ def _describe_empty(roots: Sequence[Path], listing: Listing) -> str:
         f"{as_override('root', roots)} has no images: looked for {suffixes} in it and its folders, "
         f"and found {found}"
     )
-
-
-def _check_roots(root: Any) -> list[Path]:
-    """Return the folders that ``root`` names, absolute.
-
-    Raises:
-        ValueError: they are no names of folders here, or one is inside another.
-        OSError: a folder does not exist, or cannot be read.
-    """
-    given = root if isinstance(root, Sequence) and not isinstance(root, str) else [root]
-    if not given:
-        raise ValueError("root=[] is empty: give the folder of your images")
-    folders = [_check_root(path) for path in given]
-    real = [Path(os.path.realpath(path)) for path in folders]
-    for i, outer in enumerate(real):
-        for k, inner in enumerate(real):
-            if i != k and (inner.is_relative_to(outer) or folders[k].is_relative_to(folders[i])):
-                relation = "the same folder as" if inner == outer else "inside"
-                raise ValueError(
-                    f"root={printable(folders[k])} is {relation} {printable(folders[i])}, and its "
-                    f"images would count twice: give one of them"
-                )
-    return folders
-
-
-def _check_root(root: Any) -> Path:
-    if not isinstance(root, str | os.PathLike):
-        is_name = root is not None and not isinstance(root, bool) and Path(str(root)).is_dir()
-        if not is_name:  # but 2024 may be the name of a folder
-            raise ValueError(
-                f"root={root} is not the name of a folder here; quote a name that is not read as "
-                f"""typed: 'root="007"'"""
-            )
-        root = str(root)
-    if not os.fspath(root):
-        raise ValueError("root='' is empty: give the folder of your images")
-    if re.match(r"[a-z][a-z0-9+.-]+://", os.fspath(root), re.IGNORECASE):
-        raise ValueError(
-            f"root={root} is not on this machine: download it, or mount it, and give that folder"
-        )
-    path = Path(root).expanduser().absolute()
-    if ".." in path.parts:
-        path = path.resolve()
-    try:
-        if not path.exists():
-            existing = next(folder for folder in path.parents if folder.exists())
-            raise FileNotFoundError(
-                f"root={printable(path)} does not exist; the nearest folder that does is "
-                f"{printable(existing)}"
-            )
-        if not path.is_dir():
-            is_archive = path.suffix.lower().encode() in ARCHIVE_SUFFIXES
-            archive = "an archive: unpack it, and give the folder"
-            kind = archive if is_archive else "a file, not a folder of images"
-            raise NotADirectoryError(f"root={printable(path)} is {kind}")
-    except OSError as error:
-        if error.errno is None:
-            raise
-        message = f"root={printable(path)} cannot be read ({error.strerror})"
-        raise type(error)(error.errno, message) from None
-    return path

@@ -24,7 +24,8 @@ class Batch(NamedTuple):
 
     Attributes:
         image: ``(b, c, h, w)``; uint8 in the loader, float32 in [-1, 1] on the device.
-        label: ``(b,)``; 0 when there are no labels.
+        label: ``(b,)``: the row of the caption if there are captions, else the class, and 0 when
+            there are no labels.
         positions: ``(b,)``, of the samples in the run.
     """
 
@@ -80,9 +81,9 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch | AugmentedBatch:
         """Return the batch at ``positions``, ``(b,)``."""
-        places = self.order(positions) if self.order else positions
-        indices = self.split.indices(self.first + places)
-        label = torch.from_numpy(self.cache.labels[indices])
+        indices = self._indices(positions)
+        rows = self.cache.caption_rows
+        label = torch.from_numpy((self.cache.labels if rows is None else rows)[indices])
         if self.seed is None:
             return Batch(torch.from_numpy(self._crops(indices, None)), label, positions)
         draws = Draws(self.seed, positions.tolist())
@@ -94,6 +95,10 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
             image, augmentation = self.augment(image, draws)
             return AugmentedBatch(image, label, positions, augmentation)
         return Batch(image, label, positions)
+
+    def _indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        places = self.order(positions) if self.order else positions
+        return self.split.indices(self.first + places)
 
     def _crops(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.generic]:
         """Return crops ``(b, c, size, size)``: at drawn places, or in the middle without draws."""

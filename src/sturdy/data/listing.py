@@ -1,20 +1,11 @@
-"""The files under a folder: which are images, what was left out, and which classes they have.
-
-    cat, dog          folders that are classes
-    train, test       parts of a data set: the classes are one level below
-    images, masks     the images, and what belongs to them
-
-Where folders may be parts of a data set, the user is asked.
-"""
+"""The files under a folder: which are images, which are texts about them, what was left out."""
 
 import fnmatch
 import os
-import shlex
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from sturdy.data.formats import HEAD, INSTALL_HEIC, READS_HEIC, is_image
@@ -25,6 +16,7 @@ SUFFIXES = frozenset(
 ) | (HEIC if READS_HEIC else frozenset())
 # of captions, labels and tables
 TEXT_SUFFIXES = frozenset(b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split())
+TABLES = frozenset({b"metadata.csv", b"metadata.jsonl"})  # those that can be read
 ARCHIVE_SUFFIXES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
 # folders that systems make, in lower case; hidden ones begin with a dot and are left out anyway
 SYSTEM_FOLDERS = frozenset(
@@ -32,14 +24,6 @@ SYSTEM_FOLDERS = frozenset(
     b"lost+found recycler".split()
 ) | {b"system volume information"}
 
-SPLIT_NAMES = frozenset("train training val valid validation dev test testing".split())
-IMAGE_NAMES = frozenset("image images img imgs jpegimages".split())
-# folders of files that belong to images and are not to be trained on
-COMPANION_NAMES = frozenset(
-    "annotation annotations conditioning conditioning_image conditioning_images label labels mask "
-    "masks segmentation segmentations segmentationclass segmentationobject".split()
-)
-MAX_CLASSES = 10  # most classes that are named
 MAX_KINDS = 8  # most kinds of left out files that are named
 
 
@@ -59,6 +43,18 @@ class ImageFile(NamedTuple):
     second: bytes
 
 
+class TextFile(NamedTuple):
+    """A file that may have captions or classes.
+
+    Attributes:
+        name: its path under the folder that all roots are in, as of an image.
+        path: its path.
+    """
+
+    name: bytes
+    path: bytes
+
+
 class Listing:
     """The images under some folders at any depth, and the number of other files.
 
@@ -69,17 +65,27 @@ class Listing:
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
         any_suffix: whether to read the first bytes of files with other suffixes, and to take those
             that are images.
+        keep_texts: whether to keep the paths of ``.txt`` files, which may be captions.
 
     Attributes:
         images: the images found so far.
         tops: the folders in the roots, with images or without.
+        tables: the files named ``metadata.csv`` or ``metadata.jsonl``.
+        text_files: the ``.txt`` files by their name without the suffix, with ``keep_texts``.
+        used: the files that ``use`` was told of.
     """
 
-    def __init__(self, exclude: Sequence[str] = (), *, any_suffix: bool = False) -> None:
+    def __init__(
+        self, exclude: Sequence[str] = (), *, any_suffix: bool = False, keep_texts: bool = False
+    ) -> None:
         self.exclude = {pattern: os.fsencode(pattern.strip("/")) for pattern in exclude}
         self.any_suffix = any_suffix
         self.images: list[ImageFile] = []
         self.tops: set[bytes] = set()
+        self.keep_texts = keep_texts
+        self.tables: list[TextFile] = []
+        self.text_files: dict[bytes, TextFile] = {}
+        self.used: set[TextFile] = set()
         self.other_files: Counter[bytes] = Counter()  # by suffix
         self.examples: dict[bytes, list[bytes]] = {}  # the first paths of each of these suffixes
         self.hidden = 0
@@ -114,6 +120,8 @@ class Listing:
                     if self._is_image(entry.path):
                         file = ImageFile(prefix + path, _pack(status), top, second)
                         self.images.append(file)
+                    elif stat.S_ISREG(status.st_mode):
+                        self._keep_text(TextFile(prefix + path, entry.path))
                 elif entry.name.lower() in SYSTEM_FOLDERS:
                     self.system_folders[entry.name] += 1
                 else:
@@ -132,6 +140,22 @@ class Listing:
                 self.excluded[pattern] += 1
                 return True
         return False
+
+    def _keep_text(self, file: TextFile) -> None:
+        stem, suffix = os.path.splitext(file.name)
+        if os.path.basename(file.name) in TABLES:
+            self.tables.append(file)
+        elif self.keep_texts and suffix.lower() == b".txt":
+            self.text_files[stem] = file
+
+    def use(self, files: Iterable[TextFile]) -> None:
+        """Count these files no longer among those that are not used."""
+        new = set(files) - self.used
+        self.used |= new
+        for file in new:
+            suffix = _suffix(file.name)
+            self.other_files[suffix] -= 1
+            self.examples[suffix] = [path for path in self.examples[suffix] if path != file.path]
 
     def _is_image(self, path: bytes) -> bool:
         """Return whether a file is listed as an image; count it otherwise."""
@@ -167,13 +191,19 @@ class Listing:
         parts = []
         for suffix, n in _most_frequent(self.other_files):
             examples = self.examples[suffix]
-            if suffix not in TEXT_SUFFIXES:
+            if suffix not in TEXT_SUFFIXES or n == 0:
                 continue
             if n <= len(examples):
                 parts += sorted(printable(os.path.basename(path)) for path in examples)
             else:
                 parts.append(f"{n:,} {printable(suffix)}")
         return parts
+
+    def has_text_of_image(self) -> bool:
+        """Return whether one of the first ``.txt`` files has the name of an image beside it."""
+        stems = [os.path.splitext(path)[0] for path in self.examples.get(b".txt", [])]
+        suffixes = [*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES)]
+        return any(os.path.exists(stem + suffix) for stem in stems for suffix in suffixes)
 
     def unmatched(self) -> list[str]:
         """Return the patterns of ``exclude`` that match nothing."""
@@ -226,110 +256,14 @@ def begins_as_image(path: bytes) -> bool:
         return False
 
 
+def first_names(names: Collection[str], most: int = 3) -> str:
+    """Return the first names, and dots if there are more."""
+    return ", ".join([*names][:most]) + ", ..." * (len(names) > most)
+
+
 def printable(name: bytes | os.PathLike[str]) -> str:
     """Return a file name as text that any terminal, JSON or table can hold."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-# --- Classes
-
-
-def find_classes(
-    roots: Sequence[Path], images: Sequence[ImageFile], labels: bool | str
-) -> list[bytes]:
-    """Return the classes in byte order, none when unlabelled; see ``Folder`` for ``labels``.
-
-    Raises:
-        ValueError: images lie in folders and beside them, or ``labels`` is ``"auto"`` and the
-            folders are named like parts of a data set.
-    """
-    tops = sorted({image.top for image in images} - {b""})
-    if labels is False or (labels == "auto" and not tops):
-        return []
-    loose = next((image.name for image in images if not image.top), None)
-    if loose is not None:
-        names = ", ".join(printable(top) for top in tops[:3]) + ", ..." * (len(tops) > 3)
-        folders = f"{len(tops)} folders of images" + (f" ({names})" if tops else "")
-        raise ValueError(
-            f"{as_override('root', roots)} has images in the folder itself, such as "
-            f"{printable(loose)}, and {folders}: move those into folders of classes, take all as "
-            f"unlabelled with labels=false, or leave folders out with exclude=[...]"
-        )
-    if labels == "auto":
-        _ask_about_parts(roots, images, tops)
-    return tops if labels is True or len(tops) > 1 else []
-
-
-def _ask_about_parts(roots: Sequence[Path], images: Sequence[ImageFile], tops: list[bytes]) -> None:
-    """Raise ``ValueError`` with the possible answers if ``tops`` may be parts of a data set."""
-    lower = {top: printable(top).lower() for top in tops}
-    parts = [top for top in tops if lower[top] in SPLIT_NAMES | IMAGE_NAMES | COMPANION_NAMES]
-    if not parts or (len(tops) == 1 and not count_classes_below(images, tops)):
-        return
-    usable = [top for top in parts if lower[top] not in COMPANION_NAMES]
-    usable.sort(key=lambda top: not lower[top].startswith("train"))  # the most likely first
-    selections = [usable[:1]] if usable else []
-    if len(usable) > 1:
-        selections.append(usable)
-
-    answers = []
-    for selection in selections:
-        folders = subfolders(roots, selection)
-        n = sum(image.top in selection for image in images)
-        classes = describe_classes(count_classes_below(images, selection))
-        answers.append((as_override("root", folders), f"{n:,} images, {classes}"))
-    if len(tops) > 1:
-        classes = describe_classes(count_images(image.top for image in images))
-        answers.append(("labels=true", f"{len(images):,} images, {classes}"))
-    answers.append(("labels=false", f"{len(images):,} images, no classes"))
-    width = max(len(override) for override, _ in answers)
-    names = ", ".join(printable(top) for top in parts)
-    raise ValueError(
-        f"{as_override('root', roots)} has folders that may be parts of a data set and not "
-        f"classes: {names}. Give one of:\n"
-        + "\n".join(f"  {override:<{width}}  {meaning}" for override, meaning in answers)
-    )
-
-
-def subfolders(roots: Iterable[Path], tops: Iterable[bytes]) -> list[Path]:
-    """Return the folders named ``tops`` that exist in ``roots``."""
-    roots = list(roots)
-    paths = [root / os.fsdecode(top) for top in tops for root in roots]
-    return [path for path in paths if path.is_dir()]
-
-
-def count_images(folders: Iterable[bytes]) -> Counter[bytes]:
-    """Count how often each folder occurs, in byte order."""
-    return Counter(dict(sorted(Counter(folders).items())))
-
-
-def count_classes_below(images: Iterable[ImageFile], tops: Iterable[bytes]) -> Counter[bytes]:
-    """Count the images of each folder one level below ``tops``; none if they are not classes."""
-    counts = count_images(image.second for image in images if image.top in tops)
-    return counts if len(counts) > 1 and b"" not in counts else Counter()
-
-
-def as_override(name: str, paths: Sequence[Path]) -> str:
-    """Return ``name=path`` or ``name=[path,path]``, quoted as it is typed on a command line."""
-    texts = [printable(path) for path in paths]
-    special = set(" ()[]{},:=\\'\"$&#;|<>*?!`")
-    must_quote = any(special & set(text) or not text.isascii() for text in texts)
-    if must_quote:
-        texts = ['"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts]
-    value = texts[0] if len(texts) == 1 else f"[{','.join(texts)}]"
-    return shlex.quote(f"{name}={value}") if must_quote else f"{name}={value}"
-
-
-def describe_classes(counts: Counter[bytes]) -> str:
-    """Return ``"classes: cat 40, dog 38"``; of many their number, and the smallest and largest."""
-    if not counts:
-        return "no classes"
-    first = ", ".join(f"{printable(name)} {n:,}" for name, n in list(counts.items())[:MAX_CLASSES])
-    if len(counts) <= MAX_CLASSES:
-        return f"classes: {first}"
-    (largest, most), *_, (smallest, least) = counts.most_common()
-    sizes = f"{least:,} ({printable(smallest)}) to {most:,} ({printable(largest)})"
-    return f"{len(counts):,} classes of {sizes} images: {first}, ..."

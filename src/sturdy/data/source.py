@@ -26,6 +26,9 @@ class Source(Protocol):
     - ``content(index) -> bytes``: bytes that identify the image and do not depend on the image
       size, such as those of its file. ``split="content"`` is decided by them; without them it is
       decided by the decoded pixels.
+    - ``captions``, the distinct captions, a tuple of texts without the empty one, and
+      ``caption(index) -> int``: the row in ``captions`` of the image's caption, and their number
+      where it is empty. Batches then have this row as label. ``key`` must change with them.
     - ``summary_lines() -> list[str]``: lines that tell the user which images were found.
     - ``scaled_up`` and ``deep``: sets that ``decode`` fills with the indices of images that were
       smaller than their decoded size, and of images with more than 8 bits of grey.

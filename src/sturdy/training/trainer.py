@@ -135,7 +135,7 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     with as_config_error("data", cfg.data):
         data.open(begun)
     cfg.classes = list(data.classes)
-    cfg.num_classes = len(getattr(data, "captions", [])) or len(data.classes)
+    cfg.num_classes = len(data.captions or data.classes)  # labels are rows of captions
     cfg.num_conditions = data.augmentation_size
     cfg.prior = data.prior
     return data
@@ -239,13 +239,12 @@ def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tenso
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     end = min(data.held_out + encoder.most, len(data.cache))
     positions = np.arange(data.held_out, end)
-    batch = images[positions]
+    pixels = images[positions].image
+    classes = images.classes(positions)
     first = images.split.indices(np.arange(8)).tolist()  # tells folds apart
     key = (data.digest, data.image_size, len(positions), data.held_out, first)
     progress = ProgressPrinter("the encoder of alignment")
-    encoder.prepare(
-        batch.image, batch.label, len(data.classes), data=key, folder=folder, tell=progress
-    )
+    encoder.prepare(pixels, classes, len(data.classes), data=key, folder=folder, tell=progress)
     return encoder.state_dict()
 
 

@@ -1,0 +1,70 @@
+"""The check of the folders that the user names."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sturdy.data.listing import ARCHIVE_SUFFIXES, printable
+
+
+def check_roots(root: Any) -> list[Path]:
+    """Return the folders that ``root`` names, absolute.
+
+    Raises:
+        ValueError: they are no names of folders here, or one is inside another.
+        OSError: a folder does not exist, or cannot be read.
+    """
+    given = root if isinstance(root, Sequence) and not isinstance(root, str) else [root]
+    if not given:
+        raise ValueError("root=[] is empty: give the folder of your images")
+    folders = [_check_root(path) for path in given]
+    real = [Path(os.path.realpath(path)) for path in folders]
+    for i, outer in enumerate(real):
+        for k, inner in enumerate(real):
+            if i != k and (inner.is_relative_to(outer) or folders[k].is_relative_to(folders[i])):
+                relation = "the same folder as" if inner == outer else "inside"
+                raise ValueError(
+                    f"root={printable(folders[k])} is {relation} {printable(folders[i])}, and its "
+                    f"images would count twice: give one of them"
+                )
+    return folders
+
+
+def _check_root(root: Any) -> Path:
+    if not isinstance(root, str | os.PathLike):
+        is_name = root is not None and not isinstance(root, bool) and Path(str(root)).is_dir()
+        if not is_name:  # but 2024 may be the name of a folder
+            raise ValueError(
+                f"root={root} is not the name of a folder here; quote a name that is not read as "
+                f"""typed: 'root="007"'"""
+            )
+        root = str(root)
+    if not os.fspath(root):
+        raise ValueError("root='' is empty: give the folder of your images")
+    if re.match(r"[a-z][a-z0-9+.-]+://", os.fspath(root), re.IGNORECASE):
+        raise ValueError(
+            f"root={root} is not on this machine: download it, or mount it, and give that folder"
+        )
+    path = Path(root).expanduser().absolute()
+    if ".." in path.parts:
+        path = path.resolve()
+    try:
+        if not path.exists():
+            existing = next(folder for folder in path.parents if folder.exists())
+            raise FileNotFoundError(
+                f"root={printable(path)} does not exist; the nearest folder that does is "
+                f"{printable(existing)}"
+            )
+        if not path.is_dir():
+            is_archive = path.suffix.lower().encode() in ARCHIVE_SUFFIXES
+            archive = "an archive: unpack it, and give the folder"
+            kind = archive if is_archive else "a file, not a folder of images"
+            raise NotADirectoryError(f"root={printable(path)} is {kind}")
+    except OSError as error:
+        if error.errno is None:
+            raise
+        message = f"root={printable(path)} cannot be read ({error.strerror})"
+        raise type(error)(error.errno, message) from None
+    return path
