@@ -1,7 +1,8 @@
 """Measure the time from SIGKILL to the first new step of a small run: python benchmarks/starting.py
 
-The floor is a process that imports torch and lightning, and does nothing. Taken in turns; prints
-medians.
+The floor is a process that imports torch and lightning, and does nothing. Then the imports of a run
+with and without transformers: hidden as if it were not installed, installed, and imported as
+torchmetrics does by itself. Taken in turns; prints medians.
 """
 
 import os
@@ -32,6 +33,23 @@ SMALL = [
     "backbone.blocks=1",
     "callbacks.checkpoint.every_n_train_steps=3",
 ]
+RUN = "import sturdy.training.session"
+HIDE = """
+import sys
+from importlib import metadata
+find = metadata.distribution
+def distribution(name):
+    if name == "transformers":
+        raise metadata.PackageNotFoundError(name)
+    return find(name)
+metadata.distribution = distribution
+sys.modules["transformers"] = None
+"""
+IMPORTS = {
+    "imports of a run, transformers not installed": HIDE + RUN,
+    "imports of a run, transformers installed": RUN,
+    "the same after a plain import of lightning": f"import lightning\n{RUN}",
+}
 
 
 def start(directory: Path) -> subprocess.Popen[bytes]:
@@ -56,6 +74,13 @@ def until(process: subprocess.Popen[bytes], metrics: Path, step: int) -> None:
         time.sleep(0.01)
 
 
+def seconds(code: str) -> float:
+    """Return how long a process takes that runs ``code``."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - begin
+
+
 def main() -> None:
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir="."))
     metrics, checkpoints = directory / "run" / "metrics.csv", directory / "run" / "checkpoints"
@@ -75,23 +100,27 @@ def main() -> None:
             restarts.append(time.perf_counter() - begin)
             until(process, metrics, entry + 7)
             process.send_signal(signal.SIGSTOP)
-            begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "import torch, lightning"], check=True)
-            imports.append(time.perf_counter() - begin)
+            imports.append(seconds("import torch, lightning"))
             process.send_signal(signal.SIGCONT)
     finally:
         process.kill()
         process.wait()
         shutil.rmtree(directory)
+    tables: dict[str, list[float]] = {
+        "import torch, lightning": imports,
+        "from SIGKILL to the first new step": restarts,
+        **{name: [] for name in IMPORTS},
+    }
+    for _ in range(ROUNDS):
+        for name, code in IMPORTS.items():
+            tables[name].append(seconds(code))
     print("| seconds | median | range |", "|---|---|---|", sep="\n")
-    for name, seconds in (
-        ("import torch, lightning", imports),
-        ("from SIGKILL to the first new step", restarts),
-    ):
-        print(
-            f"| {name} | {statistics.median(seconds):.1f} | {min(seconds):.1f} to "
-            f"{max(seconds):.1f} |"
-        )
+    for name, taken in tables.items():
+        middle = statistics.median(taken)
+        print(f"| {name} | {middle:.1f} | {min(taken):.1f} to {max(taken):.1f} |")
+    without, *others = (statistics.median(tables[name]) for name in IMPORTS)
+    for name, taken in zip([*IMPORTS][1:], others, strict=True):
+        print(f"{name}: {taken / without:.2f} times as long as where it is not installed")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # inherited from nohup
+    signal.signal(signal.SIGHUP, lambda *_: None)  # still lives; what it starts does not inherit it
 
 # A test module that imports one of these, or a function of runs.py, starts processes.
 STARTERS = {"subprocess", "multiprocessing", "campaign", "mini", "striking", "supervised", "worlds"}

@@ -6,6 +6,8 @@ The public names are imported when they are first used, because PyTorch and Ligh
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from exact_resume.lazy_transformers import defer_transformers
+
 if TYPE_CHECKING:
     from exact_resume.callbacks.checkpoint import Checkpoint
     from exact_resume.checkpoint.store import Store
@@ -45,6 +47,8 @@ _MODULES = {
     "generator": "randomness",
     "reseed": "randomness",
 }
+
+defer_transformers()
 
 
 def __getattr__(name: str) -> Any:

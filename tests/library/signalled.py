@@ -91,6 +91,7 @@ def arm():
 
 
 if __name__ == "__main__":
-    arm()
     sys.argv[0] = str(ROOT / "train.py")
+    sys.path[0] = str(ROOT)  # as `python train.py` has it: the folder of the script
+    arm()
     runpy.run_path(sys.argv[0], run_name="__main__")

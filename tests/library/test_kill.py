@@ -66,7 +66,7 @@ def pictures(directory: Path) -> dict[str, bytes]:
 def test_control_without_the_mechanism_a_kill_is_noticed(mechanism, whole):
     undisturbed, killed = f"{mechanism}-undisturbed", f"{mechanism}-killed"
     train(whole, undisturbed, sabotage=mechanism)
-    kill_at(whole, killed, 8, sabotage=mechanism)
+    kill_at(whole, killed, 8, sabotage=mechanism, saved=True)
     train(whole, killed, sabotage=mechanism)
     odd = differences(whole, undisturbed, killed)
     assert any("state_dict" in name for name in odd)
