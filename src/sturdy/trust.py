@@ -27,6 +27,7 @@ PROJECT = (
     "sturdy.data",
     "sturdy.diffusion",
     "sturdy.encoders.encoder",
+    "sturdy.pretrained.latents",
     "sturdy.training.alignment",
     "sturdy.training.ema",
     "sturdy.training.loggers",

@@ -1,0 +1,1 @@
+"""Networks that others trained. Only this package imports diffusers and transformers."""
