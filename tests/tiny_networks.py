@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from examples.cars.source import Cars
 from exact_resume.randomness import reseed
+from examples.cars.source import Cars
 from sturdy.pretrained.borrowed import build_network, read_base
 
 _BLOCKS: dict[str, Any] = {

@@ -12,8 +12,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from exact_resume.checkpoint.store import Store, load_state
 from finetuning import LIVE, LORA, STEPS, prepare
+
+from exact_resume.checkpoint.store import Store, load_state
 from runs import ROOT, differences, fork, kill_at, train
 
 

@@ -27,6 +27,11 @@ def arm_start_watchdog(seconds: float) -> None:
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
+def disarm_start_watchdog() -> None:
+    """Let this process take its time, until the watchdog is armed again."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 class Watchdog(Callback):
     """Ends the process with exit code 1 when it exceeds its time limit.
 

@@ -16,7 +16,8 @@ from typing import Any
 from sturdy.keys import NON_TRAINER_KEYS
 
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
-FILLED_AT_FIRST_START = {"data.shards"}  # null until the first start decides it
+# Null until the first start decides it; the channels are those of ``space.channels``.
+FILLED_AT_FIRST_START = {"data.shards", "backbone.image_channels"}
 MAX_DEPTH = 20  # imports and base classes that are followed: two modules may import each other
 KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),

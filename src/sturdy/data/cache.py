@@ -55,6 +55,7 @@ class Cache:
         caption_rows: the row in ``captions`` of the caption of each image, ``(n,)``, int64, and
             ``len(captions)`` where it is empty; ``None`` if the source had no captions.
         digest: of images, labels and classes, and of captions, if there are any.
+        digest_of_images: of the images alone.
         digest_with_contents: of these and ``contents``; ``None`` in a cache of an older version.
         contents: a hash of the content of each image, ``(n,)``, uint64; ``None`` in a cache of an
             older version.
@@ -75,6 +76,8 @@ class Cache:
             self.channels: int = manifest.get("channels", PixelFormat().channels)
             self.dtype = np.dtype(manifest.get("dtype", PixelFormat().dtype))
             self.digest: str = manifest["digest"]
+            # Caches of older versions have no hash without the labels.
+            self.digest_of_images: str = manifest.get("digest_of_images", self.digest)
             self.digest_with_contents: str | None = manifest.get("digest_with_contents")
             self.quarantine: Quarantine = [(name, why) for name, why in manifest["quarantine"]]
             self.small: list[str] = manifest.get("small", [])

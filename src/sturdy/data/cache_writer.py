@@ -135,6 +135,7 @@ def _write_tables(
     small_names = [source.name(index) for index in too_small]
     shapes = np.array([entry.shape for entry in entries], dtype="i8")
     contents = np.array([entry.content_hash for entry in entries], dtype="<u8")
+    digest_of_images = digest.hexdigest()
     digest.update(np.array(labels, dtype="<i8").tobytes())
     digest.update(json.dumps(source.classes).encode())
     captions = list(getattr(source, "captions", ()))
@@ -165,6 +166,7 @@ def _write_tables(
         "small": small_names,
         "remarks": describe_unusual(source, entries, too_small),
         "digest": digest.hexdigest(),
+        "digest_of_images": digest_of_images,
         "digest_with_contents": with_contents.hexdigest(),
         "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
     }

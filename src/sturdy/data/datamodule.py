@@ -25,8 +25,9 @@ from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache, find_cache, open_cache
 from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.checks import check_choice, check_fraction, check_fraction_or_count, check_int
+from sturdy.data.encoded import EncodedImages, ImageEncoder
 from sturdy.data.folder import Folder
-from sturdy.data.images import AugmentedBatch, Batch, ImageDataset
+from sturdy.data.images import AugmentedBatch, Batch, ImageDataset, as_float
 from sturdy.data.source import Source
 from sturdy.data.split import BalancedPermutation, Order, Split
 from sturdy.progress import ProgressPrinter
@@ -69,6 +70,7 @@ class ImageData(L.LightningDataModule):
         classes: the name of each class; empty when unlabelled.
         captions: the distinct captions, sorted, without the empty one; empty without captions. The
             label in a batch is then the row of the caption, and ``len(captions)`` if it is empty.
+        moments: the cache of encoded images; ``None`` without. Set by ``encode_with``.
         prior: the frequency of each class among all images.
         held_out: number of the held-out images.
         digest: identifies the images, their labels and captions, and what the split depends on.
@@ -132,6 +134,7 @@ class ImageData(L.LightningDataModule):
         self.processes = 1
         self.limit_val: int | float = 1.0
         self.source: Source | None = None
+        self.moments: Cache | None = None
         self.notes: list[str] = []
 
     def open(self, expected_digest: str | None = None) -> Cache:
@@ -180,6 +183,45 @@ class ImageData(L.LightningDataModule):
         self.order = self._order(n - self.held_out)
         return self.cache
 
+    def encode_with(self, encoder: ImageEncoder, device: str | torch.device = "cpu") -> bool:
+        """Encode the images once into a cache; batches then hold moments in place of pixels.
+
+        The encoder runs in this process. Call it after ``open``.
+
+        Args:
+            encoder: has ``shape``, ``moments`` and ``key``.
+            device: where it runs.
+
+        Returns:
+            Whether the cache was made now; otherwise it was there.
+
+        Raises:
+            ValueError: the images are augmented or cropped anew at every position.
+            OSError: the cache cannot be written.
+        """
+        self.check_encodable()
+        source = EncodedImages(
+            self.cache, encoder, size=self.image_size, mirrored=self.flip, device=device
+        )
+        with ProgressPrinter("encoding images") as progress:
+            self.moments = open_cache(
+                source, root=self.cache_root, max_broken=0, workers=0, progress=progress
+            )
+        return source.encoded > 0
+
+    def check_encodable(self) -> None:
+        """Raise ValueError if an image of a position is not one of a few that can be encoded."""
+        remedy = "encoded once, and the latent of a moved image is no moved latent"
+        if self.augment:
+            raise ValueError(
+                f"augment={self.augment.probability} must be 0 where images are {remedy}"
+            )
+        if (self.cache.shapes != self.image_size).any():
+            raise ValueError(
+                f"crop=random must be center where images are {remedy}: some images are larger "
+                f"than image_size={self.image_size}"
+            )
+
     def summary_lines(self) -> list[str]:
         """Say which images the source found, and what is unusual about them, a line each."""
         lines: list[str] = getattr(self.source, "summary_lines", list)()
@@ -214,6 +256,7 @@ class ImageData(L.LightningDataModule):
             seed=self.seed,
             flip=self.flip,
             augment=self.augment,
+            moments=self.moments,
         )
         size = self.batch_size // self.processes
         part = slice(self.rank * size, (self.rank + 1) * size)
@@ -236,7 +279,7 @@ class ImageData(L.LightningDataModule):
         last = len(batches) - 1
         turns = range(0, len(batches), self.processes)
         of_this_process = [batches[min(i + self.rank, last)] for i in turns]
-        images = ImageDataset(self.cache, self.split, size=self.image_size)
+        images = ImageDataset(self.cache, self.split, size=self.image_size, moments=self.moments)
         return self._loader(images, of_this_process)
 
     @override
@@ -244,10 +287,7 @@ class ImageData(L.LightningDataModule):
         self, batch: Batch | AugmentedBatch, dataloader_idx: int
     ) -> Batch | AugmentedBatch:
         """Convert to float32, uint8 to [-1, 1]; on the device, so that bytes are transferred."""
-        image = batch.image.float()
-        if batch.image.dtype == torch.uint8:
-            image = image.div_(127.5).sub_(1)
-        return batch._replace(image=image)
+        return batch._replace(image=as_float(batch.image))
 
     @override
     def state_dict(self) -> dict[str, int]:

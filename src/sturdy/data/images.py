@@ -23,7 +23,8 @@ class Batch(NamedTuple):
     """Images with their labels.
 
     Attributes:
-        image: ``(b, c, h, w)``; uint8 in the loader, float32 in [-1, 1] on the device.
+        image: ``(b, c, h, w)``; uint8 in the loader, float32 in [-1, 1] on the device. Or float32
+            moments ``(b, 2 c, h, w)`` of encoded images.
         label: ``(b,)``: the row of the caption if there are captions, else the class, and 0 when
             there are no labels.
         positions: ``(b,)``, of the samples in the run.
@@ -56,6 +57,7 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
             crops are central and nothing else is done.
         flip: whether to mirror every second image.
         augment: whether and how to augment.
+        moments: the cache of ``EncodedImages``, whose moments take the place of pixels.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         seed: int | None = None,
         flip: bool = False,
         augment: Augment | None = None,
+        moments: Cache | None = None,
     ) -> None:
         self.cache = cache
         self.split = split
@@ -78,6 +81,7 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         self.seed = seed
         self.flip = flip
         self.augment = augment
+        self.moments = moments
 
     def __getitem__(self, positions: NDArray[np.int64]) -> Batch | AugmentedBatch:
         """Return the batch at ``positions``, ``(b,)``."""
@@ -85,20 +89,38 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         rows = self.cache.caption_rows
         label = torch.from_numpy((self.cache.labels if rows is None else rows)[indices])
         if self.seed is None:
-            return Batch(torch.from_numpy(self._crops(indices, None)), label, positions)
+            return Batch(self._images(indices, None), label, positions)
         draws = Draws(self.seed, positions.tolist())
-        image = torch.from_numpy(self._crops(indices, draws))
-        if self.flip:
-            flipped = draws.uniform("flip") < 0.5
-            image[flipped] = image[flipped].flip(-1)
+        image = self._images(indices, draws)
         if self.augment:
             image, augmentation = self.augment(image, draws)
             return AugmentedBatch(image, label, positions, augmentation)
         return Batch(image, label, positions)
 
+    def classes(self, positions: NDArray[np.int64]) -> Tensor:
+        """Return the class of each image, ``(b,)``, also where labels are rows of captions."""
+        return torch.from_numpy(self.cache.labels[self._indices(positions)])
+
     def _indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         places = self.order(positions) if self.order else positions
         return self.split.indices(self.first + places)
+
+    def _images(self, indices: NDArray[np.int64], draws: Draws | None) -> Tensor:
+        """Return crops ``(b, c, size, size)`` or moments, of mirrored images where it is drawn."""
+        flipped = self._flipped(draws, len(indices))
+        if self.moments:
+            rows = indices + len(self.cache) * flipped.numpy()
+            return torch.from_numpy(np.stack([self.moments.image(row) for row in rows]))
+        image = torch.from_numpy(self._crops(indices, draws))
+        if flipped.any():
+            image[flipped] = image[flipped].flip(-1)
+        return image
+
+    def _flipped(self, draws: Draws | None, count: int) -> Tensor:
+        """Return which of ``count`` images are mirrored, ``(count,)`` bool: none without draws."""
+        if draws is None or not self.flip:
+            return torch.zeros(count, dtype=torch.bool)
+        return draws.uniform("flip") < 0.5
 
     def _crops(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.generic]:
         """Return crops ``(b, c, size, size)``: at drawn places, or in the middle without draws."""
@@ -114,3 +136,9 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
             crop[:] = self.cache.image(index)[:, y : y + self.size, x : x + self.size]
         return crops
+
+
+def as_float(image: Tensor) -> Tensor:
+    """Convert to float32, uint8 to [-1, 1]."""
+    converted = image.float()
+    return converted.div_(127.5).sub_(1) if image.dtype == torch.uint8 else converted

@@ -20,21 +20,25 @@ class Space(ABC):
 
     Attributes:
         clip: the range of x_0, to which samplers clip their estimates; None if it has no bounds.
+        smallest: the side of the smallest images that it encodes, in pixels. With it a start tries
+            ``encode`` and ``decode``; None for the size of the run.
     """
 
     clip: tuple[float, float] | None
+    smallest: int | None = None
 
     @abstractmethod
     def shape(self, size: int) -> tuple[int, int, int]:
         """Return the shape ``(c, h, w)`` of x_0 for images of ``size x size`` pixels."""
 
     @abstractmethod
-    def encode(self, image: Tensor, draws: Draws) -> Tensor:
+    def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         """Return x_0 ``(b, c, h, w)``.
 
         Args:
             image: a batch as the data module yields it, such as ``(b, 3, size, size)`` in [-1, 1].
-            draws: randomness of the ``b`` samples, for spaces that sample x_0.
+            draws: randomness of the ``b`` samples, for spaces that sample x_0; None for the mean of
+                x_0, from which an image is edited.
         """
 
     @abstractmethod
@@ -63,7 +67,7 @@ class Pixels(Space):
         return self.channels, size, size
 
     @override
-    def encode(self, image: Tensor, draws: Draws) -> Tensor:
+    def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         return image
 
     @override

@@ -89,8 +89,8 @@ class Denoising:
         """Return the images with noise, and the estimates, ``(n, 3, h, w)`` each."""
         noisy, estimates = [], []
         for _, x, estimate in self._denoise(real, level, "gaussian"):
-            noisy.append(self.space.decode(x))
-            estimates.append(self.space.decode(estimate))
+            noisy.append(self.space.decode(x.to(self.device)).cpu())
+            estimates.append(self.space.decode(estimate.to(self.device)).cpu())
         return torch.cat(noisy), torch.cat(estimates)
 
     def _encoded(self, real: ImageSet) -> Iterator[tuple[Tensor, Draws]]:
@@ -98,7 +98,7 @@ class Denoising:
         for first in range(0, len(real), self.batch_size):
             images = scaled(real.pixels[first : first + self.batch_size])
             draws = Draws(key("levels"), range(first, first + len(images)))
-            yield self.space.encode(images, draws), draws
+            yield self.space.encode(images.to(self.device), draws).cpu(), draws
 
     @torch.no_grad()
     def _denoise(

@@ -216,7 +216,8 @@ class Borrowed(nn.Module):
         if not others:
             return {"encoder_hidden_states": first.to(dtype)}
         pooled, sizes = others
-        assert pooled is not None and sizes is not None
+        assert pooled is not None
+        assert sizes is not None
         # bfloat16 would round the sizes; the network embeds them in float32
         added = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
         return {"encoder_hidden_states": first.to(dtype), "added_cond_kwargs": added}

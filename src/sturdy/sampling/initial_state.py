@@ -70,7 +70,7 @@ class InitialState:
             x0 = sample(sampler, denoiser, noise, cond, draws, clip=clip)
             return self.space.decode(x0)
         images = self.image.to(noise.device).expand(len(noise), *self.image.shape)
-        start = self.space.encode(images, draws)
+        start = self.space.encode(images, None)
         if self.mask is not None:
             denoiser = InpaintingDenoiser(denoiser, start, self._latent_mask(start))
         if self.mask is not None and self.strength == 1:

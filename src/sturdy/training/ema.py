@@ -50,9 +50,9 @@ class EMA(nn.Module):
         """Move the averages towards ``model``; ``step`` counts the updates before this one."""
         for average, beta in zip(self.networks(), self.betas(step), strict=True):
             pairs = zip(average.parameters(), model.parameters(), strict=True)
-            moving = [(ours, theirs) for ours, theirs in pairs if ours is not theirs]
-            ours = [pair[0] for pair in moving]
-            theirs = [pair[1] for pair in moving]
+            moving = [(a, b) for a, b in pairs if a is not b]
+            ours: list[torch.Tensor] = [pair[0] for pair in moving]
+            theirs: list[torch.Tensor] = [pair[1] for pair in moving]
             torch._foreach_lerp_(ours, theirs, 1 - beta)
             for buffer, current in zip(average.buffers(), model.buffers(), strict=True):
                 buffer.copy_(current)

@@ -9,7 +9,7 @@ All other tensors are saved, trained or not.
 """
 
 from copy import deepcopy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -31,7 +31,7 @@ def frozen_names(network: nn.Module) -> frozenset[str]:
 def copy_trained(network: Network) -> Network:
     """Return a copy of ``network`` that shares the tensors that a base puts back."""
     names = frozen_names(network)
-    shared = {}
+    shared: dict[int, Any] = {}
     for tensors in (network.named_parameters(), network.named_buffers()):
         shared |= {id(tensor): tensor for name, tensor in tensors if name in names}
     return deepcopy(network, shared)
@@ -47,6 +47,7 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
     Raises:
         ValueError: a base is missing, has changed or is of another network.
     """
+    part: Any
     for part in network.modules():
         if hasattr(part, "load_base"):
             try:

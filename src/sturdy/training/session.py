@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from exact_resume import distributed
 from exact_resume.attempt import configure_logging, describe_attempt
-from exact_resume.callbacks.watchdog import arm_start_watchdog
+from exact_resume.callbacks.watchdog import arm_start_watchdog, disarm_start_watchdog
 from exact_resume.checkpoint.schema import SchemaError
 from exact_resume.checkpoint.store import (
     CheckpointLoadError,
@@ -56,8 +56,15 @@ from sturdy.training.base import resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
 from sturdy.training.ema_snapshots import path_of
-from sturdy.training.fingerprint import run_fingerprint
+from sturdy.training.fingerprint import SPACE_KEY, run_fingerprint
 from sturdy.training.init_from import differing_weights, find_source, init_from
+from sturdy.training.latents import (
+    check_encodable,
+    describe_scales,
+    encode_images,
+    fill_in_channels,
+    is_cached,
+)
 from sturdy.training.match_weights import class_change
 from sturdy.training.memory import describe_out_of_memory
 from sturdy.training.restart_config import FROM_DATA, find_previous_start, restore_config
@@ -139,6 +146,8 @@ class Session:
         with as_config_error():
             self.skips = self.run.skips()
         self.base_lines = resolve_base(self.cfg)
+        with distributed.rank_zero_first():
+            fill_in_channels(self.cfg)
         self._resolve_repetition()
         return self
 
@@ -174,6 +183,7 @@ class Session:
         with distributed.rank_zero_first(), as_config_error():
             self.module = build_module(config, fresh=self.point is None)
             prepare_captions(self.module, self.data, self.cfg)
+            check_encodable(self.cfg, self.module, self.data)
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
@@ -183,6 +193,8 @@ class Session:
             describe_attempt(attempt, config, self.overrides, now)
             self._announce(guarantee)
         self._build_trainer(now, attempt)
+        if is_cached(self.module.space):
+            self._encode_images()
         distributed.run_on_rank_zero(lambda: self.run.archive_newer(self.point))
         # A resume by another word than the given one happened before, and is not recorded again.
         if distributed.rank() == 0 and self.cfg.ckpt_path == self.ckpt_path_given:
@@ -430,6 +442,18 @@ class Session:
         load_alignment_encoder(self.module, self.data, self.point, cache)
         self.module.reduce_gradients = make_gradient_reducer(cfg, self.module)
 
+    def _encode_images(self) -> None:
+        """Encode the images into their cache, where the space wants that, and say so."""
+        disarm_start_watchdog()  # it may take hours, and the other processes wait for rank 0
+        line = encode_images(self.module, self.data, self.trainer.strategy.root_device)
+        self._arm_watchdog()
+        if distributed.rank() == 0:
+            if line:
+                log.info(line)
+            if self.point is None:
+                for warning in describe_scales(self.cfg, self.module, self.data):
+                    log.warning(warning)
+
     def _is_finished(self) -> bool:
         """Return whether nothing is left to do: no step, no validation, no images of the last."""
         assert self.point is not None
@@ -462,7 +486,7 @@ class Session:
         for key in FROM_DATA:
             cfg[key] = stored.get("config", {}).get(key, cfg[key])
         rules = resume_rules(cfg)
-        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from"]
+        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from", SPACE_KEY]
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         now = fingerprint(config, stored.get("data", ""))
         changes = config_changes(stored, now, Rules(ignore=ignore, added=rules.added))

@@ -147,7 +147,8 @@ def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> No
     Raises:
         ValueError: the parts do not go together, or the optimizer refuses.
     """
-    check_space(module.space, torch.zeros(1, channels, size, size))
+    side = module.space.smallest or size
+    check_space(module.space, torch.zeros(1, channels, side, side))
     check_optimizer(module.make_optimizer, module)
     x = torch.zeros(1, *module.space.shape(size))
     try:

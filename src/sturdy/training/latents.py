@@ -1,0 +1,115 @@
+"""Training in the latents of a pretrained autoencoder: what a start of the run does for it.
+
+A space whose ``cached`` is true encodes the images once, before training, and is then released.
+"""
+
+import time
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from exact_resume import distributed
+from exact_resume.randomness import Draws
+from sturdy.diffusion.space import Space
+from sturdy.errors import ConfigError, as_config_error
+from sturdy.training.module import DiffusionModule
+
+SAMPLE = 64  # images, of which the spread of the latents is measured
+
+
+def fill_in_channels(cfg: DictConfig) -> None:
+    """Set ``space.channels`` to what the space has, where the user leaves it to the space.
+
+    Raises:
+        ConfigError: the space cannot be built.
+    """
+    if "channels" in cfg.space and cfg.space.channels is None:
+        with as_config_error():
+            built = instantiate({"space": cfg.space}, _convert_="all")
+        cfg.space.channels = built["space"].channels
+
+
+def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None:
+    """Check that nothing needs the pixels of a batch, where batches hold cached latents.
+
+    Raises:
+        ConfigError: something does; the message says what to choose.
+    """
+    with as_config_error("data", cfg.data):
+        module.space.shape(data.image_size)  # refuses sizes that it cannot encode
+    if not is_cached(module.space):
+        return
+    if module.alignment:
+        raise ConfigError(
+            "alignment looks at pixels, and batches hold cached latents: choose alignment=none, or "
+            "encode the images at every step with space.cached=false"
+        )
+    try:
+        with as_config_error("data", [*cfg.data, "crop", "augment"]):
+            data.check_encodable()
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Or encode at every step: space.cached=false") from None
+
+
+def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> str:
+    """Make or open the cache of encoded images, and free the memory of the encoder.
+
+    Args:
+        module: its space encodes.
+        data: is open.
+        device: where the space encodes.
+
+    Returns:
+        A line for the user; empty if nothing was made.
+    """
+    space: Any = module.space
+    start = time.monotonic()
+    with distributed.rank_zero_first(), as_config_error():
+        was_made = data.encode_with(space, device)
+    space.release()
+    shape = " x ".join(map(str, space.shape(data.image_size)))
+    seconds = time.monotonic() - start
+    if not was_made:
+        return ""
+    return f"latents of {len(data.cache):,} images ({shape}) cached in {seconds:.0f} s"
+
+
+def is_cached(space: Space) -> bool:
+    """Return whether images are encoded once, before training."""
+    return bool(getattr(space, "cached", False))
+
+
+def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list[str]:
+    """Say which settings are those of pixels, though the run trains on cached latents.
+
+    Args:
+        cfg: of the run.
+        module: of the run.
+        data: its images are encoded.
+    """
+    lines = []
+    side = module.space.shape(data.image_size)[1]
+    if cfg.schedule.get("image_size") == data.image_size != side:
+        lines.append(
+            f"schedule.image_size={data.image_size} counts pixels, and latents have {side} "
+            f"positions a side: schedule.image_size={side} counts those"
+        )
+    sigma_data = getattr(module.denoiser.target, "sigma_data", None)
+    if sigma_data is not None:
+        spread = measure_spread(module.space, data)
+        if not 0.8 < sigma_data / spread < 1.25:
+            lines.append(
+                f"target.sigma_data={sigma_data} is not the standard deviation of the latents, "
+                f"{spread:.2f}: target.sigma_data={spread:.2f} is"
+            )
+    return lines
+
+
+def measure_spread(space: Space, data: Any) -> float:
+    """Return the standard deviation of x_0 over the held-out images, of which some are enough."""
+    dataset = data.val_dataloader().dataset
+    positions = torch.arange(min(SAMPLE, data.held_out)).numpy()
+    x0 = space.encode(dataset[positions].image, Draws(0, positions.tolist()))
+    return x0.std().item()

@@ -1,0 +1,98 @@
+"""Real runs in latents: killed and resumed bit for bit, and drawn from, by the scripts."""
+
+import shutil
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from exact_resume.checkpoint.store import Store, load_state
+from runs import COMMON, ROOT, command, differences, kill_at, train
+from sturdy.training.run import train as train_in_process
+from tiny_vae import write_vae
+
+pytest.importorskip("diffusers")
+
+DIT = [*COMMON, "backbone=dit", "backbone.width=16", "backbone.depth=1", "backbone.heads=2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory with an autoencoder and the run ``whole``, and what its start said."""
+    tmp = tmp_path_factory.mktemp("latents")
+    write_vae(tmp / "vae")
+    return tmp, train(tmp, "whole", base=base(tmp))
+
+
+def base(tmp):
+    return [*DIT, "space=latents", f"space.path={tmp / 'vae'}"]
+
+
+def test_the_start_says_what_it_cached(home):
+    tmp, done = home
+    assert "latents of 60 images (4 x 4 x 4) cached in" in done.stdout
+    assert done.stderr == ""
+    again = train(tmp, "whole", base=base(tmp))
+    assert "finished at step 12" in again.stdout
+    assert "another configuration" not in again.stdout
+
+
+def test_the_autoencoder_is_in_no_checkpoint(home):
+    tmp, _ = home
+    store = Store(tmp / "runs" / "whole" / "checkpoints")
+    state = load_state(store.state(12))
+    shapes = {tuple(tensor.shape) for tensor in state["state_dict"].values()}
+    assert (8, 3, 3, 3) not in shapes, "the first convolution of the encoder"
+    assert all(name.startswith(("denoiser.", "ema.")) for name in state["state_dict"])
+    assert state["config"]["space"]["channels"] == 4
+    assert state["config"]["backbone"]["image_channels"] == 4
+
+
+def test_a_killed_run_continues_bit_for_bit_also_from_another_place(home):
+    tmp, _ = home
+    kill_at(tmp, "killed", 6, base=base(tmp), saved=True)
+    shutil.copytree(tmp / "vae", tmp / "elsewhere", dirs_exist_ok=True)
+    said = train(tmp, "killed", f"space.path={tmp / 'elsewhere'}", base=base(tmp)).stdout
+    assert "resumed from step" in said
+    assert "bitwise" in said
+    assert differences(tmp, "whole", "killed") == []
+
+
+def test_encoding_at_every_step_gives_the_same_bits(home):
+    tmp, _ = home
+    said = train(tmp, "live", "space.cached=false", base=base(tmp)).stdout
+    assert "latents of" not in said
+    assert differences(tmp, "whole", "live") == []
+
+
+REFUSALS = {
+    "data.image_size=18": ["data.image_size=18 must be a multiple of 4"],
+    "data.augment=0.5": ["data.augment=0.5 must be 0", "space.cached=false"],
+    "alignment=embedded": ["alignment=none", "space.cached=false"],
+    "space.path=/nowhere": ["/nowhere is not there"],
+    "space.channels=3": ["space.channels=3 must be 4"],
+}
+
+
+def test_what_does_not_go_together_is_refused_in_a_line(home, capsys):
+    tmp, _ = home
+    write_vae(tmp / "other", seed=1)
+    refusals = REFUSALS | {
+        f"name=whole trainer.max_steps=13 space.path={tmp / 'other'}": ["space.key: "]
+    }
+    for words, texts in refusals.items():
+        overrides = [*command(tmp, "refused", base=base(tmp))[2:], *words.split()]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("train", overrides)
+        assert train_in_process(cfg, overrides) == 2, words
+        said = capsys.readouterr().err
+        assert all(text in said for text in texts), f"{words}: {said}"
+        assert "Traceback" not in said
+
+
+def test_settings_of_pixels_are_pointed_out(home):
+    tmp, _ = home
+    words = ["target=preconditioned", "schedule=shifted", "trainer.max_steps=1"]
+    said = train(tmp, "scales", *words, base=base(tmp)).stdout
+    assert "schedule.image_size=16 counts pixels" in said
+    assert "schedule.image_size=4" in said
+    assert "target.sigma_data=0.5 is not the standard deviation of the latents" in said
