@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # A process has one fork server: its imports are chosen here, and nowhere else.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["sturdy.training.session", "examples.cars.source", "sturdy.backbone"]
+    [
+        "sturdy.training.session",
+        "examples.cars.source",
+        "sturdy.backbone",
+        *("diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders"),
+        *("transformers.models.clip", "peft"),
+    ]
 )
 COMMON = [
     "trainer=cpu",

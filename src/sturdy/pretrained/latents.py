@@ -79,7 +79,7 @@ class Latents(Space):
                 f"null takes its number"
             )
         self.factor = 2 ** (len(self.config["block_out_channels"]) - 1)
-        self.smallest = self.factor
+        self.smallest = 2 * self.factor  # group norms refuse a single position
         self._autoencoder: nn.Module | None = None
         self._sha256: str | None = None  # of the weights that were found first
 

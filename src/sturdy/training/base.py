@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from sturdy.errors import ConfigError
+from sturdy.training.module import DiffusionModule
 
 if TYPE_CHECKING:  # diffusers is imported by runs that have a base
     from sturdy.pretrained.base import Base
@@ -76,7 +77,7 @@ def resolve_target(cfg: DictConfig, base: "Base") -> None:
             f"Stable Diffusion 2 for 768 pixels) or target=noise (those for 512 pixels)"
         )
     if given is None:
-        cfg.target = {"_target_": expected}
+        OmegaConf.update(cfg, "target", {"_target_": expected}, force_add=True)
     elif expected is not None and given != expected:
         raise ConfigError(
             f"target={given.rpartition('.')[2].lower()}: base={base.path} predicts "
@@ -99,6 +100,15 @@ def check_image_size(base: "Base", size: int) -> None:
         raise ValueError(
             f"data.image_size={size} is no multiple of {unit}, as this base needs: choose {nearest}"
         )
+
+
+def describe_trained(module: DiffusionModule) -> str:
+    """Say how many of the weights of a network are trained."""
+    total = sum(p.numel() for p in module.denoiser.parameters())
+    trained = sum(p.numel() for p in module.trained())
+    if trained == total:
+        return f"all {total:,} weights are trained"
+    return f"an adapter of {trained:,} weights is trained beside {total - trained:,} frozen ones"
 
 
 def move_base(config: Mapping[str, Any], path: str) -> dict[str, Any]:

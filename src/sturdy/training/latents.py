@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from exact_resume import distributed
 from exact_resume.randomness import Draws
@@ -27,7 +27,8 @@ def fill_in_channels(cfg: DictConfig) -> None:
     """
     if "channels" in cfg.space and cfg.space.channels is None:
         with as_config_error():
-            built = instantiate({"space": cfg.space}, _convert_="all")
+            node = OmegaConf.to_container(cfg.space, resolve=True)
+            built = instantiate({"space": node}, _convert_="all")
         cfg.space.channels = built["space"].channels
 
 

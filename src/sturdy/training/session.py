@@ -52,7 +52,7 @@ from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
 from sturdy.errors import EXIT_USAGE, ConfigError, add_key, as_config_error
-from sturdy.training.base import resolve_base
+from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
 from sturdy.training.ema_snapshots import path_of
@@ -394,6 +394,8 @@ class Session:
         """Say what was understood of the data, and whether the run is fresh or resumed."""
         for line in self.base_lines:
             log.info(line)
+        if self.base_lines:
+            log.info(describe_trained(self.module))
         for line in self.data.summary_lines():
             log.info(add_key(line, "data", self.cfg.data))
         if report := self.data.cache.report():
@@ -409,8 +411,10 @@ class Session:
 
     def _banner(self, guarantee: Guarantee | None) -> str:
         cfg = self.cfg
-        classes = len(self.data.classes) or "no"
-        title = f"{cfg.name}: {len(self.data.cache)} images, {classes} classes"
+        labels = f"{len(self.data.classes) or 'no'} classes"
+        if self.data.captions:
+            labels = f"{len(self.data.captions)} captions"
+        title = f"{cfg.name}: {len(self.data.cache)} images, {labels}"
         if distributed.world_size() > 1:
             title += f", {distributed.world_size()} processes"
         end = f"to step {cfg.trainer.max_steps}"
