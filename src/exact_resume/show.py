@@ -180,4 +180,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 def _format_size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+    for unit, bytes_each in (("GB", 1e9), ("MB", 1e6)):
+        if size >= bytes_each:
+            return f"{size / bytes_each:,.2f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
