@@ -146,7 +146,8 @@ def test_another_column_or_none(photos: Path) -> None:
     only_text_files = with_captions(photos, caption_column=None, caption="x")
     assert only_text_files.captions == ("x",)
     assert refusal(photos, captions=True, caption_column="prompt") == (
-        f"caption_column=prompt is no column of {photos}/metadata.csv, which has: text, long"
+        f"caption_column=prompt is no column of {photos}/metadata.csv, which has: text, long; "
+        "caption_column=null takes no captions from tables"
     )
 
 

@@ -48,7 +48,12 @@ class Column(NamedTuple):
 
 
 def read_column(
-    argument: str, column: str, tables: Sequence[TextFile], images: Collection[bytes]
+    argument: str,
+    column: str,
+    tables: Sequence[TextFile],
+    images: Collection[bytes],
+    *,
+    hint: str = "",
 ) -> Column:
     """Read one column of all tables; an image may lack a value, or have one in one of the tables.
 
@@ -57,6 +62,7 @@ def read_column(
         column: its name.
         tables: where to look for it.
         images: the names of the images.
+        hint: what else to do if no table has the column.
 
     Raises:
         ValueError: no table has the column, an image has two values, or a table cannot be read as
@@ -93,7 +99,7 @@ def read_column(
         names = ", ".join(column for column in columns[0] if column != FILE_NAME)
         raise ValueError(
             f"{argument}={column} is no column of {printable(tables[0].path)}, which has: "
-            f"{names or 'none'}"
+            f"{names or 'none'}{hint}"
         )
     return found
 
