@@ -114,6 +114,17 @@ def test_names_are_relative_to_the_folder_of_the_table(tmp_path: Path) -> None:
     assert captions_of(several)["more/1.png"] == "more"
 
 
+def test_names_are_found_however_a_system_spells_them(photos: Path) -> None:
+    decomposed = "e\u0301.png"  # as macOS may write it
+    put(photos / decomposed)
+    put(photos / "sub/f.png")
+    rows = "é.png,x\nsub\\f.png,y\n" + "".join(f"{name}.png,z\n" for name in "abcd")
+    (photos / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    found = captions_of(with_captions(photos, labels=False))
+    assert found[decomposed] == "x"
+    assert found["sub/f.png"] == "y"
+
+
 def test_class_names_where_no_image_has_a_caption(tmp_path: Path) -> None:
     for name in ("cat/1.png", "dog/1.png"):
         put(tmp_path / name)
@@ -135,7 +146,8 @@ def test_another_column_or_none(photos: Path) -> None:
     only_text_files = with_captions(photos, caption_column=None, caption="x")
     assert only_text_files.captions == ("x",)
     assert refusal(photos, captions=True, caption_column="prompt") == (
-        f"caption_column=prompt is no column of {photos}/metadata.csv, which has: text, long"
+        f"caption_column=prompt is no column of {photos}/metadata.csv, which has: text, long; "
+        "caption_column=null takes no captions from tables"
     )
 
 

@@ -66,7 +66,8 @@ def read_captions(
         OSError: a file cannot be read.
     """
     tables = tables if column else []
-    found = read_column("caption_column", column or "", tables, frozenset(images))
+    hint = "; caption_column=null takes no captions from tables"
+    found = read_column("caption_column", column or "", tables, frozenset(images), hint=hint)
     captions = [found.values.get(name) for name in images]
     beside = [texts.get(os.path.splitext(name)[0]) for name in images]
     used = [file for file, text in zip(beside, captions, strict=True) if file and text is None]

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -47,7 +48,12 @@ class Column(NamedTuple):
 
 
 def read_column(
-    argument: str, column: str, tables: Sequence[TextFile], images: Collection[bytes]
+    argument: str,
+    column: str,
+    tables: Sequence[TextFile],
+    images: Collection[bytes],
+    *,
+    hint: str = "",
 ) -> Column:
     """Read one column of all tables; an image may lack a value, or have one in one of the tables.
 
@@ -56,6 +62,7 @@ def read_column(
         column: its name.
         tables: where to look for it.
         images: the names of the images.
+        hint: what else to do if no table has the column.
 
     Raises:
         ValueError: no table has the column, an image has two values, or a table cannot be read as
@@ -64,12 +71,15 @@ def read_column(
     """
     found = Column({}, [], Counter(), [])
     columns: list[dict[str, None]] = []  # of each table, in order
+    by_spelling = {_spelling(name): name for name in images}
     for table in tables:
         columns.append({})
         for line, row in read_rows(table):
             where = f"{printable(table.path)} line {line}"
             columns[-1].update(dict.fromkeys(row))
-            name = _image_name(table, row.get(FILE_NAME), where, images)
+            name = _row_name(table, row.get(FILE_NAME), where)
+            if name not in images:
+                name = by_spelling.get(_spelling(name), name)
             value = _as_text(row.get(column), where, column)
             if value is None:
                 continue
@@ -89,7 +99,7 @@ def read_column(
         names = ", ".join(column for column in columns[0] if column != FILE_NAME)
         raise ValueError(
             f"{argument}={column} is no column of {printable(tables[0].path)}, which has: "
-            f"{names or 'none'}"
+            f"{names or 'none'}{hint}"
         )
     return found
 
@@ -254,17 +264,23 @@ def _check_header(columns: list[str], name: str) -> list[str]:
     return columns
 
 
-def _image_name(table: TextFile, given: Any, where: str, images: Collection[bytes]) -> bytes:
-    """Return the name of the image that a row is about, as the folder names it."""
+def _row_name(table: TextFile, given: Any, where: str) -> bytes:
+    """Return the name of the image that a row is about, under the folder that all roots are in."""
     if not isinstance(given, str) or not given:
         raise ValueError(f"{where}: there is no {FILE_NAME}")
     text = _as_unicode(given, where, FILE_NAME)
-    folder = os.path.dirname(table.name)
-    name = os.path.normpath(os.path.join(folder, text))
-    if name not in images:  # as a table that was made on Windows may name it
-        other = os.path.normpath(os.path.join(folder, text.replace(b"\\", b"/")))
-        return other if other in images else name
-    return name
+    return os.path.normpath(os.path.join(os.path.dirname(table.name), text))
+
+
+def _spelling(name: bytes) -> bytes:
+    """Return ``name`` as tables and files of any system spell it.
+
+    Windows has backslashes, and macOS may write an accented letter as two characters.
+    """
+    if not name.isascii():
+        text = name.decode("utf-8", "surrogateescape")
+        name = unicodedata.normalize("NFC", text).encode("utf-8", "surrogateescape")
+    return os.path.normpath(name.replace(b"\\", b"/"))
 
 
 def _as_text(value: Any, where: str, column: str) -> str | None:
