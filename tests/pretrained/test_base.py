@@ -209,6 +209,16 @@ class TestLayouts:
         expected = open_base(folders["sd1"]).sha256("text_encoder")
         assert open_base(file).sha256("text_encoder") == expected
 
+    def test_version_2_with_the_blocks_of_diffusers_alone(self, folders, tmp_path):
+        file = layouts.write_file(folders["sd2"], tmp_path / "model.safetensors", "sd2")
+        tensors = layouts.load_file(file)
+        dropped = ("resblocks.23.", "text_projection", "logit_scale")
+        kept = {name: tensors[name] for name in tensors if not any(d in name for d in dropped)}
+        assert len(kept) == len(tensors) - 14
+        layouts.save_file(kept, file)
+        expected = open_base(folders["sd2"]).sha256("text_encoder")
+        assert open_base(file).sha256("text_encoder") == expected
+
 
 class TestPublishedConfigs:
     """What is read off the tensors of the real widths is what was published."""
@@ -475,6 +485,8 @@ class TestRefusals:
         )
         with pytest.raises(ValueError, match=command):
             open_base("runwayml/stable-diffusion-v1-5")
+        with pytest.raises(ValueError, match="not there: give a file"):
+            open_base("models/v1-5.ckpt")
 
     def test_folders_that_are_no_pipeline(self, folder, tmp_path):
         (tmp_path / "empty").mkdir()
@@ -482,6 +494,10 @@ class TestRefusals:
             open_base(tmp_path / "empty")
         with pytest.raises(ValueError, match="it is UNet2DConditionModel alone; give the folder"):
             open_base(folder / "unet")
+        cached = tmp_path / "models--owner--name" / "snapshots" / "ab12"
+        cached.mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"scheduler: give {cached}"):
+            open_base(cached.parents[1])
         shutil.rmtree(folder / "unet")
         edit(folder / "model_index.json", _class_name="StableDiffusion3Pipeline")
         with pytest.raises(ValueError, match="misses unet: it is StableDiffusion3Pipeline"):

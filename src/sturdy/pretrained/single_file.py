@@ -81,6 +81,7 @@ class SingleFile(Base):
         self.notes.append(found.why)
         if found.has_ema:
             self.notes.append("of the U-Net the averaged weights are taken (model_ema.*)")
+        self.notes.append("widths and depths are read off its tensors, the rest is of its family")
         self._tensors: dict[str, dict[str, Tensor]] = {}
 
     @override
