@@ -143,7 +143,7 @@ class Base(ABC):
 
 def make_module(part: str, config: Mapping[str, Any]) -> Any:
     """Return the network of ``config`` without weights: its parameters are on the device "meta"."""
-    from accelerate import init_empty_weights  # peft and diffusers depend on it
+    from accelerate import init_empty_weights  # peft depends on it
 
     with init_empty_weights(include_buffers=False):
         if part.startswith("text_encoder"):
