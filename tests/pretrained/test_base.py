@@ -442,7 +442,7 @@ class TestTokenizer:
 
     def test_refuses_one_that_is_missing_broken_or_of_another_model(self, folder, tmp_path):
         edit(folder / "text_encoder" / "config.json", vocab_size=500)
-        with pytest.raises(ValueError, match="has 514 tokens, and its text encoder knows 500"):
+        with pytest.raises(ValueError, match=r"has \d+ tokens, and its text encoder knows 500"):
             open_base(folder).tokenizer(0)
         (folder / "tokenizer" / "tokenizer.json").write_text("{")
         with pytest.raises(ValueError, match="holds no tokenizer of CLIP"):
