@@ -19,7 +19,7 @@ VAE = "first_stage_model."
 CLIP = {"sd1": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}
 OPEN_CLIP = {"sd2": "cond_stage_model.model.", "sdxl": "conditioner.embedders.1.model."}
 
-# Patterns of diffusers -> LDM. `{n}` of a number in brackets is computed by `_number`.
+# Beginnings or words of the names: diffusers -> LDM.
 UNET_TOP = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -90,12 +90,7 @@ def write_file(
     """
     state = ldm_state(read_folder(folder), family)
     if averaged:
-        for name in [name for name in state if name.startswith(UNET)]:
-            alias = "model_ema." + name.removeprefix("model.").replace(".", "")
-            state[alias] = state[name]
-            state[name] = state[name] + 1
-        state["model_ema.decay"] = torch.tensor(0.9999)
-        state["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int)
+        add_average(state)
     state |= extra or {}
     if half:
         state = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
@@ -119,7 +114,6 @@ def ldm_state(parts: dict[str, dict[str, Tensor]], family: str) -> dict[str, Ten
         "betas": torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
         "scale_factor": torch.tensor(0.18215),
     }
-    levels = 1 + max(int(n.split(".")[1]) for n in parts["unet"] if n.startswith("down_blocks"))
     attends = {n.split(".")[1] for n in parts["unet"] if re.match(r"up_blocks\.\d\.attentions", n)}
     for name, tensor in parts["unet"].items():
         state[UNET + unet_name(name, attends)] = tensor
@@ -127,7 +121,6 @@ def ldm_state(parts: dict[str, dict[str, Tensor]], family: str) -> dict[str, Ten
         is_linear = "attentions" in name and tensor.ndim == 2
         # In LDM the attention of the autoencoder is made of convolutions.
         state[VAE + vae_name(name)] = tensor[:, :, None, None] if is_linear else tensor
-    assert levels == (3 if family == "sdxl" else 4)
     if family in CLIP:
         for name, tensor in parts["text_encoder"].items():
             state[f"{CLIP[family]}text_model.{name.removeprefix('text_model.')}"] = tensor
@@ -191,6 +184,20 @@ def tensors_like(tensors: dict[str, Tensor], name: str, which: str) -> Tensor:
     """Return the tensor of q, k or v beside that of q, whatever the prefix of the names is."""
     name = name.replace(".q_proj.", f".{which}_proj.")
     return tensors[name] if name in tensors else tensors[f"text_model.{name}"]
+
+
+def add_average(state: dict[str, Tensor]) -> None:
+    """Make the U-Net the average, and put another one in its place."""
+    for name in [name for name in state if name.startswith(UNET)]:
+        state[averaged_name(name)] = state[name]
+        state[name] = state[name] + 1
+    state["model_ema.decay"] = torch.tensor(0.9999)
+    state["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int)
+
+
+def averaged_name(name: str) -> str:
+    """Return the name of the average of a tensor, which has no dots."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
 
 
 def add_last_block(state: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from sturdy.pretrained.single_file import UNET, AutoencoderFile, SingleFile
 __all__ = ["Base", "UnusableBaseError", "hash_tensors", "open_autoencoder", "open_base"]
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
+WEIGHTS_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
 def open_base(path: Path | str) -> Base:
@@ -61,7 +62,7 @@ def _find(path: Path | str) -> Path:
     found = Path(path).expanduser()
     if found.exists():
         return found
-    if HUB_ID.fullmatch(str(path)):
+    if HUB_ID.fullmatch(str(path)) and found.suffix not in WEIGHTS_SUFFIXES:
         name = Path(path).name
         raise UnusableBaseError(
             f"{path} is not there. If it is a model of the Hugging Face hub, download it once: "

@@ -197,6 +197,8 @@ def _rename_attention(name: str) -> str:
 
 def _describe(path: Path) -> str:
     """Return what the folder is instead of a pipeline of Stable Diffusion, as far as it says so."""
+    if snapshots := sorted(path.glob("snapshots/*/")):  # a cache of the hub
+        return f": give {snapshots[-1]}"
     for file in ("model_index.json", "config.json"):
         if (path / file).is_file():
             kind = read_json(path / file).get("_class_name")

@@ -49,24 +49,26 @@ def read_unet_config(
         KeyError: with the name of a tensor that is missing.
     """
     widths = _widths(tensors, "down_blocks")
-    depths = [_count(tensors, f"down_blocks.{i}.attentions.0.transformer_blocks") for i in widths]
-    attends = [depth > 0 for depth in depths]
+    depths = [
+        _count(tensors, f"down_blocks.{level}.attentions.0.transformer_blocks")
+        for level in range(len(widths))
+    ]
+    kinds = ["CrossAttn" if depth else "" for depth in depths]
+    attention = f"down_blocks.{kinds.index('CrossAttn') if any(depths) else 0}.attentions.0"
+    cross = tensors[f"{attention}.transformer_blocks.0.attn2.to_k.weight"]
     config: dict[str, Any] = {
         "in_channels": tensors["conv_in.weight"].shape[1],
         "out_channels": tensors["conv_out.weight"].shape[0],
-        "block_out_channels": list(widths.values()),
-        "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "block_out_channels": widths,
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
         "layers_per_block": _count(tensors, "down_blocks.0.resnets"),
-        "transformer_layers_per_block": [max(1, depth) for depth in depths]
-        if max(depths) > 1
-        else 1,
-        "attention_head_dim": [_heads(width) for width in widths.values()],
+        "attention_head_dim": [_heads(width) for width in widths],
+        "cross_attention_dim": cross.shape[1],
+        "use_linear_projection": tensors[f"{attention}.proj_in.weight"].ndim == 2,
     }
-    attention = f"down_blocks.{attends.index(True)}.attentions.0" if any(attends) else "attention"
-    config["use_linear_projection"] = tensors[f"{attention}.proj_in.weight"].ndim == 2
-    cross = tensors[f"{attention}.transformer_blocks.0.attn2.to_k.weight"]
-    config["cross_attention_dim"] = cross.shape[1]
+    if max(depths) > 1:
+        config["transformer_layers_per_block"] = [max(1, depth) for depth in depths]
     if family == "sdxl":
         given = tensors["add_embedding.linear_1.weight"].shape[1]
         config["projection_class_embeddings_input_dim"] = given
@@ -79,7 +81,7 @@ def read_unet_config(
 
 def read_vae_config(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the config of an autoencoder of ``family``, as ``read_unet_config`` does."""
-    widths = list(_widths(tensors, "encoder.down_blocks").values())
+    widths = _widths(tensors, "encoder.down_blocks")
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
@@ -121,10 +123,10 @@ def read_text_config(family: str, number: int, tensors: Mapping[str, Tensor]) ->
     }
 
 
-def _widths(tensors: Mapping[str, Tensor], blocks: str) -> dict[int, int]:
-    """Return the number of channels of each level."""
-    levels = range(_count(tensors, blocks))
-    return {i: tensors[f"{blocks}.{i}.resnets.0.conv2.weight"].shape[0] for i in levels}
+def _widths(tensors: Mapping[str, Tensor], blocks: str) -> list[int]:
+    """Return the number of channels of each level; there is at least one."""
+    levels = range(max(1, _count(tensors, blocks)))
+    return [tensors[f"{blocks}.{level}.resnets.0.conv2.weight"].shape[0] for level in levels]
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:

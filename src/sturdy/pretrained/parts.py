@@ -114,8 +114,8 @@ class Base(ABC):
 
         This draws no random numbers.
         """
-        module = make_module(part, self.config(part))
         weights = self.weights(part)
+        module = make_module(part, self.config(part))
         copies = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
         module.load_state_dict(copies, assign=True)
         return module.requires_grad_(True).eval()
@@ -128,10 +128,13 @@ class Base(ABC):
     def _empty(self, part: str) -> dict[str, Tensor]:
         """Return the tensors that ``part`` must have, without content."""
         if part not in self._expected:
+            config = self.config(part)
             try:
-                self._expected[part] = make_module(part, self.config(part)).state_dict()
-            except (TypeError, ValueError, AttributeError, IndexError) as error:
-                reason = str(error).splitlines()[0]
+                self._expected[part] = make_module(part, config).state_dict()
+            except ImportError:
+                raise
+            except Exception as error:  # whatever the class makes of a config that is not its own
+                reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise UnusableBaseError(
                     f"{part} of {self.path}: {CLASSES[part]} does not take its config ({reason})"
                 ) from None
@@ -140,7 +143,7 @@ class Base(ABC):
 
 def make_module(part: str, config: Mapping[str, Any]) -> Any:
     """Return the network of ``config`` without weights: its parameters are on the device "meta"."""
-    from accelerate import init_empty_weights  # peft and diffusers depend on it
+    from accelerate import init_empty_weights  # peft depends on it
 
     with init_empty_weights(include_buffers=False):
         if part.startswith("text_encoder"):

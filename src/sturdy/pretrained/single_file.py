@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,7 @@ class SingleFile(Base):
         self.notes.append(found.why)
         if found.has_ema:
             self.notes.append("of the U-Net the averaged weights are taken (model_ema.*)")
+        self.notes.append("widths and depths are read off its tensors, the rest is of its family")
         self._tensors: dict[str, dict[str, Tensor]] = {}
 
     @override
@@ -206,11 +208,10 @@ def convert_vae(file: WeightsFile, prefix: str) -> dict[str, Tensor]:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     starts = tuple(prefix + module for module in VAE_MODULES)  # not its loss, nor its average
-    own = {
-        name.removeprefix(prefix): t for name, t in file.tensors.items() if name.startswith(starts)
-    }
-    levels = {name.split(".")[2] for name in own if name.startswith("encoder.down.")}
-    blocks = {"down_block_types": list(levels), "up_block_types": list(levels)}
+    own = {name: file.tensors[name] for name in file.tensors if name.startswith(starts)}
+    down = f"{prefix}encoder.down."
+    levels = {name[len(down) :].split(".")[0] for name in own if name.startswith(down)}
+    blocks = {"down_block_types": list(levels), "up_block_types": list(levels)}  # it counts them
     return _convert_all(convert_ldm_vae_checkpoint, own, blocks, file.path)
 
 
@@ -218,7 +219,7 @@ def _convert_all(
     convert: Callable[..., dict[str, Tensor]],
     tensors: dict[str, Tensor],
     config: dict[str, Any],
-    path: Any,
+    path: Path,
 ) -> dict[str, Tensor]:
     """Return ``convert(tensors, config)``, which leaves out the names that it does not know.
 
