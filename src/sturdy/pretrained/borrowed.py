@@ -205,7 +205,7 @@ class Borrowed(nn.Module):
             if (is_dit or self.network.class_embedding is not None) != (first is not None):
                 has = "no classes" if first is None else "classes"
                 argument = "num_embeds_ada_norm" if is_dit else "num_class_embeds"
-                raise ValueError(f"the data have {has}, which is not what {argument} says")
+                raise ValueError(f"the data have {has}, but {argument} of {self.kind} disagrees")
             return {"class_labels": first}
         if first is None or first.ndim != 3:
             raise ValueError(
@@ -214,7 +214,8 @@ class Borrowed(nn.Module):
         if not others:
             return {"encoder_hidden_states": first.to(dtype)}
         pooled, sizes = others
-        assert pooled is not None and sizes is not None
+        assert pooled is not None
+        assert sizes is not None
         # bfloat16 would round the sizes; the network embeds them in float32
         added = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
         return {"encoder_hidden_states": first.to(dtype), "added_cond_kwargs": added}
@@ -346,5 +347,5 @@ def read_base(path: str, part: str) -> tuple[Mapping[str, Tensor], str]:
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return weights, digest.hexdigest()

@@ -34,7 +34,9 @@ def snapshot(ema: PowerEMA, step: int, dtype: torch.dtype | None = None) -> Snap
         averages.append(
             {name: full(p).detach().to(dtype=dtype, device="cpu") for name, p in parameters}
         )
-    buffers = {name: full(b).detach().cpu() for name, b in ema.model.named_buffers() if name in saved}
+    buffers = {
+        name: full(b).detach().cpu() for name, b in ema.model.named_buffers() if name in saved
+    }
     return {
         "step": step,
         "stds": ema.stds,

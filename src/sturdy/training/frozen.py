@@ -9,7 +9,7 @@ All other tensors are saved, trained or not.
 """
 
 from copy import deepcopy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,14 +24,14 @@ def frozen_names(network: nn.Module) -> frozenset[str]:
     names = set()
     for path, part in network.named_modules():
         if hasattr(part, "frozen_names"):
-            names |= {f"{path}.{name}".lstrip(".") for name in part.frozen_names()}
+            names |= {f"{path}.{name}".lstrip(".") for name in part.frozen_names()}  # type: ignore[operator]
     return frozenset(names)
 
 
 def copy_trained(network: Network) -> Network:
     """Return a copy of ``network`` that shares the tensors that a base puts back."""
     names = frozen_names(network)
-    shared = {}
+    shared: dict[int, Any] = {}
     for tensors in (network.named_parameters(), network.named_buffers()):
         shared |= {id(tensor): tensor for name, tensor in tensors if name in names}
     return deepcopy(network, shared)
@@ -50,6 +50,6 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
     for part in network.modules():
         if hasattr(part, "load_base"):
             try:
-                part.load_base(fresh=fresh)
+                part.load_base(fresh=fresh)  # type: ignore[operator]
             except ValueError as error:
                 raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from None
