@@ -80,13 +80,16 @@ def test_a_run_is_loaded_for_sampling_with_its_base_and_compared_without(tmp):
     try:
         with pytest.raises(ValueError, match=rf"base\.path={folder} is not there"):
             load_module(path, training=False)
+        elsewhere = load_module(path, training=False, base=kept)
         assert diff_checkpoints(load_state(path), load_state(path)) == []
         assert Store(path.parents[1]).last()["step"] == 12
     finally:
         kept.rename(folder)
     again = load_module(path)
     with torch.no_grad():
-        assert torch.equal(again.ema.model(x, t, label), module.ema.model(x, t, label))
+        expected = module.ema.model(x, t, label)
+        assert torch.equal(again.ema.model(x, t, label), expected)
+        assert torch.equal(elsewhere.ema.model(x, t, label), expected)
 
 
 def test_a_whole_network_is_resumed_and_sampled_without_its_base(tmp):
