@@ -5,6 +5,7 @@ from typing import Any
 
 from exact_resume.randomness import reseed
 from examples.cars.source import Cars
+from runs import COMMON
 from sturdy.pretrained.borrowed import build_network, read_base
 
 _BLOCKS: dict[str, Any] = {
@@ -65,3 +66,35 @@ def write_base(folder: Path, name: str = "unconditional", seed: int = 0) -> dict
         parameter.data.add_(0.05 * parameter.data.new_empty(parameter.shape).normal_())
     network.save_pretrained(folder / "unet")
     return {"path": str(folder), "part": "unet", "sha256": read_base(str(folder), "unet")[1]}
+
+
+def _hydra(value) -> str:
+    """Return primitives as they are typed on the command line."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_hydra(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_hydra(v) for v in value) + "]"
+    return "null" if value is None else str(value)
+
+
+def adapter_words(folder: Path, dropout: float = 0.3, rank: int = 2, **base) -> list[str]:
+    """Return the overrides of a run that trains an adapter for the base in ``folder``."""
+    if not (folder / "unet").exists():
+        write_base(folder, "classes")
+    kind, config = NETWORKS["classes"]
+    named = {"path": str(folder), "sha256": read_base(str(folder), "unet")[1]} | base
+    lora = {"rank": rank, "dropout": dropout}
+    return [
+        *(word for word in COMMON if not word.startswith("backbone.")),
+        "backbone=borrowed",
+        f"backbone.network={kind}",
+        f"backbone.config={_hydra(config)}",
+        f"backbone.base={_hydra(named)}",
+        f"backbone.lora={_hydra(lora)}",
+        f"num_classes={CLASSES}",
+        "schedule=scaled_linear",
+        "target=noise",
+        "objective=discrete",
+        "learning_rate.warmup=2",
+        "optimizer.lr=0.01",
+    ]

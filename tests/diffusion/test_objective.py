@@ -29,6 +29,7 @@ from sturdy.diffusion import (
     VarianceExploding,
     Velocity,
 )
+from sturdy.diffusion.objective import Discrete
 
 PICTURES = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 LABEL = torch.arange(8) % 4
@@ -352,3 +353,17 @@ def test_draws_for_another_batch_are_refused():
     """One draw would otherwise broadcast over the batch unnoticed."""
     with pytest.raises(ValueError, match="draws for 1 positions do not fit 8 images"):
         Objective()(small(), PICTURES, LABEL, Draws(0, [0]))
+
+
+def test_discrete_times_are_the_steps_of_a_chain_each_as_often():
+    draws = Draws(0, range(4000))
+    t = Discrete(steps=8)(draws, Cosine())
+    counts = (t * 8).unique(return_counts=True)
+    assert counts[0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(abs(n - 500) < 4 * math.sqrt(500 * 7 / 8) for n in counts[1].tolist())
+    assert torch.equal(Discrete(steps=8)(Draws(0, [7]), Cosine()), t[7:8]), "by position"
+    t = Discrete()(draws, Cosine())
+    assert t.dtype == torch.float32
+    assert torch.equal(t, ((t * 1000).round() / 1000))
+    with pytest.raises(ValueError, match="steps=0 must"):
+        Discrete(steps=0)

@@ -207,7 +207,7 @@ class Borrowed(nn.Module):
             if (is_dit or self.network.class_embedding is not None) != (first is not None):
                 has = "no classes" if first is None else "classes"
                 argument = "num_embeds_ada_norm" if is_dit else "num_class_embeds"
-                raise ValueError(f"the data have {has}, which is not what {argument} says")
+                raise ValueError(f"the data have {has}, but {argument} of {self.kind} disagrees")
             return {"class_labels": first}
         if first is None or first.ndim != 3:
             raise ValueError(

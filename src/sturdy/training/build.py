@@ -72,6 +72,7 @@ def load_module(
     *,
     trust: Trust | Iterable[str] = (),
     training: bool = True,
+    base: str | Path | None = None,
 ) -> DiffusionModule:
     """Load the module in a ``state.ckpt``, with its weights and EMA, from that file alone.
 
@@ -82,6 +83,7 @@ def load_module(
             ``Trust(runs="runs")`` trusts what the runs there have named in their own training.
         training: whether the module will be trained. Otherwise objective, optimizer, learning rate
             and alignment are left out: they need neither be installed nor trusted.
+        base: where the pretrained network is now that an adapter belongs to, if it was moved.
 
     Raises:
         ValueError: the file holds no config of this project, its weights are of another network
@@ -96,6 +98,9 @@ def load_module(
     parts = PARTS if training else SAMPLING_PARTS
     trusted = trust if isinstance(trust, Trust) else Trust(trust)
     trusted.check(Path(path), config, parts)
+    if base and config["backbone"].get("base"):
+        moved = config["backbone"]["base"] | {"path": str(base)}
+        config = config | {"backbone": config["backbone"] | {"base": moved}}
     try:
         module = build_module(config, parts, fresh=False)
     except InstantiationException as error:

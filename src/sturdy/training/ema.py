@@ -10,7 +10,7 @@ changes, because a base puts it back, is shared with the network and not average
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from sturdy.training import ema_profiles
@@ -50,10 +50,10 @@ class EMA(nn.Module):
         """Move the averages towards ``model``; ``step`` counts the updates before this one."""
         for average, beta in zip(self.networks(), self.betas(step), strict=True):
             pairs = zip(average.parameters(), model.parameters(), strict=True)
-            moving = [(a, b) for a, b in pairs if a is not b]
-            ours: list[torch.Tensor] = [pair[0] for pair in moving]
-            theirs: list[torch.Tensor] = [pair[1] for pair in moving]
-            torch._foreach_lerp_(ours, theirs, 1 - beta)
+            moving = [(ours, theirs) for ours, theirs in pairs if ours is not theirs]
+            averages: list[Tensor] = [pair[0] for pair in moving]
+            weights: list[Tensor] = [pair[1] for pair in moving]
+            torch._foreach_lerp_(averages, weights, 1 - beta)
             for buffer, current in zip(average.buffers(), model.buffers(), strict=True):
                 buffer.copy_(current)
 

@@ -24,7 +24,7 @@ def frozen_names(network: nn.Module) -> frozenset[str]:
     names = set()
     for path, part in network.named_modules():
         if hasattr(part, "frozen_names"):
-            names |= {f"{path}.{name}".lstrip(".") for name in part.frozen_names()}
+            names |= {f"{path}.{name}".lstrip(".") for name in part.frozen_names()}  # type: ignore[operator]
     return frozenset(names)
 
 
@@ -51,6 +51,6 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
     for part in network.modules():
         if hasattr(part, "load_base"):
             try:
-                part.load_base(fresh=fresh)
+                part.load_base(fresh=fresh)  # type: ignore[operator]
             except ValueError as error:
                 raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from None
