@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ pytest.importorskip("transformers")
 
 from exact_resume.randomness import Draws
 from examples.tiny_sd.build import build
-from sturdy.diffusion import Denoiser, Guided, Objective, RectifiedFlow, Velocity
+from sturdy.diffusion import DDIM, Denoiser, Guided, Objective, RectifiedFlow, Velocity
+from sturdy.evaluation.reference import classes_of_captions
 from sturdy.pretrained.captions import Captions
 from sturdy.pretrained.text_encoders import TextEncoders
 from sturdy.pretrained.text_table import FOLDER, TextTable, find_table
+from sturdy.sampling.grid_callback import SampleGrids
 
 TEXTS = ["a red pickup", "a blue bus, at night", 'a "yellow": taxi']
 LONG = "a very long text " * 9  # 153 letters; a token of the tiny tokenizer is a letter
@@ -226,6 +229,7 @@ BUILD = """
 import sys, time
 from pathlib import Path
 from sturdy.pretrained import text_encoders
+from sturdy.evaluation.reference import classes_of_captions
 from sturdy.pretrained.captions import Captions
 
 encode = text_encoders.encode
@@ -351,3 +355,18 @@ def test_a_network_and_its_average_share_one_table(bases, tmp_path):
     assert average.make_condition is option
     assert average(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.tensor([1])).isfinite().all()
     assert "make_condition" not in "".join(denoiser.state_dict())
+
+
+def test_a_grid_shows_captions_that_are_spread_over_all(bases):
+    grids = SampleGrids(directory="", sampler=DDIM(2), image_size=8, n=3)
+    ours = SimpleNamespace(denoiser=denoiser_of(Captions(bases / "sd1", image_size=SIZE)))
+    classes = SimpleNamespace(denoiser=Denoiser(Reader(), RectifiedFlow(), Velocity(), 10))
+    assert grids._labels(ours, 10).tolist() == [0, 3, 6]
+    assert grids._labels(ours, 2).tolist() == [0, 1, 0]
+    assert grids._labels(classes, 10).tolist() == [0, 1, 2], "as it always was"
+
+
+def test_a_caption_has_a_class_where_all_its_images_do():
+    rows, classes = torch.tensor([0, 2, 0, 3]), torch.tensor([1, 0, 1, 1])
+    assert classes_of_captions(rows, classes, 3).tolist() == [1, -1, 0, 1]
+    assert classes_of_captions(rows, torch.tensor([1, 0, 0, 1]), 3) is None
