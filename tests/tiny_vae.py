@@ -7,7 +7,7 @@ FACTOR = 4
 
 
 def write_vae(folder, seed=0, **config):
-    """Write an ``AutoencoderKL`` whose latents are four times smaller; return it."""
+    """Write an ``AutoencoderKL``, which makes images four times smaller; return it."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

@@ -2,11 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from PIL import Image
 
 from exact_resume.checkpoint.store import Store, load_state
 from runs import COMMON, ROOT, command, differences, kill_at, train
+from sturdy.sampling.sample import main as draw
 from sturdy.training.run import train as train_in_process
 from tiny_vae import write_vae
 
@@ -91,8 +95,32 @@ def test_what_does_not_go_together_is_refused_in_a_line(home, capsys):
 
 def test_settings_of_pixels_are_pointed_out(home):
     tmp, _ = home
-    words = ["target=preconditioned", "schedule=shifted", "trainer.max_steps=1"]
+    inner = "schedule.schedule._target_=sturdy.diffusion.schedule.ScaledLinear"
+    words = ["target=preconditioned", "schedule=shifted", inner, "trainer.max_steps=1"]
     said = train(tmp, "scales", *words, base=base(tmp)).stdout
     assert "schedule.image_size=16 counts pixels" in said
     assert "schedule.image_size=4" in said
     assert "target.sigma_data=0.5 is not the standard deviation of the latents" in said
+
+
+def test_an_image_is_edited_where_the_mask_is_white(home):
+    tmp, _ = home
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    white = np.zeros((16, 16), dtype=bool)
+    white[4:10, 3:9] = True
+    Image.fromarray(image).save(tmp / "image.png")
+    Image.fromarray(np.uint8(255) * white).save(tmp / "mask.png")
+    edits = {"all": [], "hole": [f"sample.mask={tmp / 'mask.png'}"]}
+    drawn = {}
+    for name, words in edits.items():
+        overrides = [f"paths.runs={tmp / 'runs'}", "run=whole", "sample.n=2", "device=cpu"]
+        overrides += [f"sample.image={tmp / 'image.png'}", f"sample.out={tmp / name}", *words]
+        threads = torch.get_num_threads()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            assert draw(compose("sample", overrides), overrides) == 0
+        torch.set_num_threads(threads)
+        drawn[name] = np.asarray(Image.open(tmp / name / "000001.png"))
+    assert (drawn["hole"][~white] == image[~white]).all()
+    assert (drawn["hole"][white] != image[white]).any()
+    assert (drawn["all"][~white] != image[~white]).any()

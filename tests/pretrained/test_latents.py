@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from exact_resume.randomness import Draws
+from examples.tiny_sd.build import build
+from sd_layouts import write_file
 from sturdy.diffusion import Denoiser, Heun, RectifiedFlow, Velocity, sample
 from tiny_vae import CHANNELS, FACTOR, write_vae
 
@@ -140,6 +142,17 @@ def test_the_key_is_of_weights_config_and_dtype(folder, tmp_path):
     keys |= {key, Latents(path=str(folder), dtype="bfloat16").key()}
     assert len(keys) == 4
     assert Latents(path=str(folder), cached=False, decode_batch=1, tile_above=64).key() == key
+
+
+def test_a_pipeline_its_autoencoder_and_a_single_file_are_the_same(tmp_path):
+    build(tmp_path / "sd")
+    file = write_file(tmp_path / "sd", tmp_path / "sd.safetensors")
+    paths = (tmp_path / "sd", tmp_path / "sd" / "vae", file)
+    folder, *others = (Latents(path=str(path)) for path in paths)
+    assert folder.shape(64) == (4, 8, 8)
+    for other in others:
+        assert other.key() == folder.key()
+        assert torch.equal(other.encode(IMAGES, DRAWS), folder.encode(IMAGES, DRAWS))
 
 
 def test_other_weights_are_refused_by_name(tmp_path):

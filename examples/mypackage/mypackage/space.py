@@ -27,7 +27,7 @@ class Squares(Space):
         return self.channels, size // 2, size // 2
 
     @override
-    def encode(self, image: Tensor, draws: Draws) -> Tensor:
+    def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         return F.pixel_unshuffle(image, 2)
 
     @override

@@ -71,7 +71,13 @@ class Latents(Space):
         self.decode_batch = decode_batch
         self.tile_above = tile_above
         self.dtype = dtype
-        self.config = self._open().config("vae")
+        try:
+            self.config = self._open().config("vae")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"an autoencoder needs diffusers, which cannot be imported ({error}): "
+                f"pip install 'sturdy-diffusion[latent]'"
+            ) from error
         self.channels: int = self.config["latent_channels"]
         if channels not in (None, self.channels):
             raise ValueError(
