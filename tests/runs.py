@@ -145,6 +145,7 @@ def _become(words: list[str], environment: dict[str, str], out: str, err: str) -
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.argv = words
+    sys.orig_argv = [sys.executable, *words]  # what a run starts its workers with
     runpy.run_path(words[0], run_name="__main__")
 
 
