@@ -75,9 +75,7 @@ def train(
     code: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code must be ``code``."""
-    process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
-    process.join(300)
-    done = subprocess.CompletedProcess(name, process.exitcode, out.read_text(), err.read_text())
+    done = run_forked(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -118,6 +116,13 @@ def start(
 ) -> tuple[BaseProcess, Path, Path]:
     """Start ``command``; return the process, and the files of its output and its errors."""
     return fork(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
+
+
+def run_forked(tmp: Path, name: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python *words`` to its end, as ``fork`` does; like ``subprocess.run``."""
+    process, out, err = fork(tmp, name, words)
+    process.join(300)
+    return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
 def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:

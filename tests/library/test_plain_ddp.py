@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from itertools import count
 from pathlib import Path
@@ -185,8 +183,6 @@ def test_a_trainer_that_starts_processes_by_itself_is_refused(tmp_path):
     example = (ROOT / "examples" / "plain_lightning" / "train.py").read_text()
     script = tmp_path / "train.py"
     script.write_text(example.replace('accelerator="cpu",', 'accelerator="cpu", devices=2,'))
-    command = [sys.executable, str(script), str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert "Say ExactTraining(processes=2) instead of devices= and strategy=" in done.stderr
+    output = Start(tmp_path, "run", [str(script), str(tmp_path / "run")]).finish(2)
+    assert "Say ExactTraining(processes=2) instead of devices= and strategy=" in output
     assert not (tmp_path / "run").exists()
