@@ -81,9 +81,7 @@ def train(
     code: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit code must be ``code``."""
-    process, out, err = start(tmp, name, *overrides, base=base, sabotage=sabotage)
-    process.join(300)
-    done = subprocess.CompletedProcess(name, process.exitcode, out.read_text(), err.read_text())
+    done = run_forked(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -126,6 +124,13 @@ def start(
     return fork(tmp, name, command(tmp, name, *overrides, base=base, sabotage=sabotage)[1:])
 
 
+def run_forked(tmp: Path, name: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run ``python *words`` to its end, as ``fork`` does; like ``subprocess.run``."""
+    process, out, err = fork(tmp, name, words)
+    process.join(300)
+    return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+
+
 def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:
     """Run ``python *words``, forked from a process that has imported what a run needs.
 
@@ -151,6 +156,7 @@ def _become(words: list[str], environment: dict[str, str], out: str, err: str) -
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.argv = words
+    sys.orig_argv = [sys.executable, *words]  # what a run starts its workers with
     runpy.run_path(words[0], run_name="__main__")
 
 

@@ -5,8 +5,6 @@ what to do.
 import json
 import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -19,7 +17,7 @@ from PIL import Image
 from exact_resume.metrics import MetricsCSV
 from exact_resume.randomness import generator
 from exact_resume.resume import ResumePoint, ResumeRefusedError
-from runs import ROOT, train
+from runs import ROOT, run_forked, train
 from runs import SMALL as SMALL_RUN
 from sturdy.cli.overrides import check_composed
 from sturdy.evaluation.evaluate import evaluate
@@ -41,8 +39,8 @@ def run(tmp_path_factory):
     logger = "logger=tensorboard" if find_spec("tensorboard") else "logger=csv"
     train(tmp, "run", "trainer.max_steps=3", "callbacks.samples.every_n_steps=null", logger)
     paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
-    command = [sys.executable, str(ROOT / "evaluate.py"), *SMALL, "features.seen=600", *paths]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    words = [str(ROOT / "evaluate.py"), *SMALL, "features.seen=600", *paths]
+    done = run_forked(tmp, "evaluate", words)
     assert done.returncode == 0, done.stdout + done.stderr
     return tmp, paths, done
 

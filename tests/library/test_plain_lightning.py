@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from exact_resume.checkpoint.compare import diff_checkpoints, first_divergence
 from exact_resume.checkpoint.store import Store, load_state
 from exact_resume.metrics import MetricsCSV
-from runs import ROOT
+from runs import ROOT, fork
 
 SCRIPT = ROOT / "examples" / "plain_lightning" / "train.py"
 STEPS = 400
@@ -39,16 +41,23 @@ trainer.fit(Classifier(), loader, ckpt_path="last")
 """
 
 
-def start(home: Path, steps: int = STEPS) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), str(home), str(steps)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(home: Path, steps: int = STEPS) -> str:
-    process = start(home, steps)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+def finish(home: Path, *words: str) -> str:
+    """Run a script, forked, to its end in ``home``; return what it printed."""
+    process, out, err = fork(home.parent, home.name, list(words))
+    process.join(600)
+    output = out.read_text() + err.read_text()
+    assert process.exitcode == 0, output
     return output
+
+
+def kill_when(happened: Callable[[], bool], home: Path, *words: str) -> None:
+    """Start a script, forked, and SIGKILL it once it ``happened``; it must not be finished."""
+    process, _, _ = fork(home.parent, home.name, list(words))
+    while process.exitcode is None and not happened():
+        time.sleep(0.005)
+    assert process.exitcode is None, "it finished before it was killed"
+    process.kill()
+    process.join()
 
 
 def last_step(home: Path) -> int:
@@ -57,17 +66,6 @@ def last_step(home: Path) -> int:
         return 0
     lines = metrics.read_text().splitlines()[1:]
     return max((int(line.split(",")[0]) for line in lines[:-1]), default=0)
-
-
-def kill_after(home: Path, more: int, steps: int) -> None:
-    """Start, and SIGKILL when the record has ``more`` steps more; it must not be finished."""
-    process = start(home, steps)
-    goal = last_step(home) + more
-    while process.poll() is None and last_step(home) < goal:
-        time.sleep(0.005)
-    assert process.poll() is None, "it finished before it was killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def assert_same_bits(one: Path, two: Path, steps: int) -> None:
@@ -83,12 +81,15 @@ def assert_same_bits(one: Path, two: Path, steps: int) -> None:
 
 
 def campaign(tmp_path: Path, kills: int, steps: int) -> None:
-    finish(tmp_path / "undisturbed", steps)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(undisturbed, str(SCRIPT), str(undisturbed), str(steps))
     rng = random.Random(0)
     for _ in range(kills):
-        kill_after(tmp_path / "killed", rng.randrange(20, 120), steps)
-    assert "resumed from step" in finish(tmp_path / "killed", steps)
-    assert_same_bits(tmp_path / "undisturbed", tmp_path / "killed", steps)
+        goal = last_step(killed) + rng.randrange(20, 120)
+        reached = partial(lambda goal: last_step(killed) >= goal, goal)
+        kill_when(reached, killed, str(SCRIPT), str(killed), str(steps))
+    assert "resumed from step" in finish(killed, str(SCRIPT), str(killed), str(steps))
+    assert_same_bits(undisturbed, killed, steps)
 
 
 def test_it_ends_in_the_same_bits_after_two_kills(tmp_path: Path) -> None:
@@ -102,7 +103,8 @@ def test_it_ends_in_the_same_bits_after_ten_kills(tmp_path: Path) -> None:
 
 def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
     home = tmp_path / "run"
-    process = start(home)
+    command = [sys.executable, str(SCRIPT), str(home), str(STEPS)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and last_step(home) < 60:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -121,19 +123,13 @@ def test_a_signal_saves_and_a_changed_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_control_without_the_lines_of_exact_resume_the_bits_differ(tmp_path: Path) -> None:
+    script = tmp_path / "stock.py"
+    script.write_text(STOCK)
     for name in ("undisturbed", "killed"):
-        home = tmp_path / name
-        command = [sys.executable, "-c", STOCK, str(home), str(SCRIPT.parent)]
+        words = (str(script), str(tmp_path / name), str(SCRIPT.parent))
         if name == "killed":
-            process = subprocess.Popen(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            while process.poll() is None and not (home / "step=150.ckpt").exists():
-                time.sleep(0.005)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+            kill_when((tmp_path / name / "step=150.ckpt").exists, tmp_path / name, *words)
+        finish(tmp_path / name, *words)
     ends = []
     for name in ("undisturbed", "killed"):
         state = torch.load(tmp_path / name / "last.ckpt", weights_only=True)

@@ -20,7 +20,7 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_more_processes_give_the_same_bits(tmp: Path, n: int) -> None:
     world = finish(tmp, f"on-{n}", n)
     assert differences(tmp, "one", f"on-{n}") == []
@@ -88,7 +88,7 @@ def test_another_number_of_processes_than_shards_allow(tmp: Path) -> None:
     assert world.output(1) == ""
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_of_two_saves_and_stops_both(tmp: Path, rank: int) -> None:
     name = f"told-{rank}"
     world = World(tmp, name, 2).until(5).kill(rank, number=signal.SIGTERM)

@@ -2,14 +2,13 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from exact_resume.checkpoint.store import Store, load_state
-from runs import ROOT
+from runs import ROOT, run_forked
 from sturdy.training.build import load_module
 
 OLD = ROOT / "tests" / "fixtures" / "run-8928c75"
@@ -33,11 +32,6 @@ WORDS = (
 )
 
 
-def script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / name), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 @pytest.fixture(params=KINDS)
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of an older version's run."""
@@ -50,12 +44,14 @@ def go_on(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
         f"paths.runs={run.parent}",
         f"paths.cache={run.parent / 'cache'}",
     ]
-    return script("train.py", *WORDS.split(), f"name={run.name}", *KINDS[run.name], *paths, *words)
+    words = (*WORDS.split(), f"name={run.name}", *KINDS[run.name], *paths, *words)
+    return run_forked(run.parent, "train", [str(ROOT / "train.py"), *words])
 
 
 def test_it_is_sampled_from(run: Path) -> None:
     words = [f"paths.runs={run.parent}", f"run={run.name}", "sample.n=2", "sampler.steps=2"]
-    done = script("sample.py", *words, f"sample.out={run.parent / 'out'}")
+    words = [str(ROOT / "sample.py"), *words, f"sample.out={run.parent / 'out'}"]
+    done = run_forked(run.parent, "sample", words)
     assert done.returncode == 0, done.stderr
     assert len(list((run.parent / "out").glob("0*.png"))) == 2
     state = load_state(run / "checkpoints" / "step-00000006" / "state.ckpt")["state_dict"]

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from PIL import Image
 
 from exact_resume.metrics import MetricsCSV
 from exact_resume.signals import SIGNALS
-from runs import ROOT, command, train
+from runs import ROOT, command, run_forked, train
 from sturdy.sampling.sample import main
 from sturdy.training.build import load_module
 from sturdy.training.run import train as train_in_process
@@ -200,9 +198,8 @@ def test_sampling_is_the_same_at_every_batch_size(run):
     ones, threes = (
         [*words, f"sample.batch_size={size}", f"sample.out={tmp / str(size)}"] for size in (1, 3)
     )
-    subprocess.run(
-        [sys.executable, ROOT / "sample.py", *ones], check=True, capture_output=True, timeout=120
-    )
+    done = run_forked(tmp, "ones", [str(ROOT / "sample.py"), *ones])
+    assert done.returncode == 0, done.stderr
     threads = torch.get_num_threads()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         assert main(compose("sample", threes), threes) == 0
@@ -223,11 +220,6 @@ def test_sampling_refuses_what_is_not_there(run):
         "run=nobody": "run=nobody is not there; paths.runs=",
     }.items():
         words = [f"paths.runs={tmp / 'runs'}", "run=run", word]
-        done = subprocess.run(
-            [sys.executable, ROOT / "sample.py", *words],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = run_forked(tmp, "refused", [str(ROOT / "sample.py"), *words])
         assert done.returncode == 2
         assert text in done.stderr
