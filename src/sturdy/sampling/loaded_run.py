@@ -20,7 +20,6 @@ from exact_resume.fingerprint import content_hash
 from exact_resume.resume import ResumePoint, ResumeRefusedError, read_resume_point
 from exact_resume.system import available_cpus
 from sturdy.errors import describe
-from sturdy.training.base import move_base
 from sturdy.training.build import SAMPLING_PARTS, load_module
 from sturdy.training.captions import caption_option
 from sturdy.training.fingerprint import CONDITION_KEY, SPACE_KEY
@@ -104,9 +103,8 @@ def open_run(cfg: DictConfig) -> LoadedRun:
             flush=True,
         )
     check_files(point)
-    if (base := OmegaConf.select(cfg, "base.path")) is not None:
-        content["config"] = move_base(content["config"], base)
-    module = load_module(point.state, content, trust=trust, training=False)
+    base = OmegaConf.select(cfg, "base.path")
+    module = load_module(point.state, content, trust=trust, training=False, base=base)
     trained_with = point.manifest.get("fingerprint", {}).get("config", {})
     if point.manifest and module.space.key() != trained_with.get(SPACE_KEY, ""):
         raise ValueError("space: its weights are not those that the run was trained with")

@@ -6,7 +6,6 @@ The config records what was found, with a SHA-256 of each part. So a run is cont
 base, wherever it lies now, and with no other.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -109,33 +108,6 @@ def describe_trained(module: DiffusionModule) -> str:
     if trained == total:
         return f"all {total:,} weights are trained"
     return f"an adapter of {trained:,} weights is trained beside {total - trained:,} frozen ones"
-
-
-def move_base(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return the config of a run with its base at ``path``.
-
-    Args:
-        config: resolved, nested primitives.
-        path: where the base lies now.
-
-    Raises:
-        ValueError: the run has no base.
-    """
-    before = (config.get("base") or {}).get("path")
-    if before is None:
-        raise ValueError(f"base={path}: this run has no base")
-    return _replaced(config, before, path)
-
-
-def _replaced(node: Any, before: str, now: str) -> Any:
-    """Copy nested primitives with ``now`` for each ``path`` that is ``before``."""
-    if isinstance(node, Mapping):
-        moved = {}
-        for key, value in node.items():
-            is_place = key == "path" and value == before
-            moved[key] = now if is_place else _replaced(value, before, now)
-        return moved
-    return node
 
 
 def _with_key(message: str, path: Any) -> str:

@@ -8,6 +8,7 @@ refuses a file that has changed. So they are in no checkpoint, no average and no
 All other tensors are saved, trained or not.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -54,3 +55,31 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
                 part.load_base(fresh=fresh)  # type: ignore[operator]
             except ValueError as error:
                 raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from None
+
+
+def move_base(config: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the config of a run with its base at ``path``.
+
+    Args:
+        config: resolved, nested primitives.
+        path: where the base lies now.
+
+    Raises:
+        ValueError: the run has no base.
+    """
+    named = config.get("base") or config["backbone"].get("base") or {}
+    before = named.get("path")
+    if before is None:
+        raise ValueError(f"base={path}: this run has no base")
+    return _replaced(config, before, path)
+
+
+def _replaced(node: Any, before: str, now: str) -> Any:
+    """Copy nested primitives with ``now`` for each ``path`` that is ``before``."""
+    if isinstance(node, Mapping):
+        moved = {}
+        for key, value in node.items():
+            is_place = key == "path" and value == before
+            moved[key] = now if is_place else _replaced(value, before, now)
+        return moved
+    return node
