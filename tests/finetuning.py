@@ -28,7 +28,7 @@ WORDS = [
     "callbacks.checkpoint.every_n_train_steps=2",
     "callbacks.samples.every_n_steps=null",
 ]
-LORA = ["lora.rank=2", "lora.dropout=0.2"]
+LORA = ["lora.rank=16", "lora.dropout=0.2"]
 LIVE = ["space.cached=false"]
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from finetuning import LIVE, LORA, STEPS, prepare
-
 from exact_resume.checkpoint.store import Store, load_state
+from finetuning import LIVE, LORA, STEPS, prepare
 from runs import ROOT, differences, fork, kill_at, train
 
 
@@ -68,11 +67,11 @@ def test_killed_it_ends_in_the_same_bits(way, tmp, words, adapter):
 
 def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp, adapter):
     saved = state(tmp, "adapter")
+    assert saved["state_dict"]
     assert all("lora_" in name for name in saved["state_dict"])
     weights = sum(t.numel() for n, t in saved["state_dict"].items() if n.startswith("denoiser."))
     file = Store(tmp / "runs" / "adapter" / "checkpoints").state(STEPS)
-    others = 250_000  # bytes of the config and of names
-    assert file.stat().st_size < 5 * 4 * weights + others
+    assert file.stat().st_size < 5 * 4 * weights  # weights, average, and two moments
 
 
 def test_a_base_that_was_moved_continues_and_another_is_refused(tmp, words, adapter):
@@ -113,7 +112,7 @@ def test_images_are_drawn_for_a_prompt(tmp, adapter):
 
 
 def test_a_run_is_evaluated(tmp, adapter):
-    few = ["evaluate.n=4", "evaluate.batch_size=2", "evaluate.levels=2", "evaluate.audit_seen=0"]
+    few = ["evaluate.n=8", "evaluate.batch_size=2", "evaluate.levels=2", "evaluate.audit_seen=0"]
     script(tmp, "evaluate", "run=adapter", *few, "features.seen=8", "sampler.steps=2")
     report = tmp / "runs" / "adapter" / "evaluation"
     assert json.loads((report / "report.json").read_text())

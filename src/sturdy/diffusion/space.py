@@ -22,10 +22,13 @@ class Space(ABC):
         clip: the range of x_0, to which samplers clip their estimates; None if it has no bounds.
         smallest: the side of the smallest images that it encodes, in pixels. With it a start tries
             ``encode`` and ``decode``; None for the size of the run.
+        cached: whether each image is encoded once, before training. Such a space has ``moments``,
+            too (see ``sturdy.pretrained.latents.Latents``).
     """
 
     clip: tuple[float, float] | None
     smallest: int | None = None
+    cached: bool = False
 
     @abstractmethod
     def shape(self, size: int) -> tuple[int, int, int]:
@@ -48,6 +51,9 @@ class Space(ABC):
     @abstractmethod
     def key(self) -> str:
         """Return a hash of the weights behind ``encode`` and ``decode``; "" if there are none."""
+
+    def release(self) -> None:
+        """Free the memory of the weights, which are loaded again when they are needed."""
 
 
 class Pixels(Space):

@@ -170,8 +170,8 @@ class Latents(Space):
         primitives = json.dumps([self._sha256, config, self.dtype], sort_keys=True)
         return hashlib.sha256(primitives.encode()).hexdigest()
 
+    @override
     def release(self) -> None:
-        """Free the memory of the autoencoder; it is loaded again when it is needed."""
         self._autoencoder = None
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()

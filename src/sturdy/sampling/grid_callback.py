@@ -112,4 +112,7 @@ class SampleGrids(Callback):
             x0 = sample(self.sampler, denoiser, noise, labels, draws, clip=module.space.clip)
         finally:
             hook.remove()
-        return grid(module.space.decode(x0), columns=class_columns(self.n, classes))
+        images = module.space.decode(x0)
+        if module.space.cached:
+            module.space.release()  # no step needs it
+        return grid(images, columns=class_columns(self.n, classes))

@@ -12,6 +12,8 @@ from sturdy.sampling.loaded_run import LoadedRun
 from sturdy.training.captions import caption_option
 from sturdy.training.fingerprint import CAPTIONS
 
+SHOWN = 5  # prompts that are printed
+
 
 def check_no_prompt(options: DictConfig) -> None:
     """Raise ValueError, naming the key, if a run without captions is given a prompt."""
@@ -55,6 +57,10 @@ def select_captions(
         prompts = read_prompts(options.prompt)
         option.prepare(prompts, cache, null=options.negative)
         used |= {"prompt": prompts, "negative": options.negative}
+        for prompt in prompts[:SHOWN]:
+            print(f"prompt: {prompt}", flush=True)
+        if len(prompts) > SHOWN:
+            print(f"and {len(prompts) - SHOWN} more prompts, in turn", flush=True)
     for line in option.notes:
         print(f"note: {line}", flush=True)
     assert option.table is not None
@@ -68,7 +74,7 @@ def read_prompts(given: Any) -> list[str]:
     Raises:
         ValueError: it is neither.
     """
-    prompts = list(given) if isinstance(given, list | ListConfig) else [given]
+    prompts: list[Any] = list(given) if isinstance(given, list | ListConfig) else [given]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f'sample.prompt={given} must be a text, or a list of texts: ["...","..."]')
     return prompts

@@ -40,7 +40,7 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
     """
     with as_config_error("data", cfg.data):
         module.space.shape(data.image_size)  # refuses sizes that it cannot encode
-    if not is_cached(module.space):
+    if not module.space.cached:
         return
     if module.alignment:
         raise ConfigError(
@@ -65,7 +65,7 @@ def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> s
     Returns:
         A line for the user; empty if nothing was made.
     """
-    space: Any = module.space
+    space = module.space
     start = time.monotonic()
     with distributed.rank_zero_first(), as_config_error():
         was_made = data.encode_with(space, device)
@@ -75,11 +75,6 @@ def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> s
     if not was_made:
         return ""
     return f"latents of {len(data.cache):,} images ({shape}) cached in {seconds:.0f} s"
-
-
-def is_cached(space: Space) -> bool:
-    """Return whether images are encoded once, before training."""
-    return bool(getattr(space, "cached", False))
 
 
 def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list[str]:

@@ -63,7 +63,6 @@ from sturdy.training.latents import (
     describe_scales,
     encode_images,
     fill_in_channels,
-    is_cached,
 )
 from sturdy.training.match_weights import class_change
 from sturdy.training.memory import describe_out_of_memory
@@ -182,9 +181,11 @@ class Session:
         # Parts that do not go together are refused before anything is promised.
         with distributed.rank_zero_first(), as_config_error():
             self.module = build_module(config, fresh=self.point is None)
+            disarm_start_watchdog()  # many captions take their time
             prepare_captions(self.module, self.data, self.cfg)
             check_encodable(self.cfg, self.module, self.data)
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
+        self._arm_watchdog()
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
         attempt = distributed.run_on_rank_zero(self.run.next_attempt)
@@ -193,7 +194,7 @@ class Session:
             describe_attempt(attempt, config, self.overrides, now)
             self._announce(guarantee)
         self._build_trainer(now, attempt)
-        if is_cached(self.module.space):
+        if self.module.space.cached:
             self._encode_images()
         distributed.run_on_rank_zero(lambda: self.run.archive_newer(self.point))
         # A resume by another word than the given one happened before, and is not recorded again.
