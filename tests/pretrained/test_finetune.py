@@ -103,7 +103,7 @@ def test_images_are_drawn_for_a_prompt(tmp, adapter):
 
     start = ["sample.image=" + str(tmp / "images" / "00.png"), "sample.strength=0.5"]
     script(tmp, "sample", *options, "sample.prompt=a car", *start)
-    mask = Image.new("L", (64, 64), 0)
+    mask = Image.new("L", (72, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
     mask.save(tmp / "mask.png")
     start = [start[0], f"sample.mask={tmp / 'mask.png'}", f"sample.out={tmp / 'filled'}"]

@@ -52,7 +52,7 @@ class Space(ABC):
     def key(self) -> str:
         """Return a hash of the weights behind ``encode`` and ``decode``; "" if there are none."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 (pixels have no weights)
         """Free the memory of the weights, which are loaded again when they are needed."""
 
 
