@@ -15,6 +15,7 @@ pytest.importorskip("diffusers")
 from exact_resume.checkpoint.store import Store, load_state
 from finetuning import LIVE, LORA, STEPS, prepare
 from runs import ROOT, differences, fork, kill_at, train
+from sd_layouts import write_file
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,17 @@ def test_an_adapters_checkpoint_holds_the_adapter_alone(tmp, adapter):
     weights = sum(t.numel() for n, t in saved["state_dict"].items() if n.startswith("denoiser."))
     file = Store(tmp / "runs" / "adapter" / "checkpoints").state(STEPS)
     assert file.stat().st_size < 5 * 4 * weights  # weights, average, and two moments
+
+
+def test_the_same_base_in_another_layout_continues(tmp, words, adapter):
+    kill_at(tmp, "packed", 3, *LORA, base=words, saved=True)
+    (tmp / "packed").mkdir()
+    file = tmp / "packed" / "model.ckpt"
+    write_file(tmp / "sd1", file, "sd1", lightning=True)
+    shutil.copytree(tmp / "sd1" / "tokenizer", tmp / "packed" / "tokenizer")
+    there = [word if not word.startswith("base=") else f"base={file}" for word in words]
+    assert "bitwise" in train(tmp, "packed", *LORA, base=there).stdout
+    assert differences(tmp, "adapter", "packed") == []
 
 
 def test_a_base_that_was_moved_continues_and_another_is_refused(tmp, words, adapter):

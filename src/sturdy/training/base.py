@@ -47,6 +47,7 @@ def resolve_base(cfg: DictConfig) -> list[str]:
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(_with_key(str(error), path)) from None
     cfg.backbone.network = "UNet2DConditionModel"
+    network.pop("sample_size", None)  # files differ in it, and no number depends on it
     cfg.backbone.config = network
     cfg.backbone.base.sha256 = hashes["unet"]
     if "path" in cfg.space and cfg.space.path == path:
