@@ -25,6 +25,7 @@ bench: $(VENV)/ready ## measure what saving, restarting, shards and other progra
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
 	$(BIN)/python benchmarks/sharding.py
+	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/busy.py
 
 structure: $(VENV)/ready ## measure the source: lines, names, circles, the way to the loss

@@ -45,12 +45,14 @@ GROUPS = {
 }
 
 
-def rate(overrides: list[str], directory: Path) -> float:
+Groups = dict[str, dict[str, list[str]]]
+
+
+def rate(words: list[str], directory: Path) -> float:
     """Median images/s of a run, its first lines left out."""
     name = f"run-{len(list(directory.glob('run-*')))}"
     words = [
-        *RUN,
-        *overrides,
+        *words,
         f"paths.runs={directory}",
         f"paths.cache={directory / 'cache'}",
         f"name={name}",
@@ -62,17 +64,23 @@ def rate(overrides: list[str], directory: Path) -> float:
     return statistics.median(list(rates.values())[1:])
 
 
-def main() -> None:
+def compare(run: list[str], groups: Groups, directory: Path) -> None:
+    """Run every way of each group in turns, and print medians, and ratios to the first of each.
+
+    Args:
+        run: words of every run.
+        groups: the words of each way, by its name.
+        directory: for the runs.
+    """
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory() as directory:
-        for _ in range(ROUNDS):
-            for group, ways in GROUPS.items():
-                for way, overrides in ways.items():
-                    rates[group, way].append(rate(overrides, Path(directory)))
+    for _ in range(ROUNDS):
+        for group, ways in groups.items():
+            for way, overrides in ways.items():
+                rates[group, way].append(rate([*run, *overrides], directory))
     print(
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; images/s, median of {ROUNDS} runs"
     )
-    for group, ways in GROUPS.items():
+    for group, ways in groups.items():
         first = statistics.median(rates[group, next(iter(ways))])
         print(group)
         for way in ways:
@@ -81,4 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as directory:
+        compare(RUN, GROUPS, Path(directory))

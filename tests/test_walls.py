@@ -139,7 +139,11 @@ def test_what_others_trained_is_imported_when_it_is_used(file):
 
 def test_control_an_early_import_is_seen():
     early = "try:\n    import diffusers\nexcept ImportError:\n    pass"
-    late = "if TYPE_CHECKING:\n    import peft\ndef f():\n    import diffusers\nclass A:\n    def g(self):\n        import peft"
+    late = (
+        "if TYPE_CHECKING:\n    import peft\n"
+        "def f():\n    import diffusers\n"
+        "class A:\n    def g(self):\n        import peft"
+    )
     assert PRETRAINED & {*imported_at_once(early)}
     assert not PRETRAINED & {*imported_at_once(late)}
 

@@ -32,7 +32,7 @@ NAMES = ("name", "run")
 LABELS = ("sample.label",)  # a class by its name, or by its number
 PROMPTS = ("sample.prompt", "sample.negative")  # a list gives several
 LOGGERS = ("logger.*.project", "logger.*.entity", "logger.*.run_name")
-TEXT = (*PATHS, *NAMES, *LABELS, *PROMPTS, *LOGGERS)
+TEXT = (*PATHS, *NAMES, *LABELS, *PROMPTS, *LOGGERS, "data.caption")
 
 WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""
