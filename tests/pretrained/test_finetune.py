@@ -136,6 +136,33 @@ def test_a_prediction_that_is_not_the_bases_is_refused(tmp, words):
     assert "Leave target out" in said
 
 
+def test_a_file_that_does_not_say_what_it_predicts_is_asked_about(tmp, words):
+    from examples.tiny_sd.build import build
+
+    build(tmp / "sd2", "sd2", prediction="v_prediction")
+    (tmp / "single").mkdir()
+    file = tmp / "single" / "model.safetensors"
+    write_file(tmp / "sd2", file, "sd2")
+    shutil.copytree(tmp / "sd2" / "tokenizer", tmp / "single" / "tokenizer")
+    there = [word if not word.startswith("base=") else f"base={file}" for word in words]
+    said = train(tmp, "asked", base=there, code=2).stderr
+    assert "target=v" in said
+    assert "target=noise" in said
+    said = train(tmp, "asked", "target=v", "trainer.max_steps=1", base=there).stdout
+    assert "base: Stable Diffusion 2" in said
+    folder = [word if not word.startswith("base=") else f"base={tmp / 'sd2'}" for word in words]
+    said = train(tmp, "told", "trainer.max_steps=1", base=folder).stdout
+    assert "target v" in said
+    assert differences(tmp, "asked", "told") == [], "the folder and the file are one base"
+
+
+def test_a_part_of_ones_own_is_refused(tmp, words):
+    said = train(tmp, "odd", "backbone=dit", base=words, code=2).stderr
+    assert "DiT is not of the base" in said
+    said = train(tmp, "odd", "lora.alpha=4", base=words, code=2).stderr
+    assert "lora.alpha=4 needs lora.rank" in said
+
+
 def test_a_size_that_cannot_be_halved_is_refused(tmp, words):
     said = train(tmp, "odd", "data.image_size=72", base=words, code=2).stderr
     assert "data.image_size=72" in said

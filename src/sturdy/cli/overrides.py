@@ -34,6 +34,12 @@ from sturdy.cli.usage import (
 
 LAUNCHER = ("hydra/launcher", "hydra.launcher")  # words that say where the jobs of a sweep run
 SHORT_KEYS = {"base": "base.path"}
+# Keys that experiment=finetune gives to the parts that a base decides, and what to do for others.
+OF_BASE = ("backbone.base", "backbone.lora", "space.path", "condition.path")
+OF_BASE_HINT = (
+    "experiment=finetune takes backbone, space and condition from the base; leave them out. Other "
+    "backbones are trained in latents with space=latents space.path=..., without that experiment"
+)
 
 # Groups that can be switched off, and the option that does it.
 OFF_OPTION = {"logger": "csv", "alignment": "none"}
@@ -137,7 +143,8 @@ def check_composed(cfg: DictConfig) -> None:
     for key, value in keys.items():
         check_not_refused(key)
         if value == "???":
-            raise UsageError(f"{key} must be given: {key}=...")
+            short = next((name for name, full in SHORT_KEYS.items() if full == key), key)
+            raise UsageError(f"{short} must be given: {short}=...")
         is_empty_text = value == "" and matches(key, (*PATHS, *NAMES))
         if is_empty_text or (value is None and key.startswith("paths.")):
             raise UsageError(f"{key} is empty: it must be given a value")
@@ -147,6 +154,8 @@ def check_composed(cfg: DictConfig) -> None:
     if "name" in plain:
         _check_name(plain["name"])
     for key, target, argument, known in unknown_arguments(plain):
+        if "base" in plain and key in OF_BASE:
+            raise UsageError(f"{target.rpartition('.')[2]} is not of the base: {OF_BASE_HINT}")
         raise UsageError(f"{key}: {target} takes no {argument!r}.{suggest(argument, known)}")
     for key, value, annotation in misfit_values(plain):
         source = re.fullmatch(r"\$\{([\w.]+)\}", str(keys.get(key)))

@@ -56,11 +56,20 @@ def resolve_base(cfg: DictConfig) -> list[str]:
         encoders = [hashes[part] for part in base.parts if part.startswith("text_encoder")]
         cfg.condition.sha256 = "+".join(encoders)
     if cfg.backbone.lora.rank is None:
+        for key, default in (("alpha", None), ("dropout", 0)):
+            if (given := cfg.backbone.lora[key]) != default:
+                raise ConfigError(f"lora.{key}={given} needs lora.rank, such as lora.rank=16")
         cfg.backbone.lora = None
+    if base.zero_snr:
+        raise ConfigError(
+            f"base={path} was trained on a schedule that ends in pure noise (zero terminal SNR), "
+            f"which schedule=scaled_linear does not: such a base is not supported yet"
+        )
     resolve_target(cfg, base)
     family = FAMILIES.get(base.family, base.family)
     prediction = cfg.target._target_.rpartition(".")[2].lower()
-    return [f"base: {family}, {base.path} (SHA-256 {hashes['unet'][:12]}), target {prediction}"]
+    found = f"base: {family}, {base.path} (SHA-256 {hashes['unet'][:12]}), target {prediction}"
+    return ["\n    ".join([found, *base.notes])]
 
 
 def resolve_target(cfg: DictConfig, base: "Base") -> None:
