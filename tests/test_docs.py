@@ -57,6 +57,13 @@ TINY_EVALUATE = [
     "features.seen=16",
     "threads=1",
 ]
+MADE = ("tiny-sd", "cars-with-captions")  # folders that commands of the fine-tuning page make
+FINETUNE = (
+    "train.py experiment=finetune base=tiny-sd data.root=cars-with-captions name=tiny "
+    "data.image_size=64 lora.rank=16 lora.dropout=0.1 optimizer.lr=1e-4 trainer=cpu "
+    "trainer.max_steps=60 trainer.val_check_interval=20 "
+    "callbacks.checkpoint.every_n_train_steps=10 callbacks.samples.every_n_steps=null"
+)
 # The commands that are run, in this order, and the words that make each small.
 RUN = {
     "train.py experiment=cars": TINY_DIT,
@@ -67,6 +74,12 @@ RUN = {
     "train.py data=folder data.root=$HOME/photos name=mine data.image_size=64": TINY_UNET,
     "sample.py run=mine sample.n=64 sampler=heun sampler.steps=30 guidance.scale=2": TINY_SAMPLE,
     "evaluate.py run=mine evaluate.n=1000": TINY_EVALUATE,
+    "examples/tiny_sd/build.py tiny-sd": [],
+    "examples/tiny_sd/cars.py cars-with-captions": [],
+    FINETUNE: ["trainer.threads=1", "trainer.max_steps=2", "trainer.val_check_interval=2"],
+    "sample.py run=tiny 'sample.prompt=a red pickup, city, night' sample.n=4 guidance.scale=7.5": [
+        *TINY_SAMPLE
+    ],
 }
 
 
@@ -186,9 +199,13 @@ def run_command(home, number, command, extra):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+    for folder in MADE:
+        words = [re.sub(rf"\b{folder}$", str(home / folder), word) for word in words]
     replaced = {word.split("=")[0] for word in extra}
     words = [word for word in words if word.split("=")[0] not in replaced]
     paths = [f"paths.runs={home / 'runs'}", f"paths.cache={home / 'cache'}"]
+    if script.startswith("examples/"):
+        paths = []
     process, out, err = fork(home, f"{number}", [str(ROOT / script), *words, *extra, *paths])
     process.join(120)
     printed = out.read_text() + err.read_text()
@@ -202,6 +219,7 @@ def test_the_commands_that_are_run(home, monkeypatch):
     for number, (command, extra) in enumerate(RUN.items()):
         assert command in on_the_pages, "no page has this command any more"
         run_command(home, number, command, extra)
+    assert len(list((home / "runs" / "tiny" / "pictures").glob("0*.png"))) == 2
     for name in ("cars", "mine"):
         run = home / "runs" / name
         assert (run / "metrics.csv").exists()
