@@ -73,10 +73,10 @@ OPTIONS = [
 
 @pytest.mark.parametrize("choice", OPTIONS)
 def test_every_option_composes_to_what_its_classes_take(choice):
+    needed = {"data=folder": ["data.root=."]}
+    needed["experiment=finetune"] = ["data.root=.", "base.path=."]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        check_composed(
-            compose("train", [choice, *(["data.root=."] if choice == "data=folder" else [])])
-        )
+        check_composed(compose("train", [choice, *needed.get(choice, [])]))
 
 
 def test_an_experiment_goes_with_ones_own_images():

@@ -185,3 +185,21 @@ def test_it_begins_from_the_weights_of_a_folder(tmp, words):
     said = train(tmp, "begun", f"init_from={other}", "trainer.max_steps=1", base=words).stdout
     assert f"init_from={other}: all" in said
     assert torch.isfinite(next(iter(state(tmp, "begun", 1)["state_dict"].values()))).all()
+
+
+WORLDS = {"one process": [], "two": ["trainer.devices=2", "data.shards=2", "reduction=tree"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("way", [[], LORA], ids=["full", "adapter"])
+@pytest.mark.parametrize("latents", [[], LIVE], ids=["cached", "live"])
+def test_it_is_proved(world, way, latents, tmp, words):
+    more = [*WORLDS[world], *way, *latents, "trainer.max_steps=30", "trainer.val_check_interval=10"]
+    paths = [f"paths.runs={tmp / 'proved'}", f"paths.cache={tmp / 'cache'}", "name=it", "kills=3"]
+    more += ["callbacks.checkpoint.every_n_train_steps=4"]
+    job = [sys.executable, str(ROOT / "prove.py"), *words, *more, *paths]
+    shutil.rmtree(tmp / "proved", ignore_errors=True)
+    done = subprocess.run(job, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PROVED: the killed run ended in the same bits" in done.stdout

@@ -6,7 +6,7 @@ Training and held-out images get the same noise, so a difference between them wa
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,7 @@ class Denoising:
         self.space = space or Pixels()
         self.device = device
         self.batch_size = batch_size
+        self.encoded: dict[int, tuple[ImageSet, list[tuple[Tensor, Draws]]]] = {}
 
     def error(self, real: ImageSet, level: float, kind: str = "gaussian") -> Estimate:
         """Return the mean squared error of x_0."""
@@ -93,8 +94,15 @@ class Denoising:
             estimates.append(self.space.decode(estimate.to(self.device)).cpu())
         return torch.cat(noisy), torch.cat(estimates)
 
-    def _encoded(self, real: ImageSet) -> Iterator[tuple[Tensor, Draws]]:
-        """Yield x_0 and the draws of each batch."""
+    def _encoded(self, real: ImageSet) -> Iterable[tuple[Tensor, Draws]]:
+        """Return x_0 and the draws of each batch; an autoencoder encodes each set once."""
+        if isinstance(self.space, Pixels):
+            return self._encode(real)
+        if id(real) not in self.encoded:  # the set is kept, so that its id stays its own
+            self.encoded[id(real)] = (real, list(self._encode(real)))
+        return self.encoded[id(real)][1]
+
+    def _encode(self, real: ImageSet) -> Iterator[tuple[Tensor, Draws]]:
         for first in range(0, len(real), self.batch_size):
             images = scaled(real.pixels[first : first + self.batch_size])
             draws = Draws(key("levels"), range(first, first + len(images)))
