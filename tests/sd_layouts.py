@@ -10,9 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from untrusted_files import fake_classes
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -100,10 +103,11 @@ def write_file(
         return path
     content: dict[str, Any] = {"state_dict": state, "global_step": 840_000, "epoch": 3}
     if lightning:
-        import numpy as np
-        from pytorch_lightning.callbacks import ModelCheckpoint
-
-        content["callbacks"] = {ModelCheckpoint: {"best_model_score": np.float64(0.5)}}
+        name = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+        with fake_classes(name) as [checkpoint]:
+            callbacks = {checkpoint: {"best_model_score": np.float64(0.5)}}
+            torch.save(content | {"callbacks": callbacks}, path)
+        return path
     torch.save(content, path)
     return path
 

@@ -285,7 +285,9 @@ def test_its_options_are_known_before_anything_is_imported(outside, place, tmp_p
 
     for words, answer in WORDS.items():
         assert answer in say(*words.split())
-    assert "backbone: aligned_dit, dit, plain, reader, unet" in say("--help", code=0)
+    assert "backbone: aligned_dit, borrowed, dit, plain, reader, unet, unet2d" in say(
+        "--help", code=0
+    )
 
 
 @pytest.mark.parametrize("word", ["[file:///nowhere/conf]", "[pkg://nobody.conf]", "conf", "[a"])

@@ -28,14 +28,16 @@ def same(tensors, expected=WEIGHTS):
 @contextmanager
 def fake_classes(*names):
     """Let classes of a package that is not installed exist, and yield them."""
-    before = dict(sys.modules)
+    replaced = {}
     classes = []
     for name in names:
         module, _, short = name.rpartition(".")
         path = module.split(".")
         for depth in range(1, len(path) + 1):
             package = ".".join(path[:depth])
-            if package not in sys.modules:
+            is_last = depth == len(path)  # it is replaced also where the real one is imported
+            if package not in replaced and (is_last or package not in sys.modules):
+                replaced[package] = sys.modules.get(package)
                 sys.modules[package] = ModuleType(package)
                 sys.modules[package].__path__ = []
         base = dict if short == "AttributeDict" else object
@@ -44,8 +46,10 @@ def fake_classes(*names):
     try:
         yield classes
     finally:
-        for name in sys.modules.keys() - before.keys():
-            del sys.modules[name]
+        for package, real in replaced.items():
+            del sys.modules[package]
+            if real:
+                sys.modules[package] = real
 
 
 def lightning_content(**extra):

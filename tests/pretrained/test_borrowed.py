@@ -212,7 +212,7 @@ def test_a_base_that_changed_is_gone_or_is_another_network_is_refused(tmp_path):
         backbone.load_base(fresh=True)
     for word in (other["path"], base["sha256"], other["sha256"]):
         assert word in str(refusal.value)
-    with pytest.raises(ValueError, match=rf"path={tmp_path / 'c'} is not there"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'c'} is not there"):
         borrow("unconditional", base=base | {"path": str(tmp_path / "c")}).load_base(fresh=True)
     with pytest.raises(ValueError, match=r"another network.*class_embedding\.weight"):
         borrow("classes", base=base).load_base(fresh=True)
