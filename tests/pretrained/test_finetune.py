@@ -56,7 +56,15 @@ def test_the_start_says_what_was_found(adapter, tmp):
     assert "latents of 20 images" in adapter
 
 
-@pytest.mark.parametrize("way", [[], LORA, [*LORA, *LIVE]], ids=["full", "adapter", "live"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        LORA,
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param([*LORA, *LIVE], marks=pytest.mark.slow),
+    ],
+    ids=["adapter", "full", "live"],
+)
 def test_killed_it_ends_in_the_same_bits(way, tmp, words, adapter):
     name = {0: "full", 2: "adapter", 3: "live"}[len(way)]
     if name != "adapter":

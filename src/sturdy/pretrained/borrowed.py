@@ -341,6 +341,8 @@ def read_base(path: str, part: str) -> tuple[Mapping[str, Tensor], str]:
     from sturdy.pretrained.base import hash_tensors, open_base
     from sturdy.pretrained.folder import find_weights
 
+    if not Path(path).expanduser().exists():
+        raise ValueError(f"path={path} is not there. If it was moved, give its new place")
     folder = Path(path).expanduser() / part
     if folder.is_dir() and not (folder.parent / "vae").is_dir():
         tensors: dict[str, Tensor] = {}
