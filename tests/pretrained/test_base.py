@@ -105,6 +105,12 @@ class TestFolder:
         with pytest.raises(ValueError, match="prediction_type sample is not supported"):
             open_base(folder)
 
+    def test_another_schedule_is_refused(self, folder):
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        edit(scheduler, beta_end=0.02)
+        with pytest.raises(ValueError, match=r"beta_end 0\.02 is not supported, only 0\.012"):
+            open_base(folder)
+
     def test_full_precision_is_taken_before_half(self, folder):
         full = open_base(folder).sha256("unet")
         unet = folder / "unet" / "diffusion_pytorch_model.safetensors"

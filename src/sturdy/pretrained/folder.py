@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 SCHEDULER = "scheduler/scheduler_config.json"
+# Of all published bases, and of schedule=scaled_linear. Under another one a time means other noise.
+BETAS = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+}
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}
 # Names of the weights of a part, the best first: by diffusers, by transformers of today and before.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -102,6 +109,11 @@ def open_folder(path: Path) -> Folder:
             f"{path / SCHEDULER}: prediction_type {word} is not supported, only "
             f"{' and '.join(PREDICTIONS)}"
         )
+    for key, expected in BETAS.items():
+        if scheduler.get(key, expected) != expected:
+            raise UnusableBaseError(
+                f"{path / SCHEDULER}: {key} {scheduler[key]} is not supported, only {expected}"
+            )
     folders = {part: path / part for part in wanted if part != "scheduler"}
     for part, folder in folders.items():
         read_config(part, folder)
