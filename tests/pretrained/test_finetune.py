@@ -192,6 +192,13 @@ def test_it_begins_from_the_weights_of_a_folder(tmp, words):
         build(other, seed=5)
     said = train(tmp, "begun", f"init_from={other}", "trainer.max_steps=1", base=words).stdout
     assert f"init_from={other}: all" in said
+    again = [f"init_from={other}", "trainer.max_steps=2"]
+    assert "bitwise" in train(tmp, "begun", *again, base=words).stdout
+    assert "nothing to do" in train(tmp, "begun", *again, base=words).stdout
+    said = train(
+        tmp, "begun", f"init_from={tmp / 'sd1'}", "trainer.max_steps=3", base=words, code=2
+    )
+    assert "holds other weights" in said.stderr
     assert torch.isfinite(next(iter(state(tmp, "begun", 1)["state_dict"].values()))).all()
 
 

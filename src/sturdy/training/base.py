@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
 from sturdy.errors import ConfigError
 from sturdy.training.module import DiffusionModule
 
@@ -45,6 +46,8 @@ def resolve_base(cfg: DictConfig) -> list[str]:
         network = base.config("unet")
         hashes = {part: base.sha256(part) for part in base.parts}
     except (ImportError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS:
+            raise  # the disk may be back when the run is started again
         raise ConfigError(_with_key(str(error), path)) from None
     cfg.backbone.network = "UNet2DConditionModel"
     network.pop("sample_size", None)  # files differ in it, and no number depends on it

@@ -168,12 +168,13 @@ def differing_weights(
     if place is None:
         return None
     if isinstance(place, Store):
-        if word == before:
-            return None
         states = [place.state(step) for step in place.steps()]
+        is_same = word == before or not states or began["sha256"] in map(_recorded_hash, states)
+    elif _is_checkpoint(place):
+        is_same = began["sha256"] == _recorded_hash(place)
     else:
-        states = [place]
-    if not states or began["sha256"] in map(_recorded_hash, states):
+        is_same = began["sha256"] == _open_pretrained(place, word).sha256("unet")
+    if is_same:
         return None
     return (
         f"init_from={word} holds other weights than this run began from, which were those of "

@@ -56,7 +56,7 @@ from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
 from sturdy.training.ema_snapshots import path_of
-from sturdy.training.fingerprint import SPACE_KEY, run_fingerprint
+from sturdy.training.fingerprint import CONDITION_KEY, SPACE_KEY, run_fingerprint
 from sturdy.training.init_from import differing_weights, find_source, init_from
 from sturdy.training.latents import (
     check_encodable,
@@ -178,10 +178,10 @@ class Session:
         torch.set_num_threads(self.cfg.trainer.threads)
         self._open_data()
         config: dict[str, Any] = OmegaConf.to_container(self.cfg, resolve=True)  # type: ignore[assignment]
+        disarm_start_watchdog()  # many captions take their time, and all processes wait for rank 0
         # Parts that do not go together are refused before anything is promised.
         with distributed.rank_zero_first(), as_config_error():
             self.module = build_module(config, fresh=self.point is None)
-            disarm_start_watchdog()  # many captions take their time
             prepare_captions(self.module, self.data, self.cfg)
             check_encodable(self.cfg, self.module, self.data)
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
@@ -491,7 +491,7 @@ class Session:
         for key in FROM_DATA:
             cfg[key] = stored.get("config", {}).get(key, cfg[key])
         rules = resume_rules(cfg)
-        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from", SPACE_KEY]
+        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from", SPACE_KEY, CONDITION_KEY]
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         now = fingerprint(config, stored.get("data", ""))
         changes = config_changes(stored, now, Rules(ignore=ignore, added=rules.added))
