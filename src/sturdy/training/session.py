@@ -455,6 +455,11 @@ class Session:
         if distributed.rank() == 0:
             if line:
                 log.info(line)
+            if line and self.point:
+                log.warning(
+                    "the run went on with latents that were made anew: they are the same bits only "
+                    "where device and versions are those that made the first ones"
+                )
             if self.point is None:
                 for warning in describe_scales(self.cfg, self.module, self.data):
                     log.warning(warning)
