@@ -14,6 +14,7 @@ PRETRAINED_PACKAGES = ("diffusers", "transformers", "peft")
 SPACE_KEY = "space.key"  # in the fingerprint's config: which weights encode and decode
 CONDITION_KEY = "condition.key"  # likewise: which weights read the captions
 CAPTIONS = "captions"  # in the fingerprint's stack: the digest of their embeddings
+LATENTS = "latents"  # likewise: the digest of the cached moments, which depend on the device, too
 
 # The modules that compute every run, whatever its config names.
 ENGINE = (

@@ -56,7 +56,13 @@ from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
 from sturdy.training.ema_snapshots import path_of
-from sturdy.training.fingerprint import CONDITION_KEY, SPACE_KEY, run_fingerprint
+from sturdy.training.fingerprint import (
+    CAPTIONS,
+    CONDITION_KEY,
+    LATENTS,
+    SPACE_KEY,
+    run_fingerprint,
+)
 from sturdy.training.init_from import differing_weights, find_source, init_from
 from sturdy.training.latents import (
     check_encodable,
@@ -76,6 +82,7 @@ from sturdy.training.trainer import (
     make_gradient_reducer,
     reduction_mode,
     resolve_run_defaults,
+    training_device,
 )
 
 STOPPED = ".stopped"  # in the run's directory: the newest step when the last signal came
@@ -121,6 +128,7 @@ class Session:
         self.is_restart = False
         self.previous_data: str | None = None  # digest of the data that a restarted run began with
         self.restored: list[str] = []  # what the restart has restored in the config, for people
+        self.encoding_lines: list[str] = []  # about latents, for people
         self.lock: IO[str] | None = None
         self.preemption = Preemption()
 
@@ -188,14 +196,17 @@ class Session:
         self._arm_watchdog()
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
+        if self.module.space.cached:  # after a refusal, which must not wait for it
+            self._encode_images()
+            now.stack[LATENTS] = self.data.moments.digest
+            guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))
+        self._check_processes_agree(now)
         attempt = distributed.run_on_rank_zero(self.run.next_attempt)
         configure_logging(attempt, distributed.rank(), PACKAGES)
         if distributed.rank() == 0:
             describe_attempt(attempt, config, self.overrides, now)
             self._announce(guarantee)
         self._build_trainer(now, attempt)
-        if self.module.space.cached:
-            self._encode_images()
         distributed.run_on_rank_zero(lambda: self.run.archive_newer(self.point))
         # A resume by another word than the given one happened before, and is not recorded again.
         if distributed.rank() == 0 and self.cfg.ckpt_path == self.ckpt_path_given:
@@ -338,16 +349,11 @@ class Session:
         self.data = data
 
     def _take_fingerprint(self, config: Mapping[str, Any]) -> Fingerprint:
-        """Take the fingerprint of this start, and check that all processes have the same one.
-
-        Raises:
-            ResumeRefusedError: a process has other code or data than rank 0.
-        """
         cfg = self.cfg
         mode = reduction_mode(cfg)
         gradients = reduction_id(cfg.data.shards, distributed.world_size(), mode)
         option = caption_option(self.module)
-        now = run_fingerprint(
+        return run_fingerprint(
             config,
             self.data.digest,
             gradients,
@@ -356,9 +362,16 @@ class Session:
             condition=option.key() if option else "",
             captions=option.digest if option else "",
         )
-        everywhere = distributed.all_gather_object((now.code, now.data))
+
+    def _check_processes_agree(self, now: Fingerprint) -> None:
+        """Check that all processes have the same code, data and caches.
+
+        Raises:
+            ResumeRefusedError: one has others than rank 0.
+        """
+        caches = "".join(now.stack.get(name, "") for name in (CAPTIONS, LATENTS))
+        everywhere = distributed.all_gather_object((now.code, now.data + caches))
         distributed.run_on_rank_zero(lambda: check_processes_agree(everywhere))
-        return now
 
     def _check_compatibility(self, now: Fingerprint) -> Guarantee | None:
         if self.point is None:
@@ -401,6 +414,8 @@ class Session:
             log.info(add_key(line, "data", self.cfg.data))
         if report := self.data.cache.report():
             log.warning(report)
+        for line in self.encoding_lines:
+            log.info(line)
         log.info(self._banner(guarantee))
         for line in self.restored:
             log.warning(f"the configuration was edited: {line}")
@@ -448,21 +463,14 @@ class Session:
         self.module.reduce_gradients = make_gradient_reducer(cfg, self.module)
 
     def _encode_images(self) -> None:
-        """Encode the images into their cache, where the space wants that, and say so."""
+        """Encode the images into their cache, and keep what there is to say."""
         disarm_start_watchdog()  # it may take hours, and the other processes wait for rank 0
-        line = encode_images(self.module, self.data, self.trainer.strategy.root_device)
+        torch.use_deterministic_algorithms(bool(self.cfg.trainer.deterministic))  # as in training
+        line = encode_images(self.module, self.data, training_device(self.cfg.trainer.accelerator))
         self._arm_watchdog()
-        if distributed.rank() == 0:
-            if line:
-                log.info(line)
-            if line and self.point:
-                log.warning(
-                    "the run went on with latents that were made anew: they are the same bits only "
-                    "where device and versions are those that made the first ones"
-                )
-            if self.point is None:
-                for warning in describe_scales(self.cfg, self.module, self.data):
-                    log.warning(warning)
+        self.encoding_lines = [line] if line else []
+        if self.point is None:
+            self.encoding_lines += describe_scales(self.cfg, self.module, self.data)
 
     def _is_finished(self) -> bool:
         """Return whether nothing is left to do: no step, no validation, no images of the last."""

@@ -61,6 +61,13 @@ def check_accelerator(name: str) -> None:
         )
 
 
+def training_device(accelerator: str) -> torch.device:
+    """Return the device on which this process will train, as far as it can encode images there."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", distributed.rank() % distributed.local_world_size())
+    return torch.device("cpu")
+
+
 def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
     """Fill in what the first start decides and the run then keeps: shards, reduction, threads.
 
