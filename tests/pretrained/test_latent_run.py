@@ -1,5 +1,6 @@
 """Real runs in latents: killed and resumed bit for bit, and drawn from, by the scripts."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from exact_resume.checkpoint.store import Store, load_state
 from runs import COMMON, ROOT, command, differences, kill_at, train
+from sturdy.data.cache_writer import seal
 from sturdy.sampling.sample import main as draw
 from sturdy.training.run import train as train_in_process
 from tiny_vae import write_vae
@@ -59,6 +61,27 @@ def test_a_killed_run_continues_bit_for_bit_also_from_another_place(home):
     assert "resumed from step" in said
     assert "bitwise" in said
     assert differences(tmp, "whole", "killed") == []
+
+
+def test_latents_with_other_bits_are_noticed(home):
+    """As when another device has made the cache anew."""
+    tmp, _ = home
+    kill_at(tmp, "other-bits", 6, base=base(tmp), saved=True)
+    shutil.copytree(tmp / "cache", tmp / "of-another-device")
+    [path] = [p for p in (tmp / "of-another-device").glob("*/manifest.json") if is_latents(p)]
+    manifest = json.loads(path.read_text())
+    del manifest["seal"]
+    manifest["digest"] = "0" * len(manifest["digest"])
+    path.write_text(json.dumps(manifest | {"seal": seal(manifest)}))
+    cache = f"paths.cache={tmp / 'of-another-device'}"
+    said = train(tmp, "other-bits", cache, base=base(tmp)).stdout
+    assert "same samples" in said
+    assert "latents" in said
+    assert "bitwise" not in said
+
+
+def is_latents(path):
+    return json.loads(path.read_text())["channels"] == 8
 
 
 def test_encoding_at_every_step_gives_the_same_bits(home):
