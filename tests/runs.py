@@ -131,6 +131,16 @@ def run_forked(tmp: Path, name: str, words: list[str]) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
+def run_script(tmp: Path, script: str, *words: str, code: int = 0) -> str:
+    """Return what ``sample`` or ``evaluate`` says to ``words``; it must end in ``code``."""
+    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", "threads=1"]
+    done = run_forked(tmp, script, [str(ROOT / f"{script}.py"), *paths, *words])
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    assert "Traceback" not in said
+    return said
+
+
 def fork(tmp: Path, name: str, words: list[str]) -> tuple[BaseProcess, Path, Path]:
     """Run ``python *words``, forked from a process that has imported what a run needs.
 

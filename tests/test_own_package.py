@@ -17,7 +17,7 @@ from PIL import Image
 
 import mini
 from exact_resume.checkpoint.store import Store, load_state
-from runs import ROOT, differences, fork, kill_at, train
+from runs import ROOT, differences, kill_at, run_script, train
 from sturdy.cli.search_path import add_config_folders
 from sturdy.cli.signatures import arguments
 from sturdy.diffusion.sampler import Heun
@@ -94,17 +94,6 @@ def once(outside, words):
     return Store(outside / "runs" / "once" / "checkpoints").state(STEPS)
 
 
-def through(tmp, door, *words, code=0):
-    """What a script says to ``words``, which must end in ``code``."""
-    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
-    process, out, err = fork(tmp, door, [str(ROOT / f"{door}.py"), *paths, "threads=1", *words])
-    process.join(300)
-    said = out.read_text() + err.read_text()
-    assert process.exitcode == code, said
-    assert "Traceback" not in said
-    return said
-
-
 def test_killed_three_times_it_ends_in_the_same_bits(outside, words, once):
     for step in (2, 6, 10):
         kill_at(outside, "killed", step, base=words, saved=step > 6)
@@ -132,7 +121,7 @@ def test_its_space_and_its_condition_train_resume_and_sample(outside, words, nam
     assert "resumed from step" in train(outside, f"killed-{name}", base=words).stdout
     assert differences(outside, name, f"killed-{name}") == []
     options = ["sample.n=2", "sampler.steps=2", "guidance.scale=3"]
-    through(outside, "sample", PLACE, f"run={name}", *options)
+    run_script(outside, "sample", PLACE, f"run={name}", *options)
     images = sorted((outside / "runs" / name / "pictures").glob("0*.png"))
     assert [Image.open(path).size for path in images] == [(16, 16)] * 2
 
@@ -157,11 +146,11 @@ def test_its_code_is_in_the_promise(outside, words, once):
 
 
 def test_its_run_is_sampled_and_evaluated_without_a_word(outside, once):
-    said = through(outside, "sample", "run=once", "sample.n=4")
+    said = run_script(outside, "sample", "run=once", "sample.n=4")
     assert re.search(r"drawn by Midpoint \(steps 2\b.*\), guidance 2", said)
     pictures = outside / "runs" / "once" / "pictures"
     assert sorted(p.name for p in pictures.glob("0*.png")) == [f"{k:06d}.png" for k in range(4)]
-    assert "the whole report is" in through(outside, "evaluate", "run=once", *EVALUATE)
+    assert "the whole report is" in run_script(outside, "evaluate", "run=once", *EVALUATE)
     assert "Midpoint" in (outside / "runs" / "once" / "evaluation" / "report.md").read_text()
 
 
@@ -170,16 +159,16 @@ def test_from_elsewhere_it_takes_a_word(outside, once):
     foreign = outside / "elsewhere" / "state.ckpt"
     shutil.copy(once, foreign)
     words = ["run=gone", f"ckpt_path={foreign}", f"sample.out={outside / 'drawn'}", "sample.n=1"]
-    refused = through(outside, "sample", *words, code=2)
+    refused = run_script(outside, "sample", *words, code=2)
     assert (
         "asks for mypackage.network.Plain as its backbone, which is not code of this project"
         in refused
     )
     assert "If you trust mypackage, say so: trust=[mypackage]\n" in refused
     assert not (outside / "drawn").exists()
-    through(outside, "sample", *words, "trust=[mypackage]")
+    run_script(outside, "sample", *words, "trust=[mypackage]")
     assert (outside / "drawn" / "000000.png").exists()
-    assert "trust=[mypackage]\n" in through(outside, "evaluate", *words[:2], *EVALUATE, code=2)
+    assert "trust=[mypackage]\n" in run_script(outside, "evaluate", *words[:2], *EVALUATE, code=2)
 
 
 @pytest.mark.parametrize(

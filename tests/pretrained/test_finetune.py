@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from exact_resume.checkpoint.store import Store, load_state
 from finetuning import LIVE, LORA, STEPS, prepare
-from runs import ROOT, differences, fork, kill_at, train
+from runs import ROOT, differences, kill_at, run_script, train
 from sd_layouts import write_file
 
 
@@ -36,17 +36,6 @@ def adapter(tmp, words):
 
 def state(tmp, name, step=STEPS):
     return load_state(Store(tmp / "runs" / name / "checkpoints").state(step))
-
-
-def script(tmp, door, *words, code=0):
-    """Return what a script says to ``words``."""
-    paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}"]
-    process, out, err = fork(tmp, door, [str(ROOT / f"{door}.py"), *paths, "threads=1", *words])
-    process.join(300)
-    said = out.read_text() + err.read_text()
-    assert process.exitcode == code, said
-    assert "Traceback" not in said
-    return said
 
 
 def test_the_start_says_what_was_found(adapter, tmp):
@@ -116,24 +105,34 @@ def test_a_base_that_was_moved_continues_and_another_is_refused(tmp, words, adap
 
 def test_images_are_drawn_for_a_prompt(tmp, adapter):
     options = ["run=adapter", "sample.n=2", "sampler.steps=2", "guidance.scale=3"]
-    said = script(tmp, "sample", *options, "sample.prompt=a red car, at night")
+    said = run_script(tmp, "sample", *options, "sample.prompt=a red car, at night")
     assert "a red car, at night" in said
     pictures = tmp / "runs" / "adapter" / "pictures"
     assert [Image.open(p).size for p in sorted(pictures.glob("0*.png"))] == [(64, 64)] * 2
 
     start = ["sample.image=" + str(tmp / "images" / "00.png"), "sample.strength=0.5"]
-    script(tmp, "sample", *options, "sample.prompt=a car", *start)
+    run_script(tmp, "sample", *options, "sample.prompt=a car", *start)
     mask = Image.new("L", (72, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
     mask.save(tmp / "mask.png")
     start = [start[0], f"sample.mask={tmp / 'mask.png'}", f"sample.out={tmp / 'filled'}"]
-    script(tmp, "sample", *options, "sample.prompt=a car", *start)
+    run_script(tmp, "sample", *options, "sample.prompt=a car", *start)
     assert len(list((tmp / "filled").glob("0*.png"))) == 2
+
+
+def test_a_worse_network_guides_a_captioned_run(tmp, words, adapter):
+    train(tmp, "worse", *LORA, "trainer.max_steps=2", base=words)
+    guide = ["guidance.scale=1.5", f"guidance.guide={tmp / 'runs' / 'worse'}", "sampler.steps=2"]
+    out = f"sample.out={tmp / 'guided'}"
+    run_script(tmp, "sample", "run=adapter", "sample.n=1", "sample.prompt=a car", out, *guide)
+    few = ["evaluate.n=8", "evaluate.batch_size=4", "evaluate.levels=2", "evaluate.audit_seen=0"]
+    out = f"evaluate.out={tmp / 'guided-report'}"
+    run_script(tmp, "evaluate", "run=adapter", *few, "features.seen=8", out, *guide)
 
 
 def test_a_run_is_evaluated(tmp, adapter):
     few = ["evaluate.n=8", "evaluate.batch_size=2", "evaluate.levels=2", "evaluate.audit_seen=0"]
-    script(tmp, "evaluate", "run=adapter", *few, "features.seen=8", "sampler.steps=2")
+    run_script(tmp, "evaluate", "run=adapter", *few, "features.seen=8", "sampler.steps=2")
     report = tmp / "runs" / "adapter" / "evaluation"
     assert json.loads((report / "report.json").read_text())
 

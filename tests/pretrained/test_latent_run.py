@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from exact_resume.checkpoint.store import Store, load_state
-from runs import COMMON, ROOT, command, differences, kill_at, train
+from runs import COMMON, ROOT, command, differences, kill_at, run_script, train
 from sturdy.data.cache_writer import seal
 from sturdy.sampling.sample import main as draw
 from sturdy.training.run import train as train_in_process
@@ -61,6 +61,20 @@ def test_a_killed_run_continues_bit_for_bit_also_from_another_place(home):
     assert "resumed from step" in said
     assert "bitwise" in said
     assert differences(tmp, "whole", "killed") == []
+
+
+def test_images_are_drawn_where_the_autoencoder_lies_now(home):
+    tmp, _ = home
+    words = ["run=whole", "sample.n=2", "sampler.steps=2", f"sample.out={tmp / 'drawn'}"]
+    moved = tmp / "moved"
+    (tmp / "vae").rename(moved)
+    try:
+        assert f"{tmp / 'vae'} is not there" in run_script(tmp, "sample", *words, code=2)
+        run_script(tmp, "sample", *words, f"space.path={moved}")
+        said = run_script(tmp, "sample", *words, f"condition.path={moved}", code=2)
+    finally:
+        moved.rename(tmp / "vae")
+    assert "this run has no condition with a path" in said
 
 
 def test_latents_with_other_bits_are_noticed(home):

@@ -80,7 +80,7 @@ def test_a_run_is_loaded_for_sampling_with_its_base_and_compared_without(tmp):
     try:
         with pytest.raises(ValueError, match=rf"base\.path={folder} is not there"):
             load_module(path, training=False)
-        elsewhere = load_module(path, training=False, base=kept)
+        elsewhere = load_module(path, training=False, paths={"base": str(kept)})
         assert diff_checkpoints(load_state(path), load_state(path)) == []
         assert Store(path.parents[1]).last()["step"] == 12
     finally:

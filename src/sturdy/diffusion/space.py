@@ -53,7 +53,7 @@ class Space(ABC):
         """Return a hash of the weights behind ``encode`` and ``decode``; "" if there are none."""
 
     def release(self) -> None:  # noqa: B027 (pixels have no weights)
-        """Free the memory of the weights, which are loaded again when they are needed."""
+        """Free the device's memory of the weights, which come back when they are needed."""
 
 
 class Pixels(Space):

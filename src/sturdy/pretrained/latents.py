@@ -172,7 +172,8 @@ class Latents(Space):
 
     @override
     def release(self) -> None:
-        self._autoencoder = None
+        if self._autoencoder is not None:
+            self._autoencoder.to("cpu")  # not read anew for the next grid: the file may be away
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 

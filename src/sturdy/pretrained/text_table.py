@@ -164,7 +164,7 @@ def _open_if_intact(path: Path) -> TextTable | None:
         return None
     try:
         return TextTable(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         log.warning("the table of captions %s is damaged and is made again: %s", path, error)
         return None
 

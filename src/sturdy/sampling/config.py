@@ -23,6 +23,7 @@ from sturdy.diffusion.sampler import Estimator, Sampler
 from sturdy.errors import describe
 from sturdy.sampling.loaded_run import LoadedRun
 from sturdy.training.build import load_module
+from sturdy.training.captions import caption_option
 from sturdy.training.ema_snapshots import posthoc_ema
 from sturdy.trust import Trust
 
@@ -73,11 +74,26 @@ class SamplingConfig:
         return network
 
     def load_guide(self, run: LoadedRun) -> Denoiser | None:
-        """Return the weaker network of ``guidance.guide``; None if none is configured."""
+        """Return the weaker network of ``guidance.guide``; None if none is configured.
+
+        It reads the captions that ``run`` reads, which must be prepared.
+
+        Raises:
+            ValueError: it reads captions through other text encoders, or none.
+        """
         guide = self.guidance.get("guide")
         if guide is None:
             return None
-        module = load_module(Path(guide), trust=run.trust, training=False)
+        module = load_module(Path(guide), trust=run.trust, training=False, paths=run.paths)
+        ours = caption_option(run.module)
+        theirs = caption_option(module)
+        if (ours and ours.key()) != (theirs and theirs.key()):
+            raise ValueError(
+                f"guidance.guide={guide} reads captions otherwise than the run: choose a guide "
+                f"with the same condition"
+            )
+        if ours and theirs:
+            theirs.table = ours.table
         return cast(Denoiser, module.ema.model.to(run.device))
 
     def add_guidance(

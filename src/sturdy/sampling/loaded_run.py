@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from sturdy.trust import Trust
 MAX_DEPTH = 4  # of the folders below paths.runs in which runs are looked for
 OLD_DEFAULTS = "sampling.yaml"  # in the run's directory
 SHOWN_RUNS = 20  # in an error message
+MOVABLE = ("base", "space", "condition")  # parts of a run whose files may have been moved
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LoadedRun:
         module: in eval mode, on ``device``; it has no parts that only training needs.
         device: such as ``cuda``.
         trust: which code the files of the run may name.
+        paths: where its files lie now, as of ``load_module``.
     """
 
     directory: Path
@@ -48,6 +50,7 @@ class LoadedRun:
     module: DiffusionModule
     device: str
     trust: Trust
+    paths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -103,8 +106,11 @@ def open_run(cfg: DictConfig) -> LoadedRun:
             flush=True,
         )
     check_files(point)
-    base = OmegaConf.select(cfg, "base.path")
-    module = load_module(point.state, content, trust=trust, training=False, base=base)
+    paths = {}
+    for key in MOVABLE:
+        if (place := OmegaConf.select(cfg, f"{key}.path")) is not None:
+            paths[key] = str(place)
+    module = load_module(point.state, content, trust=trust, training=False, paths=paths)
     trained_with = point.manifest.get("fingerprint", {}).get("config", {})
     if point.manifest and module.space.key() != trained_with.get(SPACE_KEY, ""):
         raise ValueError("space: its weights are not those that the run was trained with")
@@ -114,7 +120,7 @@ def open_run(cfg: DictConfig) -> LoadedRun:
             f"condition: the text encoders of {option.path} are not those that the run was trained "
             f"with"
         )
-    return LoadedRun(directory, point, module.to(device).eval(), device, trust)
+    return LoadedRun(directory, point, module.to(device).eval(), device, trust, paths)
 
 
 def check_files(point: ResumePoint) -> None:

@@ -16,7 +16,7 @@ from exact_resume.checkpoint.store import load_state
 from exact_resume.randomness import reseed
 from sturdy.diffusion.condition import ClassCondition
 from sturdy.diffusion.denoiser import Denoiser
-from sturdy.training.frozen import load_base, move_base
+from sturdy.training.frozen import load_base, move_files
 from sturdy.training.module import DiffusionModule
 from sturdy.trust import Trust
 
@@ -72,7 +72,7 @@ def load_module(
     *,
     trust: Trust | Iterable[str] = (),
     training: bool = True,
-    base: str | Path | None = None,
+    paths: Mapping[str, str] | None = None,
 ) -> DiffusionModule:
     """Load the module in a ``state.ckpt``, with its weights and EMA, from that file alone.
 
@@ -83,7 +83,7 @@ def load_module(
             ``Trust(runs="runs")`` trusts what the runs there have named in their own training.
         training: whether the module will be trained. Otherwise objective, optimizer, learning rate
             and alignment are left out: they need neither be installed nor trusted.
-        base: where the base of the run lies now, if it was moved.
+        paths: where files that were moved lie now, by key: ``base``, ``space`` or ``condition``.
 
     Raises:
         ValueError: the file holds no config of this project, its weights are of another network
@@ -98,8 +98,8 @@ def load_module(
     parts = PARTS if training else SAMPLING_PARTS
     trusted = trust if isinstance(trust, Trust) else Trust(trust)
     trusted.check(Path(path), config, parts)
-    if base is not None:
-        config = move_base(config, str(base))
+    for key, place in (paths or {}).items():
+        config = move_files(config, key, place)
     try:
         module = build_module(config, parts, fresh=False)
     except InstantiationException as error:

@@ -57,21 +57,26 @@ def load_base(network: nn.Module, *, fresh: bool) -> None:
                 raise ValueError(add_key(str(error), "backbone.base", BASE_KEYS)) from None
 
 
-def move_base(config: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Return the config of a run with its base at ``path``.
+def move_files(config: Mapping[str, Any], key: str, place: str) -> dict[str, Any]:
+    """Return the config of a run one of whose files was moved.
 
     Args:
         config: resolved, nested primitives.
-        path: where the base lies now.
+        key: ``base``, whose parts move with it; or ``space`` or ``condition`` alone.
+        place: where the files lie now.
 
     Raises:
-        ValueError: the run has no base.
+        ValueError: the run has no such files.
     """
-    named = config.get("base") or config["backbone"].get("base") or {}
-    before = named.get("path")
+    node = config.get(key)
+    if key == "base":
+        node = node or config["backbone"].get("base")
+    before = (node or {}).get("path")
     if before is None:
-        raise ValueError(f"base={path}: this run has no base")
-    return _replaced(config, before, path)
+        raise ValueError(f"{key}.path={place}: this run has no {key} with a path")
+    if key == "base":
+        return _replaced(config, before, place)
+    return {**config, key: {**config[key], "path": place}}
 
 
 def _replaced(node: Any, before: str, now: str) -> Any:

@@ -192,6 +192,11 @@ def _init_from_pretrained(module: DiffusionModule, source: Source, base: "Base")
     given = {f"{NETWORK}{name}": tensor for name, tensor in base.weights("unet").items()}
     own = networks[0].state_dict()
     fitting = [name for name in own if name in given and own[name].shape == given[name].shape]
+    if module.base_names:
+        raise ValueError(
+            f"init_from={source.word} is a whole network, and this run trains an adapter: give "
+            f"a run of an adapter, or that network as base={source.word}"
+        )
     if not fitting:
         backbone = type(module.denoiser.backbone).__name__
         raise ValueError(
@@ -212,6 +217,9 @@ def _init_from_pretrained(module: DiffusionModule, source: Source, base: "Base")
         lines.append(f"new here: {shorten(new)}")
     if left := [name for name in given if name not in own]:
         lines.append(f"not taken: {shorten(left)}")
+    target = type(module.denoiser.target).__name__.lower()
+    if base.prediction not in (None, target):
+        lines.append(f"its target is {base.prediction}, here {target}: {MEANING['target']}")
     return "\n    ".join(lines)
 
 
