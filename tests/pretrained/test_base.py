@@ -149,6 +149,7 @@ class TestLayouts:
         for part in base.parts:
             assert equal(base.weights(part), expected.weights(part))
             assert base.sha256(part) == expected.sha256(part)
+            assert equal(open_base(path).weights(part), expected.weights(part)), "opened again"
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_networks_compute_the_same(self, folders, tmp_path, family):

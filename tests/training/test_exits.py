@@ -33,7 +33,8 @@ from sturdy.errors import ConfigError
 from sturdy.sampling.grid_callback import SampleGrids
 from sturdy.training.callbacks.progress import Progress
 from sturdy.training.memory import describe_out_of_memory
-from sturdy.training.session import lock_run, stopped_here_before
+from sturdy.training.outcome import stopped_here_before
+from sturdy.training.session import lock_run
 from tiny_module import Stream, batch, make, trainer
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
-from exact_resume.weights_file import open_weights
+from exact_resume.weights_file import WeightsFile, open_weights
 from sturdy.pretrained.folder import open_autoencoder_folder, open_folder
 from sturdy.pretrained.parts import Base, UnusableBaseError, hash_tensors
 from sturdy.pretrained.single_file import UNET, AutoencoderFile, SingleFile
@@ -27,7 +28,7 @@ def open_base(path: Path | str) -> Base:
         OSError: if it cannot be read.
     """
     found = _find(path)
-    return open_folder(found) if found.is_dir() else SingleFile(open_weights(found))
+    return open_folder(found) if found.is_dir() else SingleFile(_open_file(found))
 
 
 def open_autoencoder(path: Path | str, scaling_factor: float | None = None) -> Base:
@@ -45,12 +46,23 @@ def open_autoencoder(path: Path | str, scaling_factor: float | None = None) -> B
     found = _find(path)
     if found.is_dir():
         return open_autoencoder_folder(found)
-    file = open_weights(found)
+    file = _open_file(found)
     if not any(name.startswith(UNET) for name in file.tensors):
         return AutoencoderFile(file, scaling_factor)
     base = SingleFile(file)
     base.parts = ("vae",)
     return base
+
+
+def _open_file(path: Path) -> WeightsFile:
+    """Open a file, which a start asks for several times: its checksums are read once."""
+    status = path.stat()
+    return _open_unchanged(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _open_unchanged(path: Path, size: int, mtime_ns: int) -> WeightsFile:
+    return open_weights(path)
 
 
 def _find(path: Path | str) -> Path:

@@ -32,7 +32,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
     if not is_launched() and (processes > 1 or cfg.restarts):
         return supervise_run(cfg, overrides, processes)
 
-    from sturdy.training.session import Session, report_errors  # torch and Lightning take seconds
+    from sturdy.training.outcome import report_errors  # torch and Lightning take seconds
+    from sturdy.training.session import Session
 
     with report_errors(cfg) as outcome, Session(cfg, overrides) as session:
         while session.prepare():

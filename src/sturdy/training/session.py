@@ -7,10 +7,8 @@ import gc
 import logging
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -22,18 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from exact_resume import distributed
 from exact_resume.attempt import configure_logging, describe_attempt
 from exact_resume.callbacks.watchdog import arm_start_watchdog, disarm_start_watchdog
-from exact_resume.checkpoint.schema import SchemaError
-from exact_resume.checkpoint.store import (
-    CheckpointLoadError,
-    CorruptCheckpointError,
-    NoValidCheckpointError,
-)
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
-from exact_resume.failures import is_out_of_memory
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
 from exact_resume.reduction import reduction_id
 from exact_resume.resume import (
-    DATA_CHANGED,
     MAX_REASONS,
     Guarantee,
     LastStart,
@@ -47,11 +37,11 @@ from exact_resume.resume import (
     resolve_checkpoint,
     resolve_repeated,
 )
-from exact_resume.run import AlreadyRunningError, Run
-from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
+from exact_resume.run import Run
+from exact_resume.signals import PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
-from sturdy.errors import EXIT_USAGE, ConfigError, add_key, as_config_error
+from sturdy.errors import ConfigError, add_key, as_config_error
 from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
@@ -71,7 +61,6 @@ from sturdy.training.latents import (
     fill_in_channels,
 )
 from sturdy.training.match_weights import class_change
-from sturdy.training.memory import describe_out_of_memory
 from sturdy.training.restart_config import FROM_DATA, find_previous_start, restore_config
 from sturdy.training.trainer import (
     build_datamodule,
@@ -85,10 +74,7 @@ from sturdy.training.trainer import (
     training_device,
 )
 
-STOPPED = ".stopped"  # in the run's directory: the newest step when the last signal came
 PACKAGES = ("exact_resume", "sturdy", "examples")  # whose log goes to the console
-HINT = "A run's directory is paths.runs/name: name=... gives a run another one."
-DATA_HINT = "as_begun=true goes on with the images that it began with, where they are in the cache."
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -516,53 +502,6 @@ class Session:
         return lines + list(changes.values())[:MAX_REASONS]
 
 
-@dataclass
-class Outcome:
-    """How a start ended.
-
-    Attributes:
-        exit_code: as of ``sturdy.training.run.train``.
-    """
-
-    exit_code: int = 0
-
-
-@contextmanager
-def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
-    """Say in one line what the user can mend, instead of a traceback; the outcome has the code."""
-    outcome = Outcome()
-    try:
-        yield outcome
-    except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
-        print(f"error: {error}\n{HINT}", file=sys.stderr)
-        if DATA_CHANGED in str(error):
-            print(DATA_HINT, file=sys.stderr)
-        outcome.exit_code = EXIT_USAGE
-    except (CheckpointLoadError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        outcome.exit_code = EXIT_USAGE
-    except distributed.PeerLostError as error:
-        log.warning(f"process {distributed.rank()}: {error}")
-        outcome.exit_code = 1
-    except PreemptedError as stop:
-        if distributed.rank() == 0:
-            _report_preemption(cfg, stop)
-        outcome.exit_code = EXIT_RESUMABLE
-    except Exception as error:
-        log.debug("where it failed", exc_info=True)
-        if is_out_of_memory(error):
-            print(f"error: {describe_out_of_memory(error, cfg)}", file=sys.stderr)
-        elif not isinstance(
-            error, FloatingPointError | SaveError | SchemaError | CorruptCheckpointError | OSError
-        ):
-            raise
-        elif distributed.rank() == 0 or not isinstance(error, FloatingPointError):
-            print(f"error: {error}", file=sys.stderr)  # all ranks find the same divergence
-        outcome.exit_code = 1
-    finally:
-        distributed.destroy_process_group()
-
-
 def resume_rules(cfg: DictConfig) -> Rules:
     """Return which changes of the config a resume accepts."""
     return Rules(cfg.resume.ignore, cfg.resume.rounding, cfg.resume.added)
@@ -612,26 +551,3 @@ def check_processes_agree(everywhere: list[tuple[dict[str, str], str]]) -> None:
 def runs_every_n_steps(node: DictConfig | None) -> bool:
     """Return whether a callback that does something every N steps is switched on."""
     return bool(node and node.every_n_steps)
-
-
-def stopped_here_before(run: Run) -> bool:
-    """Return whether the last signal came at the same newest step; remember this one."""
-    mark = run.home / STOPPED
-    with suppress(OSError):
-        newest = str(max(run.newest_step(), 0))
-        before = mark.read_text() if mark.exists() else None
-        if run.home.is_dir():
-            mark.write_text(newest)
-        return before == newest
-    return False
-
-
-def _report_preemption(cfg: DictConfig, stop: PreemptedError) -> None:
-    say: Callable[[str], None] = log.info if log.hasHandlers() else print
-    way = "Use ckpt_path=auto" if cfg.ckpt_path is None else "Run the same command"
-    say(f"{stop}. {way} to continue.")
-    if stopped_here_before(Run(Path(cfg.paths.runs) / cfg.name)):
-        say(
-            "The start before this one was stopped at the same step: "
-            "they need more time than they are given."
-        )
