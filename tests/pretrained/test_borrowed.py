@@ -17,7 +17,8 @@ from sturdy.diffusion import (
     Velocity,
 )
 from sturdy.diffusion.objective import Discrete
-from sturdy.pretrained.borrowed import Borrowed, UNet2D, build_network
+from sturdy.pretrained.borrowed import Borrowed, build_network
+from sturdy.pretrained.unet2d import UNet2D
 from tiny_networks import CLASSES, NETWORKS, write_base
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

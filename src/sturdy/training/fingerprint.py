@@ -46,6 +46,7 @@ COMPUTES = (
     "sturdy.pretrained.captions",
     "sturdy.pretrained.latents",
     "sturdy.pretrained.lora",
+    "sturdy.pretrained.unet2d",
     "sturdy.training.alignment",
     "sturdy.training.auxiliary",
     "sturdy.training.build",
