@@ -238,16 +238,15 @@ def saves(tmp: Path, name: str, rank: int) -> list[int]:
 
 def test_two_processes_save_together_and_no_bit_depends_on_it(tmp_path: Path) -> None:
     auto = "callbacks.checkpoint.every=auto"
-    often = "callbacks.checkpoint.mean_time_between_failures=0.01"
+    soon = "callbacks.checkpoint.mean_time_between_failures=0.01"
     finish(tmp_path, "fixed", 2)
-    killed = World(tmp_path, "auto", 2, auto, often, first=note_saves(tmp_path, "often"))
+    killed = World(tmp_path, "auto", 2, auto, soon, first=note_saves(tmp_path, "often"))
     killed.until(5).kill().wait()
     again = finish(tmp_path, "auto", 2, auto, first=note_saves(tmp_path, "rarely"))
     assert differences(tmp_path, "fixed", "auto") == []
     assert "saves every " in again.output(0)
-    often, rarely = (
-        [saves(tmp_path, name, rank) for rank in (0, 1)] for name in ("often", "rarely")
-    )
+    often = [saves(tmp_path, "often", rank) for rank in (0, 1)]
+    rarely = [saves(tmp_path, "rarely", rank) for rank in (0, 1)]
     assert often[0][: len(often[1])] == often[1][: len(often[0])]  # the kill may cut one of them
     assert rarely[0] == rarely[1]
     assert set(rarely[0][1:]) <= {8, 12}  # after the first step: a new best, and the end
