@@ -1,8 +1,8 @@
 """How often to save so that the least time is lost, from the measured cost of a save.
 
-A save blocks training for c seconds, and is durable D seconds after it began. A failure comes every
-M seconds on average, at any time, and loses everything since the last durable save. With T seconds
-of training between two saves, the lost part of the time is about
+A save blocks training for c seconds, and is durable D seconds later. A failure comes every M
+seconds on average, at any time, and loses everything since the last durable save. With T seconds of
+training between two saves, the lost part of the time is about
 
     c / T + (T / 2 + D + restart) / M,    which is least at    T = sqrt(2 c M)      Young (1974)
 
