@@ -32,6 +32,7 @@ from exact_resume.checkpoint.store import (
     Store,
     step_dirname,
 )
+from exact_resume.checkpoint_interval import SAVE_COST, describe_stored_interval
 from exact_resume.code_hash import code_hashes
 from exact_resume.fingerprint import Fingerprint, describe_stack
 from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
@@ -137,6 +138,10 @@ def print_outlook(run: Path, valid: Mapping[int, dict[str, Any]]) -> None:
         print_wrapped(f"skipped batches: {len(skips.read_bytes().splitlines())}, in {skips}")
     if valid:
         step = max(valid)
+        config = valid[step].get("fingerprint", {}).get("config", {})
+        if config.get("callbacks.checkpoint.every", "auto") == "auto":
+            if interval := describe_stored_interval(run / SAVE_COST):
+                print_wrapped(interval)
         print_wrapped(_describe_resume(step, valid[step]))
     elif any((run / "checkpoints").glob("step-*")) or any(quarantine.glob("step-*")):
         print_wrapped(
