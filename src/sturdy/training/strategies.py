@@ -7,15 +7,18 @@ fsdp2     each process has a part of all parameters (``fully_shard`` of torch.di
 All write the same checkpoint: the full state, by name.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from exact_resume.distributed import world_size
+from exact_resume.reduction import TreeReduceScatter
 from exact_resume.strategy import DDP
 from sturdy.training.optimizer_state import names_in_order, state_by_index
 
@@ -75,14 +78,20 @@ class FSDP2(ModelParallelStrategy):
         return state_by_index(state, names_in_order(self.model, optimizer.param_groups))
 
 
-def shard_parameters(module: L.LightningModule, network: nn.Module) -> None:
+def shard_parameters(module: L.LightningModule, network: nn.Module, *, tree: bool = False) -> None:
     """Cut the parameters of ``network`` over the processes, layer by layer, under ``fsdp2``.
 
     Under other strategies ``module`` has no mesh of devices, and nothing is done.
+
+    Args:
+        module: has the mesh.
+        network: is changed.
+        tree: sum gradients over processes on the tree of ``exact_resume.reduction``, instead of
+            averaging them in an order of the backend's own.
     """
     if module.device_mesh is None:
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = module.device_mesh["data_parallel"]
     for layers in [m for m in network.modules() if isinstance(m, nn.ModuleList)]:
@@ -91,6 +100,21 @@ def shard_parameters(module: L.LightningModule, network: nn.Module) -> None:
             if has_parameters and not isinstance(layer, nn.ModuleList):
                 fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    if not tree:
+        return
+    for layer in [m for m in network.modules() if isinstance(m, FSDPModule)]:
+        layer.set_custom_reduce_scatter(TreeReduceScatter())  # type: ignore[arg-type]
+        layer.set_force_sum_reduction_for_comms(True)
+        layer.set_gradient_divide_factor(1.0)  # the module divides by the number of shards
+
+
+def exact_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients, ``()``, to the bit as from tensors that are not cut.
+
+    They are put together from all processes one after another.
+    """
+    norms = [torch._foreach_norm([full(gradient)])[0] for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def local(tensor: Tensor) -> Tensor:
