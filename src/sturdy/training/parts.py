@@ -1,4 +1,4 @@
-"""Whether an optimizer that steps on parts of a parameter gives the bits of the whole.
+"""Whether an optimizer and an average that see parts of a parameter give the bits of the whole.
 
 AdamW and others like it treat each number by itself, so that it should not matter how a parameter
 is cut. But a kernel may round the last few numbers of a tensor otherwise than the others, as the
@@ -18,7 +18,7 @@ STEPS = 10
 
 
 def steps_equally_in_parts(make: Callable[..., Optimizer], device: torch.device) -> bool:
-    """Return whether the optimizer gives equal bits on a matrix and on its parts of a few rows.
+    """Return whether steps give equal bits on a matrix and on its parts of a few rows.
 
     Args:
         make: returns the optimizer of a list of parameters.
@@ -40,9 +40,12 @@ def _train(
     make: Callable[..., Optimizer], initial: Tensor, gradients: Tensor, parts: int
 ) -> Tensor:
     parameters = [nn.Parameter(part.clone()) for part in initial.chunk(parts)]
+    averages = [part.clone() for part in initial.chunk(parts)]
     optimizer = make(parameters)
     for gradient in gradients:
         for parameter, part in zip(parameters, gradient.chunk(parts), strict=True):
             parameter.grad = part.clone()
         optimizer.step()
-    return torch.cat([parameter.detach() for parameter in parameters])
+        weights = [parameter.detach() for parameter in parameters]
+        torch._foreach_lerp_(averages, weights, 0.1)
+    return torch.cat([*weights, *averages])

@@ -8,6 +8,7 @@ All write the same checkpoint: the full state, by name.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,8 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from exact_resume.distributed import world_size
@@ -106,6 +109,34 @@ def shard_parameters(module: L.LightningModule, network: nn.Module, *, tree: boo
         layer.set_custom_reduce_scatter(TreeReduceScatter())  # type: ignore[arg-type]
         layer.set_force_sum_reduction_for_comms(True)
         layer.set_gradient_divide_factor(1.0)  # the module divides by the number of shards
+        keep_autograd_graph(layer)
+
+
+def keep_autograd_graph(layer: Any) -> None:
+    """Let FSDP reduce the gradients of ``layer`` without a node of its own in the autograd graph.
+
+    FSDP puts a node before each layer, to reduce when the backward pass leaves it. So it adds up
+    the gradients that a layer gives to an input before it adds those of other layers, and autograd
+    alone adds each in its turn. A hook is called at the same time and leaves this order as it is.
+
+    Args:
+        layer: a module after ``fully_shard``; is changed.
+    """
+    state = layer._get_fsdp_state()
+    for group in state._fsdp_param_groups:
+        group._register_post_backward_hook = partial(_reduce_on_leaving, group)
+
+
+def _reduce_on_leaving(group: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Register the hooks of one forward pass; return the inputs as they are.
+
+    Autograd goes from the last operation to the first. When the gradient of any input is complete,
+    the backward pass of the whole layer is over.
+    """
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    if inputs and torch.is_grad_enabled():
+        register_multi_grad_hook(inputs, lambda _: group.post_backward(), mode="any")
+    return args, kwargs
 
 
 def exact_norm(gradients: Sequence[Tensor]) -> Tensor:
