@@ -2,7 +2,8 @@
 
 single    one process
 ddp       each process has all parameters; ``exact_resume.reduction`` sums their gradients
-fsdp2     each process has a part of all parameters (``fully_shard`` of torch.distributed)
+fsdp2     each process has a part of all parameters (``fully_shard`` of torch.distributed), and
+          the backward pass sums gradients: on the tree of ``exact_resume.reduction``, or by FSDP
 
 All write the same checkpoint: the full state, by name.
 """
