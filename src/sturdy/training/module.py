@@ -271,10 +271,12 @@ class DiffusionModule(L.LightningModule):
         step = self.global_step
         optimizer = cast(Any, self.optimizers())
         parameters = self.trained()
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = with_gradient(p, gradient)
+        pairs = zip(parameters, gradients, strict=True)
+        of_parameters = [with_gradient(p, gradient) for p, gradient in pairs]
+        for p, gradient in zip(parameters, of_parameters, strict=True):
+            p.grad = gradient
         norm_of = exact_norm if self.tree_in_backward else nn.utils.get_total_norm
-        norm = norm_of([p.grad for p in parameters])
+        norm = norm_of(of_parameters)
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)
