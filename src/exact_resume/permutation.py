@@ -74,7 +74,7 @@ class InfiniteBatchSampler(Sampler[NDArray[np.int64]]):
         step: number of steps done.
         skips: batches to leave out, as (steps done before, first position, size). An entry whose
             position does not match belongs to an abandoned branch of the run and is ignored.
-        part: the part of each batch that this process computes.
+        part: the part of each batch that this process computes; a slice or indices.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class InfiniteBatchSampler(Sampler[NDArray[np.int64]]):
         batch_size: int,
         step: int = 0,
         skips: Iterable[tuple[int, int, int]] = (),
-        part: slice = slice(None),
+        part: slice | NDArray[np.int64] = slice(None),
     ) -> None:
         self.start = start
         self.batch_size = batch_size

@@ -6,6 +6,10 @@ Floating-point addition is not associative, so the shape of the sum is part of t
 tree every aligned power-of-two run of shards is a subtree: a process sums its own shards, and then
 partners at distance 1, 2, 4, ... add each other's sums. So the bits do not depend on the number of
 processes. An all-reduce is faster across many processes, but its bits do depend on their number.
+
+Where each process keeps a part of every parameter, the backward pass of a shard sums gradients over
+processes at once. Then neighbours in the tree must be computed at the same time: the shards are
+dealt to the processes in turn, and the tree is climbed the other way round (``interleaved``).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -149,6 +153,46 @@ class AllReduce:
         self.sent.append((flat, work))
 
 
+class TreeReduceScatter:
+    """FSDP's reduce-scatter with the sum on the tree; for ``FSDPModule.set_custom_reduce_scatter``.
+
+    Each process gets its part of the gradient from all others, and adds these up itself. The
+    traffic is that of a reduce-scatter. The memory is more by one buffer, as large as the gradient
+    of the layers that are reduced together.
+    """
+
+    def allocate(
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Return an empty tensor, as FSDP needs for its input and output."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        """Sum ``input_tensor`` over ``group``, and put this process's part in ``output_tensor``.
+
+        Args:
+            output_tensor: ``(n,)``.
+            input_tensor: ``(n * processes,)``.
+            group: the processes.
+            op: ignored: it is always the sum.
+            async_op: ignored: the sum has been enqueued when this returns.
+        """
+        received = torch.empty_like(input_tensor)
+        with peer_errors():
+            dist.all_to_all_single(received, input_tensor, group=group)
+        tree = TreeSum()
+        for part in received.chunk(group.size()):
+            tree.push([part])
+        output_tensor.copy_(tree.sum()[0])
+
+
 def fsdp_reduce(tensors: list[Tensor]) -> list[Tensor]:
     """Sum over processes that each hold their part of every gradient.
 
@@ -161,6 +205,21 @@ def fsdp_reduce(tensors: list[Tensor]) -> list[Tensor]:
     with peer_errors():
         dist.all_reduce(loss)
     return tensors
+
+
+def own_shards(shards: int, rank: int, processes: int, *, interleaved: bool = False) -> range:
+    """Return the numbers of the shards that a process computes, in their order.
+
+    Args:
+        shards: The number of shards of a batch.
+        rank: The number of the process.
+        processes: The number of processes.
+        interleaved: Deal the shards in turn, instead of consecutive ones to each.
+    """
+    if interleaved:
+        return range(rank, shards, processes)
+    own = shards // processes
+    return range(rank * own, (rank + 1) * own)
 
 
 def is_tree(shards: int, processes: int) -> bool:

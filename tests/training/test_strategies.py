@@ -22,15 +22,12 @@ def tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_chain_of_all_three_sees_the_same_samples_and_noise(tmp: Path) -> None:
     World(tmp, "chain", 1, first=ledger(tmp, "chain")).until(4).kill().wait()
-    for strategy, step in (("fsdp2", 7), ("ddp", 10)):
-        world = (
-            World(tmp, "chain", 2, f"strategy={strategy}", first=ledger(tmp, "chain"))
-            .until(step)
-            .kill()
-        )
+    by_fsdp = ["strategy=fsdp2", "reduction=allreduce"]  # on the tree: test_fsdp2_tree.py
+    for words, step in ((by_fsdp, 7), (["strategy=ddp"], 10)):
+        world = World(tmp, "chain", 2, *words, first=ledger(tmp, "chain")).until(step).kill()
         world.wait()
         assert "(same samples" in world.output(0), world.output()
-    finish(tmp, "chain", 2, "strategy=fsdp2", first=ledger(tmp, "chain"))
+    finish(tmp, "chain", 2, *by_fsdp, first=ledger(tmp, "chain"))
     assert entries(tmp, "chain") == entries(tmp, "single")
     a, b = (newest(tmp, name)["state_dict"] for name in ("single", "chain"))
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)

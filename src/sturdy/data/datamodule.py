@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from exact_resume.permutation import FeistelPermutation, InfiniteBatchSampler
+from exact_resume.reduction import own_shards
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache, find_cache, open_cache
 from sturdy.data.changes import describe_changes, describe_unused
@@ -63,6 +64,7 @@ class ImageData(L.LightningDataModule):
     Attributes:
         rank: number of the part of every batch that this process computes.
         processes: number of these parts.
+        interleaved: whether the shards of a batch are dealt to the processes in turn.
         limit_val: of the held-out images: how many batches (``int``), or which fraction.
         skips: batches to leave out, as of ``InfiniteBatchSampler``.
         augmentation_size: length of the vector that describes an image's augmentation; 0 without.
@@ -132,6 +134,7 @@ class ImageData(L.LightningDataModule):
         self.skips: Sequence[tuple[int, int, int]] = ()
         self.rank = 0
         self.processes = 1
+        self.interleaved = False
         self.limit_val: int | float = 1.0
         self.source: Source | None = None
         self.moments: Cache | None = None
@@ -258,8 +261,8 @@ class ImageData(L.LightningDataModule):
             augment=self.augment,
             moments=self.moments,
         )
-        size = self.batch_size // self.processes
-        part = slice(self.rank * size, (self.rank + 1) * size)
+        own = own_shards(self.shards, self.rank, self.processes, interleaved=self.interleaved)
+        part = np.arange(self.batch_size).reshape(self.shards, -1)[own].reshape(-1)
         batches = InfiniteBatchSampler(
             self.position, self.batch_size, self._global_step(), self.skips, part
         )

@@ -21,7 +21,13 @@ from typing_extensions import override
 
 from exact_resume.distributed import all_gather_object, rank, world_size
 from exact_resume.randomness import Draws, key, reseed
-from exact_resume.reduction import GradientReducer, TreeSum, no_reduce
+from exact_resume.reduction import (
+    GradientReducer,
+    TreeSum,
+    no_reduce,
+    own_shards,
+    tree_all_reduce,
+)
 from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.objective import Objective
@@ -32,7 +38,13 @@ from sturdy.training.ema import EMA
 from sturdy.training.frozen import frozen_names
 from sturdy.training.optim import LearningRate, parameter_groups
 from sturdy.training.optimizer_state import load_exactly, names_in_order, state_by_name
-from sturdy.training.strategies import full, local, shard_parameters, with_gradient
+from sturdy.training.strategies import (
+    exact_norm,
+    full,
+    local,
+    shard_parameters,
+    with_gradient,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +70,8 @@ class DiffusionModule(L.LightningModule):
 
     Attributes:
         reduce_gradients: sums the tensors of a step over processes.
+        tree_in_backward: whether the backward pass of each shard sums the gradients over processes
+            on the tree; the shards are then dealt to the processes in turn (``fsdp2``).
         initial: ``path`` and ``sha256`` of the checkpoint whose weights the run started from; None
             if it started from none.
         base_names: tensors of the denoiser that a base puts back (see ``frozen``).
@@ -98,6 +112,7 @@ class DiffusionModule(L.LightningModule):
         self.shards = shards
         self.config = config
         self.reduce_gradients: GradientReducer = no_reduce
+        self.tree_in_backward = False
         self.initial: dict[str, Any] | None = None
 
     @override
@@ -109,7 +124,10 @@ class DiffusionModule(L.LightningModule):
         tree = TreeSum()
         for shard, part in self.shards_of(batch):
             gradients, scalars = self.shard_gradients(shard, part)
-            tree.push([*gradients, torch.stack(list(scalars.values()))])
+            values = [torch.stack(list(scalars.values()))]
+            if self.tree_in_backward:
+                values = tree_all_reduce(values)
+            tree.push([*gradients, *values])
         total = self.reduce_gradients(tree.sum())
         torch._foreach_div_(total, self.shards)
         *gradients, means = total
@@ -118,11 +136,11 @@ class DiffusionModule(L.LightningModule):
 
     def shards_of(self, batch: Any) -> Iterator[tuple[int, tuple[Any, ...]]]:
         """Yield number and batch of each shard of this process."""
-        mine = self.shards // world_size()
-        b = len(batch[0]) // mine
-        for i in range(mine):
+        numbers = own_shards(self.shards, rank(), world_size(), interleaved=self.tree_in_backward)
+        b = len(batch[0]) // len(numbers)
+        for i, shard in enumerate(numbers):
             rows = slice(i * b, (i + 1) * b)
-            yield rank() * mine + i, tuple(values[rows] for values in batch)
+            yield shard, tuple(values[rows] for values in batch)
 
     def shard_gradients(
         self, shard: int, batch: tuple[Any, ...]
@@ -196,9 +214,9 @@ class DiffusionModule(L.LightningModule):
     def configure_model(self) -> None:
         """Shard the parameters over processes, under a strategy that does so."""
         for network in (self.denoiser, *self.ema.networks()):
-            shard_parameters(self, cast(Denoiser, network).backbone)
+            shard_parameters(self, cast(Denoiser, network).backbone, tree=self.tree_in_backward)
         if self.alignment:
-            shard_parameters(self, self.alignment.head)
+            shard_parameters(self, self.alignment.head, tree=self.tree_in_backward)
 
     @override
     def configure_optimizers(self) -> Optimizer:
@@ -253,12 +271,16 @@ class DiffusionModule(L.LightningModule):
         step = self.global_step
         optimizer = cast(Any, self.optimizers())
         parameters = self.trained()
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = with_gradient(p, gradient)
-        norm = full(nn.utils.clip_grad_norm_(parameters, self.clip))
+        pairs = zip(parameters, gradients, strict=True)
+        of_parameters = [with_gradient(p, gradient) for p, gradient in pairs]
+        for p, gradient in zip(parameters, of_parameters, strict=True):
+            p.grad = gradient
+        norm_of = exact_norm if self.tree_in_backward else nn.utils.get_total_norm
+        norm = norm_of(of_parameters)
+        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = optimizer.optimizer.defaults["lr"] * self.learning_rate(step)
         optimizer.step()
         optimizer.zero_grad()
         self.ema.update(self.denoiser, step)
-        return norm
+        return full(norm)

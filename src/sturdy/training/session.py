@@ -68,9 +68,9 @@ from sturdy.training.trainer import (
     check_accelerator,
     dry_run_forward,
     load_alignment_encoder,
-    make_gradient_reducer,
     reduction_mode,
     resolve_run_defaults,
+    set_reduction,
     training_device,
     usable_processes,
 )
@@ -339,7 +339,7 @@ class Session:
 
     def _take_fingerprint(self, config: Mapping[str, Any]) -> Fingerprint:
         cfg = self.cfg
-        mode = reduction_mode(cfg)
+        mode = reduction_mode(cfg, self.module)
         gradients = reduction_id(cfg.data.shards, distributed.world_size(), mode)
         option = caption_option(self.module)
         return run_fingerprint(
@@ -452,7 +452,7 @@ class Session:
                     log.info(summary)
         cache = Path(cfg.paths.cache) / "evaluation"
         load_alignment_encoder(self.module, self.data, self.point, cache)
-        self.module.reduce_gradients = make_gradient_reducer(cfg, self.module)
+        set_reduction(cfg, self.module, self.data)
 
     def _encode_images(self) -> None:
         """Encode the images into their cache, and keep what there is to say."""

@@ -2,20 +2,27 @@
 
 single    one process
 ddp       each process has all parameters; ``exact_resume.reduction`` sums their gradients
-fsdp2     each process has a part of all parameters (``fully_shard`` of torch.distributed)
+fsdp2     each process has a part of all parameters (``fully_shard`` of torch.distributed), and
+          the backward pass sums gradients: on the tree of ``exact_resume.reduction``, or by FSDP
 
 All write the same checkpoint: the full state, by name.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from exact_resume.distributed import world_size
+from exact_resume.reduction import TreeReduceScatter
 from exact_resume.strategy import DDP
 from sturdy.training.optimizer_state import names_in_order, state_by_index
 
@@ -75,14 +82,20 @@ class FSDP2(ModelParallelStrategy):
         return state_by_index(state, names_in_order(self.model, optimizer.param_groups))
 
 
-def shard_parameters(module: L.LightningModule, network: nn.Module) -> None:
+def shard_parameters(module: L.LightningModule, network: nn.Module, *, tree: bool = False) -> None:
     """Cut the parameters of ``network`` over the processes, layer by layer, under ``fsdp2``.
 
     Under other strategies ``module`` has no mesh of devices, and nothing is done.
+
+    Args:
+        module: has the mesh.
+        network: is changed.
+        tree: sum gradients over processes on the tree of ``exact_resume.reduction``, instead of
+            averaging them in an order of the backend's own.
     """
     if module.device_mesh is None:
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = module.device_mesh["data_parallel"]
     for layers in [m for m in network.modules() if isinstance(m, nn.ModuleList)]:
@@ -91,6 +104,49 @@ def shard_parameters(module: L.LightningModule, network: nn.Module) -> None:
             if has_parameters and not isinstance(layer, nn.ModuleList):
                 fully_shard(layer, mesh=mesh)
     fully_shard(network, mesh=mesh)
+    if not tree:
+        return
+    for layer in [m for m in network.modules() if isinstance(m, FSDPModule)]:
+        layer.set_custom_reduce_scatter(TreeReduceScatter())  # type: ignore[arg-type]
+        layer.set_force_sum_reduction_for_comms(True)
+        layer.set_gradient_divide_factor(1.0)  # the module divides by the number of shards
+        keep_autograd_graph(layer)
+
+
+def keep_autograd_graph(layer: Any) -> None:
+    """Let FSDP reduce the gradients of ``layer`` without a node of its own in the autograd graph.
+
+    FSDP puts a node before each layer, to reduce when the backward pass leaves it. So it adds up
+    the gradients that a layer gives to an input before it adds those of other layers, and autograd
+    alone adds each in its turn. A hook is called at the same time and leaves this order as it is.
+
+    Args:
+        layer: a module after ``fully_shard``; is changed.
+    """
+    state = layer._get_fsdp_state()
+    for group in state._fsdp_param_groups:
+        group._register_post_backward_hook = partial(_reduce_on_leaving, group)
+
+
+def _reduce_on_leaving(group: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Register the hooks of one forward pass; return the inputs as they are.
+
+    Autograd goes from the last operation to the first. When the gradient of any input is complete,
+    the backward pass of the whole layer is over.
+    """
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+    if inputs and torch.is_grad_enabled():
+        register_multi_grad_hook(inputs, lambda _: group.post_backward(), mode="any")
+    return args, kwargs
+
+
+def exact_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients, ``()``, to the bit as from tensors that are not cut.
+
+    They are put together from all processes one after another.
+    """
+    norms = [torch._foreach_norm([full(gradient)])[0] for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from exact_resume.fingerprint import Fingerprint
 from exact_resume.randomness import Draws
 from exact_resume.reduction import (
     AllReduce,
-    GradientReducer,
     fsdp_reduce,
     is_tree,
     no_reduce,
@@ -44,6 +43,7 @@ from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.progress import Progress
 from sturdy.training.module import DiffusionModule
 from sturdy.training.optimizer_state import check_optimizer
+from sturdy.training.parts import steps_equally_in_parts
 
 if TYPE_CHECKING:  # imported by those that are aligned
     from sturdy.encoders.encoder import Encoder
@@ -87,9 +87,9 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
     Raises:
         ConfigError: the batch cannot be cut into equal shards for the processes.
     """
-    stored: Mapping[str, Any] = {}
-    if point:
-        stored = point.manifest.get("fingerprint", {}).get("config", {})
+    fingerprint = point.manifest.get("fingerprint", {}) if point else {}
+    stored: Mapping[str, Any] = fingerprint.get("config", {})
+    gradients: str = fingerprint.get("stack", {}).get("gradients", "")
     processes = distributed.world_size()
     shards = stored.get("data.shards", processes)
     if cfg.data.shards is None:
@@ -101,8 +101,11 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
             f"divide the batch, and the number of processes the shards"
         )
     if cfg.reduction is None:
-        default = "allreduce" if cfg.data.shards == processes > 1 else "tree"
+        is_faster = cfg.data.shards == processes or _is_fsdp2(cfg)
+        default = "allreduce" if is_faster and processes > 1 else "tree"
         kept = stored.get("reduction") if shards == cfg.data.shards else None
+        if gradients.startswith("fsdp2 over"):  # whatever an older version noted
+            kept = "allreduce"
         cfg.reduction = kept or default
     for key, older_value in cfg.resume.added.items():
         if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
@@ -112,31 +115,50 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
         cfg.trainer.threads = stored.get("trainer.threads") or share
 
 
-def reduction_mode(cfg: DictConfig) -> str:
-    """Return how gradients are summed over processes: ``tree``, ``allreduce`` or ``fsdp2``."""
-    if cfg.strategy._target_.endswith(".fsdp2"):
+def reduction_mode(cfg: DictConfig, module: DiffusionModule) -> str:
+    """Return how gradients are summed over processes, for ``exact_resume.reduction.reduction_id``.
+
+    ``tree``        on the tree: the bits do not depend on the number of processes
+    ``allreduce``   by the backend
+    ``fsdp2``       by the backend, and each process steps on its part of the parameters
+    ``fsdp2 tree``  on the tree, but the optimizer rounds parts otherwise than the whole
+    """
+    on_tree = cfg.reduction == "tree" and is_tree(cfg.data.shards, distributed.world_size())
+    if not _is_fsdp2(cfg):
+        return "tree" if on_tree else "allreduce"
+    if not on_tree:
         return "fsdp2"
-    if cfg.reduction == "tree" and is_tree(cfg.data.shards, distributed.world_size()):
-        return "tree"
-    return "allreduce"
+    device = training_device(cfg.trainer.accelerator)
+    return "tree" if steps_equally_in_parts(module.make_optimizer, device) else "fsdp2 tree"
 
 
-def make_gradient_reducer(cfg: DictConfig, module: DiffusionModule) -> GradientReducer:
-    """Return the function that sums gradients over processes, as ``reduction_mode`` says."""
-    if distributed.world_size() == 1:
-        return no_reduce
-    mode = reduction_mode(cfg)
-    if mode == "tree":
-        return tree_all_reduce
-    if mode == "fsdp2":
+def set_reduction(cfg: DictConfig, module: DiffusionModule, data: Any) -> None:
+    """Make ``module`` sum gradients over processes, and ``data`` deal shards to them, as asked.
+
+    Raises:
+        ConfigError: the parameters cannot be cut.
+    """
+    processes = distributed.world_size()
+    on_tree = cfg.reduction == "tree" and is_tree(cfg.data.shards, processes)
+    if processes == 1:
+        module.reduce_gradients = no_reduce
+    elif _is_fsdp2(cfg):
         if module.base_names:
             raise ConfigError(
                 "strategy=fsdp2 cuts weights that are trained; the base of an adapter is not, and "
                 "each process has it whole: use strategy=ddp"
             )
-        return fsdp_reduce
-    one_shard_each = cfg.data.shards == distributed.world_size()
-    return AllReduce(module.trained(), overlap=one_shard_each)
+        module.tree_in_backward = data.interleaved = on_tree
+        module.reduce_gradients = no_reduce if on_tree else fsdp_reduce
+    elif on_tree:
+        module.reduce_gradients = tree_all_reduce
+    else:
+        one_shard_each = cfg.data.shards == processes
+        module.reduce_gradients = AllReduce(module.trained(), overlap=one_shard_each)
+
+
+def _is_fsdp2(cfg: DictConfig) -> bool:
+    return str(cfg.strategy._target_).endswith(".fsdp2")
 
 
 def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
