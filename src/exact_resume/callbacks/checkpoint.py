@@ -36,6 +36,9 @@ class Checkpoint(ModelCheckpoint):
         keep_last: number of newest checkpoints to keep, at least 1.
         keep_best: number of best checkpoints to keep.
         keep_every: steps divisible by it are kept for good; None for none.
+        sharded: under a strategy that cuts the tensors over processes, each process saves its
+            pieces, and none holds the whole state. Any number of processes can read it. Under
+            other strategies every process has the whole state, and process 0 writes it.
     """
 
     io: StoreCheckpointIO
@@ -51,6 +54,7 @@ class Checkpoint(ModelCheckpoint):
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int | None = None,
+        sharded: bool = False,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode} must be min or max")
@@ -66,6 +70,7 @@ class Checkpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        self.sharded = sharded
         self.saved_at = time.monotonic()
         self.saved_step = -1
         self.is_preallocated = False
@@ -83,6 +88,7 @@ class Checkpoint(ModelCheckpoint):
         self.metrics = trainer.logger
         io.before_commit = self.metrics.sync  # the record is never older than a checkpoint
         io.after_commit = self._delete_unneeded
+        io.sharded = self.sharded
         self.dirpath = str(self.store.directory)
 
     @override

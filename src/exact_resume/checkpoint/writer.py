@@ -22,18 +22,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from exact_resume.checkpoint import schema
-from exact_resume.checkpoint.reading import CheckpointLoadError, load_state
+from exact_resume.checkpoint.integrity import CheckpointLoadError
+from exact_resume.checkpoint.reading import load_state
 from exact_resume.checkpoint.store import Store
+from exact_resume.distributed import PeerLostError, rank
 from exact_resume.files import fsync_directory
 from exact_resume.signals import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +99,7 @@ class HostBuffers:
         used: Counter[Any] = Counter()  # buffers by kind
 
         def filled(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_meta:
                 # The layout matters: loaded optimizer state is used in the layout that it has.
                 kind = (value.dtype, value.shape, value.stride(), value.is_cuda)
                 buffers = self.pool.setdefault(kind, [])
@@ -125,6 +131,9 @@ class StoreCheckpointIO(CheckpointIO):
     Attributes:
         before_commit: called by the writer before each save.
         after_commit: called by the writer after each save.
+        sharded: whether a strategy that cuts tensors over processes gives each process its pieces
+            to save, and not all tensors to process 0. Then every process must call
+            ``save_checkpoint``.
     """
 
     def __init__(
@@ -139,6 +148,8 @@ class StoreCheckpointIO(CheckpointIO):
         self.retry_delays = retry_delays
         self.before_commit: Callable[[], None] = lambda: None
         self.after_commit: Callable[[], None] = lambda: None
+        self.sharded = False
+        self.group: Any = None  # of the writers of all processes
         # Last in, first out: the second buffers are used, and allocated, only if a save waits.
         self.free_buffers: queue.LifoQueue[HostBuffers] = queue.LifoQueue()
         for _ in range(2):
@@ -165,6 +176,7 @@ class StoreCheckpointIO(CheckpointIO):
             SchemaError: if an entry of it, or of its manifest, is not declared in the schema.
             TypeError: if anything in it is neither a tensor nor a primitive.
             SaveError: if an earlier save failed.
+            PeerLostError: if it failed because another process is gone.
             OSError: outside ``with``, if this save fails.
         """
         step = checkpoint["global_step"]
@@ -177,13 +189,20 @@ class StoreCheckpointIO(CheckpointIO):
         schema.check_declared(state)
         schema.check_declared(metadata, schema.MANIFEST_ENTRIES)
         schema.assert_primitive(state, "the checkpoint")
+        plan = None
+        if self.sharded:
+            from exact_resume.checkpoint import sharded  # torch.distributed takes time to import
+
+            state, plan = sharded.split(state)
+            if plan and self.group is None:
+                self.group = sharded.new_group()
         if self.thread is None:
-            self._save(state, metadata)
+            self._save(state, metadata, plan)
             return
         buffers = self.free_buffers.get()  # a third save waits here
         try:
             self.check()
-            self.queue.put((buffers, partial(self._save, buffers.copy(state), metadata)))
+            self.queue.put((buffers, partial(self._save, buffers.copy(state), metadata, plan)))
         except BaseException:
             self.free_buffers.put(buffers)
             raise
@@ -199,19 +218,44 @@ class StoreCheckpointIO(CheckpointIO):
             CheckpointLoadError: if it holds anything else, or lacks an entry that is required to
                 continue a run.
         """
-        state = load_state(Path(path), map_location or "cpu")
-        if missing := schema.missing_entries(state):
-            raise CheckpointLoadError(
-                f"{path} has no {', '.join(missing)}, so no run can continue from it"
-            )
-        return state
+        return self._load(Path(path), map_location or "cpu")
+
+    def load_into(
+        self, path: Path, model: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> dict[str, Any] | None:
+        """Load a sharded checkpoint into a distributed model, each process its own pieces.
+
+        Args:
+            path: of the ``state.ckpt``.
+            model: whose parameters are distributed.
+            optimizers: of the model.
+
+        Returns:
+            what the checkpoint holds beside the weights; None if it is not sharded.
+
+        Raises:
+            CorruptCheckpointError, CheckpointLoadError: as ``load_checkpoint``; or if it is of
+                another network.
+        """
+        if not any(path.parent.glob("part-*")):
+            return None
+        from exact_resume.checkpoint.resharding import load_into
+
+        return load_into(path.parent, self._load(path, "cpu", whole=False), model, optimizers)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         """Do nothing: only ``Store.prune`` deletes checkpoints, never a save."""
 
     def check(self) -> None:
-        """Raise a SaveError if the writer has failed. It costs nothing: call it every step."""
+        """Raise an error if the writer has failed. It costs nothing: call it every step.
+
+        Raises:
+            SaveError: with the reason.
+            PeerLostError: if the reason is that another process is gone.
+        """
+        if isinstance(self.error, PeerLostError):
+            raise self.error
         if self.error:
             raise SaveError(
                 f"a checkpoint could not be written: {self.error}. The older ones in "
@@ -266,16 +310,26 @@ class StoreCheckpointIO(CheckpointIO):
                 self.error = error
             self.free_buffers.put(buffers)
 
-    def _save(self, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    def _load(self, path: Path, map_location: Any, *, whole: bool = True) -> dict[str, Any]:
+        state = load_state(path, map_location, whole=whole)
+        if missing := schema.missing_entries(state):
+            raise CheckpointLoadError(
+                f"{path} has no {', '.join(missing)}, so no run can continue from it"
+            )
+        return state
+
+    def _save(
+        self, state: Mapping[str, Any], metadata: Mapping[str, Any], plan: "SavePlan | None"
+    ) -> None:
         step = state["global_step"]
         for attempt, delay in enumerate((*self.retry_delays, None)):
             try:
-                self.before_commit()
-                if attempt and step in self.store.steps():
-                    # The rename was done, but syncing the directory failed.
-                    fsync_directory(self.store.directory)
+                if plan:
+                    self._commit_sharded(step, state, metadata, plan, is_retry=attempt > 0)
                 else:
-                    self.store.commit(step, state, **metadata)
+                    self.before_commit()
+                    if not (attempt and self._sync_renamed(step)):
+                        self.store.commit(step, state, **metadata)
                 break
             except Exception as error:
                 cause = next((e for e in _causes(error) if isinstance(e, OSError)), error)
@@ -284,10 +338,35 @@ class StoreCheckpointIO(CheckpointIO):
                     raise cause from None
                 log.warning("saving step %d failed: %s; trying again in %g s", step, cause, delay)
                 time.sleep(delay)
+        if rank():
+            return
         try:
             self.after_commit()
         except OSError as error:
             log.warning("step %d is saved, but old files could not be deleted: %s", step, error)
+
+    def _commit_sharded(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        plan: "SavePlan",
+        *,
+        is_retry: bool,
+    ) -> None:
+        """Commit with the other processes, which all do the same."""
+        from exact_resume.checkpoint import sharded
+
+        if is_retry and sharded.ask_process_zero(partial(self._sync_renamed, step), self.group):
+            return
+        sharded.commit(self.store, state, metadata, plan, self.group, self.before_commit)
+
+    def _sync_renamed(self, step: int) -> bool:
+        """Return whether ``step`` was renamed, and syncing the directory failed; sync it then."""
+        renamed = step in self.store.steps()
+        if renamed:
+            fsync_directory(self.store.directory)
+        return renamed
 
 
 def _empty_like(value: Tensor) -> Tensor:
