@@ -127,7 +127,8 @@ def shard_parameters(module: L.LightningModule, network: nn.Module) -> None:
             has_parameters = any(True for _ in layer.parameters())
             if has_parameters and not isinstance(layer, nn.ModuleList):
                 fully_shard(layer, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # Also what no backward pass follows must be cut again: samples and validation.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 def local(tensor: Tensor) -> Tensor:
