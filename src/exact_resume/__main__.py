@@ -3,6 +3,7 @@
     python -m exact_resume status runs/NAME     a table, and what the run's command would do now
     python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
     python -m exact_resume show FILE            what a file of weights holds; nothing is executed
+    python -m exact_resume consolidate runs/NAME    one full file from a sharded checkpoint
 
 ``show`` also takes a checkpoint, a run, or a folder with several files of weights.
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from exact_resume import consolidate
 from exact_resume.checkpoint.store import (
     QUARANTINE,
     CorruptCheckpointError,
@@ -32,13 +34,15 @@ from exact_resume.fingerprint import Fingerprint, describe_stack
 from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
 from exact_resume.show import show
 
-USAGE = "usage: python -m exact_resume status|verify runs/NAME, or show FILE"
+USAGE = "usage: python -m exact_resume status|verify|consolidate runs/NAME, or show FILE"
 ROW = "{:>10}  {:>7}  {:>11}  {:8}  {:>10}  {}"
 MAX_REASONS = 10
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit code."""
+    if arguments[:1] == ["consolidate"]:
+        return consolidate.main(arguments[1:])
     if len(arguments) != 2 or arguments[0] not in ("status", "verify", "show"):
         print(USAGE, file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from exact_resume.checkpoint.integrity import CheckpointLoadError, CorruptCheckpointError
-from exact_resume.checkpoint.parts import PART_NAME, list_pieces, read_part
+from exact_resume.checkpoint.parts import PART_NAME, Piece, list_pieces, read_part
 from exact_resume.checkpoint.schema import PARTS, map_leaves
 
 
@@ -129,8 +129,8 @@ def _fill(directory: Path, parts: Mapping[str, Any], targets: Mapping[str, Tenso
         for piece in list_pieces(directory / name, expected):
             if piece.name not in targets:
                 continue
-            if piece.dtype != targets[piece.name].dtype:
-                raise CorruptCheckpointError(f"{name} has another dtype of {piece.name}")
+            if not _is_piece_of(targets[piece.name], piece):
+                raise CorruptCheckpointError(f"{name} has no piece of {piece.name} that fits")
             offsets, sizes = torch.Size(piece.offsets), torch.Size(piece.sizes)
             stored[MetadataIndex(piece.name, offsets)] = name
             chunks[piece.name].append(ChunkStorageMetadata(offsets, sizes))
@@ -154,6 +154,13 @@ def _copy_piece(planner: dcp.DefaultLoadPlanner, items: Iterable[ReadItem], piec
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             source = source.narrow(dim, start, length)
         planner.resolve_tensor(item).detach().copy_(source)
+
+
+def _is_piece_of(target: Tensor, piece: Piece) -> bool:
+    if piece.dtype != target.dtype or len(piece.sizes) != target.ndim:
+        return False
+    box = zip(piece.offsets, piece.sizes, target.shape, strict=True)
+    return all(0 <= start and start + size <= end for start, size, end in box)
 
 
 def _check_entries(parts: Any) -> dict[str, Any]:
