@@ -156,9 +156,10 @@ class Checkpoint(ModelCheckpoint):
 
     def _preallocate(self, trainer: L.Trainer) -> None:
         """Let the writer allocate its buffers, once the optimizer has its state."""
-        if self.is_preallocated or not trainer.is_global_zero:
+        if self.is_preallocated:
             return
-        if not trainer.strategy.lightning_restore_optimizer:
+        is_cut = not trainer.strategy.lightning_restore_optimizer
+        if is_cut != self.sharded or not (is_cut or trainer.is_global_zero):
             return
         states = [optimizer.state_dict() for optimizer in trainer.optimizers]
         self.io.preallocate([trainer.lightning_module.state_dict(), *states])

@@ -160,7 +160,7 @@ def _is_piece_of(target: Tensor, piece: Piece) -> bool:
     if piece.dtype != target.dtype or len(piece.sizes) != target.ndim:
         return False
     box = zip(piece.offsets, piece.sizes, target.shape, strict=True)
-    return all(0 <= start and start + size <= end for start, size, end in box)
+    return all(start >= 0 and start + size <= end for start, size, end in box)
 
 
 def _check_entries(parts: Any) -> dict[str, Any]:

@@ -162,6 +162,10 @@ class StoreCheckpointIO(CheckpointIO):
 
     def preallocate(self, state: Any) -> None:
         """Let the writer allocate memory for the tensors in ``state`` before the first save."""
+        if self.sharded:
+            from exact_resume.checkpoint import sharded
+
+            state, _ = sharded.split({"state": state})
         if self.thread:
             buffers = self.free_buffers.get()
             self.queue.put((buffers, partial(buffers.preallocate, state)))
