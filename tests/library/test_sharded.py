@@ -28,10 +28,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from exact_resume.__main__ import main
-from exact_resume.checkpoint import sharded
+from exact_resume.checkpoint import schema, sharded
 from exact_resume.checkpoint.compare import diff_checkpoints
 from exact_resume.checkpoint.integrity import CheckpointLoadError, CorruptCheckpointError
 from exact_resume.checkpoint.reading import manifest_hash
+from exact_resume.checkpoint.renames import RENAMED, Renamed
 from exact_resume.checkpoint.store import MANIFEST, STATE, Store, load_state
 from exact_resume.checkpoint.writer import SaveError, StoreCheckpointIO
 from exact_resume.distributed import PeerLostError
@@ -120,6 +121,12 @@ def make_io(directory: Path, retry_delays: tuple[float, ...] = ()) -> StoreCheck
     writer = StoreCheckpointIO(Store(directory), lambda state: {}, retry_delays=retry_delays)
     writer.sharded = True
     return writer
+
+
+def save_with(writer: StoreCheckpointIO, step: int) -> None:
+    """Save ``step`` in the background; called by all processes."""
+    with writer:
+        writer.save_checkpoint(cut_state(step), writer.store.state(step))
 
 
 def save_steps(directory: Path, *steps: int, retry_delays: tuple[float, ...] = ()) -> None:
@@ -221,6 +228,17 @@ def test_a_checkpoint_with_a_damaged_file_is_not_used(store: Store, name: str) -
         assert [path.name[:13] for path in (broken.directory / "quarantine").glob("*[0-9]")] == [
             "step-00000002"
         ]
+
+
+def test_weights_that_were_renamed_since_are_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "FORMAT", schema.FORMAT + 1)
+    monkeypatch.setitem(RENAMED, schema.FORMAT - 1, Renamed(weights={"even": "level"}))
+    loaded, old = load_state(store.state(2)), full_state(2)
+    assert torch.equal(loaded["state_dict"]["level"], old["state_dict"]["even"])
+    moment = loaded["optimizer_states"][0]["state"]["level"]["exp_avg"]
+    assert torch.equal(moment, old["optimizer_states"][0]["state"]["even"]["exp_avg"])
 
 
 def test_a_part_of_another_checkpoint_is_not_taken(store: Store) -> None:
@@ -344,9 +362,8 @@ def test_a_process_that_dies_in_the_middle_leaves_nothing_that_counts(tmp_path: 
         writer = make_io(directory)
         if rank:
             sharded.write_part = lambda *_: os._exit(0)  # after the plan, before its part
-        with pytest.raises(PeerLostError), writer:
-            writer.save_checkpoint(cut_state(2), writer.store.state(2))
-            writer.close()
+        with pytest.raises(PeerLostError):
+            save_with(writer, 2)
 
     run_world(tmp_path, 2, die)
     store = Store(directory)
@@ -355,6 +372,21 @@ def test_a_process_that_dies_in_the_middle_leaves_nothing_that_counts(tmp_path: 
     assert [path.name for path in directory.iterdir()] == ["step-00000001"]
     run_world(tmp_path, 2, lambda rank: save_steps(directory, 2))
     assert store.steps() == [1, 2]
+
+
+def test_a_process_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+
+    def hang(rank: int) -> None:
+        sharded.TIMEOUT = timedelta(seconds=1)
+        writer = make_io(directory)
+        if rank:
+            sharded.write_part = lambda *_: time.sleep(3)
+        with pytest.raises(PeerLostError):
+            save_with(writer, 2)
+
+    run_world(tmp_path, 2, hang)
+    assert Store(directory).steps() == []
 
 
 @pytest.mark.parametrize("is_checked", [True, False])

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_a_damaged_part_sends_the_run_to_the_checkpoint_before(tmp: Path) -> Non
     assert len([*(store.directory / "quarantine").glob("*.reason.txt")]) == 2
 
 
+def test_a_preempted_run_saves_and_goes_on(tmp: Path) -> None:
+    words = [*SHARDED, "trainer.max_steps=8", "callbacks.checkpoint.every_n_train_steps=3"]
+    world = World(tmp, "preempted", 2, *words).until(4).kill(1, number=signal.SIGTERM)
+    assert world.wait() == [75, 75], world.output()
+    assert max(world.store.steps()) >= 4
+    finish(tmp, "preempted", 2, *words)
+    assert differences(tmp, "sharded", "preempted") == []
+
+
 WAYS = {  # who goes on: number of processes, strategy
     "single": (1, ["strategy=single"]),
     "one": (1, SHARDED),
@@ -110,10 +120,8 @@ WAYS = {  # who goes on: number of processes, strategy
 }
 
 
-@pytest.mark.parametrize(
-    "way",
-    ["four", *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS if w != "four")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_any_world_and_strategy_goes_on(tmp: Path, way: str) -> None:
     processes, strategy = WAYS[way]
     name = f"to-{way.replace(' ', '-')}"
@@ -156,6 +164,10 @@ def test_the_other_doors_read_it(tmp: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "denoiser" in said
     assert "yes, by its manifest.json" in said
+
+
+@pytest.mark.slow
+def test_images_are_drawn_from_it(tmp: Path) -> None:
     said = run_script(tmp, "sample", "run=sharded", "sample.n=2", "sampler.steps=2")
     assert "step 8" in said or "png" in said, said
 

@@ -168,6 +168,8 @@ def _unpickle(content: bytes, path: Path, map_location: Any) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location=map_location, weights_only=True
         )
+        if schema.PARTS in state:
+            schema.map_leaves(_note_path, state)
         return rename_state(state)
     except MemoryError:
         raise
@@ -175,6 +177,12 @@ def _unpickle(content: bytes, path: Path, map_location: Any) -> dict[str, Any]:
         raise CheckpointLoadError(
             f"{path} is broken, or holds more than tensors and primitives and might run code"
         ) from None
+
+
+def _note_path(path: str, value: Any) -> None:
+    """Note under which path the parts have a tensor, before names change."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        setattr(value, schema.STORED_PATH, path)
 
 
 def _join(state: dict[str, Any], directory: Path, map_location: Any) -> dict[str, Any]:

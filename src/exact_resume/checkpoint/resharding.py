@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from exact_resume.checkpoint.integrity import CheckpointLoadError, CorruptCheckpointError
 from exact_resume.checkpoint.parts import PART_NAME, Piece, list_pieces, read_part
-from exact_resume.checkpoint.schema import PARTS, map_leaves
+from exact_resume.checkpoint.schema import PARTS, STORED_PATH, map_leaves
 
 
 def join(directory: Path, state: Mapping[str, Any], device: Any = "cpu") -> dict[str, Any]:
@@ -50,10 +50,11 @@ def join(directory: Path, state: Mapping[str, Any], device: Any = "cpu") -> dict
     def allocate(path: str, value: Any) -> Any:
         if not _is_cut(value):
             return value
-        targets[path] = torch.empty_strided(
+        stored = getattr(value, STORED_PATH)
+        targets[stored] = torch.empty_strided(
             value.shape, value.stride(), dtype=value.dtype, device=device
         )
-        return targets[path]
+        return targets[stored]
 
     rest = {name: value for name, value in state.items() if name != PARTS}
     joined: dict[str, Any] = map_leaves(allocate, rest)
@@ -90,7 +91,7 @@ def load_into(
         )
     own: dict[str, Tensor] = {}
     map_leaves(own.setdefault, {"state_dict": own_weights, "optimizer_states": own_states})
-    stored = {
+    wanted = {
         "state_dict": {name: state["state_dict"][name] for name in own_weights},
         "optimizer_states": state["optimizer_states"],
     }
@@ -106,11 +107,12 @@ def load_into(
                 f"{tuple(value.shape)} there, and here "
                 f"{'is none' if target is None else tuple(target.shape)}"
             )
+        stored = getattr(value, STORED_PATH)
         same = target.dtype == value.dtype
-        targets[path] = target if same else torch.empty_like(target, dtype=value.dtype)
-        return targets[path]
+        targets[stored] = target if same else torch.empty_like(target, dtype=value.dtype)
+        return targets[stored]
 
-    loaded = map_leaves(find, stored)
+    loaded = map_leaves(find, wanted)
     with torch.no_grad():
         _fill(directory, state[PARTS], targets)
         for name, weight in own_weights.items():

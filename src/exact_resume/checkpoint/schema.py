@@ -26,6 +26,7 @@ from typing import Any
 from torch import Tensor
 
 PARTS = "parts"  # the entry that only a sharded checkpoint has
+STORED_PATH = "stored_path"  # attribute of a tensor whose bytes are in the parts
 FORMAT = 2  # raised when a name inside a checkpoint changes; see checkpoint/renames.py
 
 

@@ -9,7 +9,6 @@ pass, such as a full disk, is retried with a warning. Any other error, or the la
 training at its next step. The ``with`` block ends when the last save is durable.
 """
 
-import ctypes
 import errno
 import logging
 import os
@@ -17,20 +16,19 @@ import queue
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from exact_resume.checkpoint import schema
+from exact_resume.checkpoint.host_buffers import HostBuffers
 from exact_resume.checkpoint.integrity import CheckpointLoadError
 from exact_resume.checkpoint.reading import load_state
 from exact_resume.checkpoint.store import Store
@@ -57,63 +55,6 @@ RETRY_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 
 class SaveError(Exception):
     """A checkpoint could not be written; the older ones are intact."""
-
-
-class HostBuffers:
-    """Host memory for one copy of a state.
-
-    Buffers are allocated once and reused: touching new memory takes longer than copying. Tensors
-    of one shape, type and layout take the buffers of this kind in turn.
-    """
-
-    def __init__(self) -> None:
-        self.pool: dict[Any, list[Tensor]] = {}
-
-    def preallocate(self, state: Any) -> None:
-        """Allocate the memory that ``copy`` will need for ``state``, and touch it.
-
-        It is touched by C and not by torch, whose first parallel loop in a second thread starts a
-        second team of OpenMP threads. libgomp then believes that there are more threads than
-        cores, and lets training's own threads sleep between loops, which halves its speed.
-        """
-
-        def touch(value: Tensor, buffer: Tensor) -> Tensor:
-            memory = buffer.untyped_storage()
-            ctypes.memset(memory.data_ptr(), 0, memory.nbytes())
-            return buffer
-
-        self._fill(state, touch)
-
-    def copy(self, state: Any) -> Any:
-        """Return ``state`` with its tensors copied; the copy is valid until the next ``copy``."""
-
-        def copy_tensor(value: Tensor, buffer: Tensor) -> Tensor:
-            return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-
-        copy = self._fill(state, copy_tensor)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream().synchronize()
-        return copy
-
-    def _fill(self, state: Any, fill: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        used: Counter[Any] = Counter()  # buffers by kind
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, Tensor) and not value.is_meta:
-                # The layout matters: loaded optimizer state is used in the layout that it has.
-                kind = (value.dtype, value.shape, value.stride(), value.is_cuda)
-                buffers = self.pool.setdefault(kind, [])
-                if used[kind] == len(buffers):
-                    buffers.append(_empty_like(value))
-                used[kind] += 1
-                return fill(value, buffers[used[kind] - 1])
-            if isinstance(value, Mapping):
-                return {k: filled(v) for k, v in value.items()}
-            if isinstance(value, list | tuple | set):
-                return type(value)([filled(v) for v in value])
-            return value
-
-        return filled(state)
 
 
 class StoreCheckpointIO(CheckpointIO):
@@ -243,9 +184,12 @@ class StoreCheckpointIO(CheckpointIO):
         """
         if not any(path.parent.glob("part-*")):
             return None
+        state = self._load(path, "cpu", whole=False)
+        if schema.PARTS not in state:
+            return None
         from exact_resume.checkpoint.resharding import load_into
 
-        return load_into(path.parent, self._load(path, "cpu", whole=False), model, optimizers)
+        return load_into(path.parent, state, model, optimizers)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
@@ -371,11 +315,6 @@ class StoreCheckpointIO(CheckpointIO):
         if renamed:
             fsync_directory(self.store.directory)
         return renamed
-
-
-def _empty_like(value: Tensor) -> Tensor:
-    """Return uninitialized host memory for a copy of ``value``, pinned if that is on a GPU."""
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
 
 
 def _exit_now(code: Any) -> None:
