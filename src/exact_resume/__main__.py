@@ -3,6 +3,7 @@
     python -m exact_resume status runs/NAME     a table, and what the run's command would do now
     python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
     python -m exact_resume show FILE            what a file of weights holds; nothing is executed
+    python -m exact_resume consolidate runs/NAME    one full file from a sharded checkpoint
     python -m exact_resume again runs/NAME      whether to start it again: see ``again.py``
 
 ``show`` also takes a checkpoint, a run, or a folder with several files of weights.
@@ -15,7 +16,10 @@ command.
 import sys
 from pathlib import Path
 
-USAGE = "usage: python -m exact_resume status|verify runs/NAME, show FILE, again runs/NAME --code N"
+USAGE = (
+    "usage: python -m exact_resume status|verify|consolidate runs/NAME, show FILE, "
+    "again runs/NAME --code N"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +34,10 @@ def main(arguments: list[str]) -> int:
             from exact_resume.show import show
 
             return show(Path(path))
+        case ["consolidate", *others]:
+            from exact_resume.consolidate import consolidate_command
+
+            return consolidate_command(others)
         case ["again", run]:
             from exact_resume.again import again
 

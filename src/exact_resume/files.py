@@ -5,6 +5,7 @@ The bytes of a file are durable once the file was synced; its name, once its dir
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -31,6 +32,33 @@ _warned_devices: set[int] = set()  # numbers of the file systems that a warning 
 
 class LockUnsupportedError(OSError):
     """The file system cannot lock files."""
+
+
+class HashingWriter:
+    """A file that computes the SHA-256 of what is written, so that nothing is read back.
+
+    Args:
+        file: open for writing.
+
+    Attributes:
+        sha256: the hash so far.
+        size: bytes written so far.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Write ``data``, and add it to the hash."""
+        self.sha256.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Flush the file."""
+        self.file.flush()
 
 
 @contextmanager

@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from exact_resume.checkpoint.compare import diff_checkpoints
+from exact_resume.checkpoint.host_buffers import HostBuffers
 from exact_resume.checkpoint.store import Store, load_state
-from exact_resume.checkpoint.writer import HostBuffers, SaveError, StoreCheckpointIO
+from exact_resume.checkpoint.writer import SaveError, StoreCheckpointIO
 from exact_resume.signals import PreemptedError
 
 
@@ -350,7 +351,8 @@ TEAMS = """
 import os, sys
 import torch
 from exact_resume.checkpoint.store import Store
-from exact_resume.checkpoint.writer import HostBuffers, StoreCheckpointIO
+from exact_resume.checkpoint.host_buffers import HostBuffers
+from exact_resume.checkpoint.writer import StoreCheckpointIO
 
 if sys.argv[2] == "copied":  # by torch, in the writer
     HostBuffers.preallocate = HostBuffers.copy

@@ -38,6 +38,9 @@ class Checkpoint(ModelCheckpoint):
         keep_last: number of newest checkpoints to keep, at least 1.
         keep_best: number of best checkpoints to keep.
         keep_every: steps divisible by it are kept for good; None for none.
+        sharded: under a strategy that cuts the tensors over processes, each process saves its
+            pieces, and none holds the whole state. Any number of processes can read it. Under
+            other strategies every process has the whole state, and process 0 writes it.
         every: ``auto`` saves as often as loses the least time, by the measured cost of a save. Then
             ``every_n_train_steps`` and ``every_n_minutes`` are not read, and the steps of
             ``keep_every`` are saved, too. None for the two of them.
@@ -58,6 +61,7 @@ class Checkpoint(ModelCheckpoint):
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int | None = None,
+        sharded: bool = False,
         every: str | None = None,
         mean_time_between_failures: float = 24.0,
     ) -> None:
@@ -80,6 +84,7 @@ class Checkpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        self.sharded = sharded
         self.interval: SaveInterval | None = None
         if every == "auto":
             self.interval = SaveInterval(mean_time_between_failures)
@@ -102,6 +107,7 @@ class Checkpoint(ModelCheckpoint):
         self.metrics = trainer.logger
         io.before_commit = self.metrics.sync  # the record is never older than a checkpoint
         io.after_commit = self._delete_unneeded
+        io.sharded = self.sharded
         self.dirpath = str(self.store.directory)
 
     @override
@@ -181,9 +187,10 @@ class Checkpoint(ModelCheckpoint):
 
     def _preallocate(self, trainer: L.Trainer) -> None:
         """Let the writer allocate its buffers, once the optimizer has its state."""
-        if self.is_preallocated or not trainer.is_global_zero:
+        if self.is_preallocated:
             return
-        if not trainer.strategy.lightning_restore_optimizer:
+        is_cut = not trainer.strategy.lightning_restore_optimizer
+        if is_cut != self.sharded or not (is_cut or trainer.is_global_zero):
             return
         states = [optimizer.state_dict() for optimizer in trainer.optimizers]
         self.io.preallocate([trainer.lightning_module.state_dict(), *states])

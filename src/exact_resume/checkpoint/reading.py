@@ -3,12 +3,12 @@
     step-00000500/
         state.ckpt       weights, optimizer, step, position
         manifest.json    step, fingerprint, SHA-256 of each file
+        part-*           of a sharded checkpoint: the tensors (see sharded.py)
 
 ``schema.py`` lists the entries. Loading is always ``weights_only=True``: no checkpoint can execute
 code. Nothing here changes a file.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -24,27 +24,22 @@ from typing import Any
 import torch
 
 from exact_resume.checkpoint import schema
+from exact_resume.checkpoint.integrity import (
+    CheckpointLoadError,
+    CorruptCheckpointError,
+    NoValidCheckpointError,
+    check_hash,
+    check_size,
+    classify_io_error,
+)
 from exact_resume.checkpoint.renames import rename_manifest, rename_state
 
 log = logging.getLogger(__name__)
 
+_DEVICE = str | torch.device
 STATE = "state.ckpt"
 MANIFEST = "manifest.json"
 STEP_DIRNAME = re.compile(r"step-(\d{8,})")
-# A file that is gone or on bad sectors is damaged. After any other error it may be intact.
-DAMAGE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO}
-
-
-class CorruptCheckpointError(ValueError):
-    """A checkpoint does not verify; the message names the file and the reason."""
-
-
-class CheckpointLoadError(ValueError):
-    """A file cannot be loaded as tensors and primitives; nothing in it was executed."""
-
-
-class NoValidCheckpointError(Exception):
-    """There are checkpoints, but this version can use none of them."""
 
 
 def step_dirname(step: int) -> str:
@@ -53,17 +48,19 @@ def step_dirname(step: int) -> str:
 
 
 def read_checkpoint(
-    directory: Path, name: str = STATE, map_location: Any = "cpu"
+    directory: Path, name: str = STATE, map_location: Any = "cpu", *, whole: bool = True
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the manifest of a checkpoint, and the content of its file ``name``.
 
-    The file is read once: the bytes that are hashed are the bytes that are loaded. For a moment
-    this takes the memory of two copies.
+    Each file is read once: the bytes that are hashed are the bytes that are loaded. For a moment
+    ``state.ckpt`` takes the memory of two copies; the parts of a sharded checkpoint do not.
 
     Args:
         directory: of the checkpoint.
         name: of one of its files.
         map_location: as of ``torch.load``.
+        whole: whether to put together the tensors of a sharded checkpoint. Else they are on the
+            device "meta", without bytes.
 
     Raises:
         CorruptCheckpointError: with the file and the reason; nothing was loaded.
@@ -76,12 +73,13 @@ def read_checkpoint(
         raise CorruptCheckpointError(f"{name} is not in its {MANIFEST}")
     expected = manifest["files"][name]
     try:
-        _check_size(directory / name, expected)
+        check_size(directory / name, expected)
         content = (directory / name).read_bytes()
     except OSError as error:
         raise classify_io_error(name, error) from None
-    _check_hash(name, hashlib.sha256(content).hexdigest(), expected)
-    return manifest, _unpickle(content, directory / name, map_location)
+    check_hash(name, hashlib.sha256(content).hexdigest(), expected)
+    state = _unpickle(content, directory / name, map_location)
+    return manifest, _join(state, directory, map_location) if whole else state
 
 
 def verify_checkpoint(directory: Path) -> dict[str, Any]:
@@ -93,19 +91,24 @@ def verify_checkpoint(directory: Path) -> dict[str, Any]:
     manifest = parse_manifest(directory)
     for name, expected in manifest["files"].items():
         try:
-            _check_size(directory / name, expected)
+            check_size(directory / name, expected)
             with (directory / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise classify_io_error(name, error) from None
-        _check_hash(name, found, expected)
+        check_hash(name, found, expected)
     return manifest
 
 
-def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def load_state(path: Path, map_location: Any = "cpu", *, whole: bool = True) -> dict[str, Any]:
     """Return the content of a ``state.ckpt``, verified by the manifest beside it.
 
     A file without a manifest is loaded, too, with a warning that it is not verified.
+
+    Args:
+        path: of the ``state.ckpt``.
+        map_location: as of ``torch.load``.
+        whole: as of ``read_checkpoint``.
 
     Raises:
         CorruptCheckpointError: if it does not verify; nothing was loaded.
@@ -113,11 +116,12 @@ def load_state(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """
     if os.path.lexists(path.parent / MANIFEST):
         try:
-            return read_checkpoint(path.parent, path.name, map_location)[1]
+            return read_checkpoint(path.parent, path.name, map_location, whole=whole)[1]
         except CorruptCheckpointError as reason:
             raise CorruptCheckpointError(f"{path} does not verify: {reason}") from None
     _warn_unverified(path)
-    return _unpickle(path.read_bytes(), path, map_location)
+    state = _unpickle(path.read_bytes(), path, map_location)
+    return _join(state, path.parent, map_location) if whole else state
 
 
 def parse_manifest(directory: Path) -> dict[str, Any]:
@@ -153,34 +157,9 @@ def parse_manifest(directory: Path) -> dict[str, Any]:
     return rename_manifest(manifest)
 
 
-def classify_io_error(name: str, error: OSError) -> Exception:
-    """Return a CorruptCheckpointError if ``error`` means that the file is damaged, else ``error``.
-
-    A file that is gone or on bad sectors is damaged. A missing permission or a network that is
-    down says nothing about the file.
-    """
-    if error.errno in DAMAGE_ERRNOS:
-        return CorruptCheckpointError(f"{name} cannot be read: {error.strerror}")
-    return error
-
-
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a manifest or a score, without its own entry ``sha256``."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _check_size(path: Path, expected: Mapping[str, Any]) -> None:
-    """Check the size of a file before it is read: a device or a FIFO might never end."""
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        raise CorruptCheckpointError(f"{path.name} has {size} bytes instead of {expected['bytes']}")
-
-
-def _check_hash(name: str, found: str, expected: Mapping[str, Any]) -> None:
-    if found != expected["sha256"]:
-        raise CorruptCheckpointError(
-            f"{name} has changed since it was written (its SHA-256 differs)"
-        )
 
 
 def _unpickle(content: bytes, path: Path, map_location: Any) -> dict[str, Any]:
@@ -189,6 +168,8 @@ def _unpickle(content: bytes, path: Path, map_location: Any) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(
             io.BytesIO(content), map_location=map_location, weights_only=True
         )
+        if schema.PARTS in state:
+            schema.map_leaves(_note_path, state)
         return rename_state(state)
     except MemoryError:
         raise
@@ -196,6 +177,21 @@ def _unpickle(content: bytes, path: Path, map_location: Any) -> dict[str, Any]:
         raise CheckpointLoadError(
             f"{path} is broken, or holds more than tensors and primitives and might run code"
         ) from None
+
+
+def _note_path(path: str, value: Any) -> None:
+    """Note under which path the parts have a tensor, before names change."""
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        setattr(value, schema.STORED_PATH, path)
+
+
+def _join(state: dict[str, Any], directory: Path, map_location: Any) -> dict[str, Any]:
+    """Put together the tensors of a sharded checkpoint; another is returned as it is."""
+    if schema.PARTS not in state:
+        return state
+    from exact_resume.checkpoint.resharding import join  # torch.distributed takes time to import
+
+    return join(directory, state, map_location if isinstance(map_location, _DEVICE) else "cpu")
 
 
 @cache  # warn once for each file

@@ -18,13 +18,15 @@ Only the top level is declared; the writer of an entry decides what lies below i
 tensor or a primitive, at any depth, so that loading never executes code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
 
 from torch import Tensor
 
+PARTS = "parts"  # the entry that only a sharded checkpoint has
+STORED_PATH = "stored_path"  # attribute of a tensor whose bytes are in the parts
 FORMAT = 2  # raised when a name inside a checkpoint changes; see checkpoint/renames.py
 
 
@@ -101,6 +103,8 @@ STATE_ENTRIES = _by_name(
           meaning="the weights that are being averaged"),
     Entry("format", int, written_by="StoreCheckpointIO", compared=False,
           meaning="the version of the names in this file"),
+    Entry(PARTS, dict, written_by="StoreCheckpointIO", compared=False,
+          meaning="bytes and SHA-256 of the files with the tensors, if the checkpoint is sharded"),
     Entry("config", dict | None, written_by="the application", compared=False,
           meaning="the resolved config; the module can be rebuilt from it"),
     Entry("init_from", dict, written_by="the application", compared=False,
@@ -186,6 +190,22 @@ def assert_primitive(value: Any, where: str) -> None:
         raise TypeError(
             f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and primitives only"
         )
+
+
+def map_leaves(change: Callable[[str, Any], Any], value: Any, path: str = "") -> Any:
+    """Return nested ``value`` with ``change(path, leaf)`` in place of each leaf.
+
+    Args:
+        change: called with the path of a leaf, such as ``state_dict/layer.weight``, and the leaf.
+        value: mappings, lists and tuples, at any depth.
+        path: of ``value``.
+    """
+    above = f"{path}/" if path else ""
+    if isinstance(value, Mapping):
+        return {k: map_leaves(change, v, f"{above}{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([map_leaves(change, v, f"{above}{i}") for i, v in enumerate(value)])
+    return change(path, value)
 
 
 def missing_entries(

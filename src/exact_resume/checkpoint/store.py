@@ -9,7 +9,6 @@ used: the run that holds the lock moves the corrupt one to ``quarantine/``, with
 process that only reads leaves it where it is.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -17,17 +16,19 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from exact_resume.checkpoint.integrity import (
+    CheckpointLoadError,
+    CorruptCheckpointError,
+    NoValidCheckpointError,
+)
 from exact_resume.checkpoint.reading import (
     MANIFEST,
     STATE,
     STEP_DIRNAME,
-    CheckpointLoadError,
-    CorruptCheckpointError,
-    NoValidCheckpointError,
     load_state,
     manifest_hash,
     parse_manifest,
@@ -36,7 +37,13 @@ from exact_resume.checkpoint.reading import (
     verify_checkpoint,
 )
 from exact_resume.checkpoint.schema import FORMAT, assert_primitive
-from exact_resume.files import atomic_write, fsync_directory, make_directory, open_durable
+from exact_resume.files import (
+    HashingWriter,
+    atomic_write,
+    fsync_directory,
+    make_directory,
+    open_durable,
+)
 
 __all__ = [
     "FORMAT",
@@ -62,33 +69,6 @@ T = TypeVar("T")
 READER_ATTEMPTS = 10  # listings without a checkpoint before a reader believes that there is none
 SCORE = "score.json"
 QUARANTINE = "quarantine"
-
-
-class HashingWriter:
-    """A file that computes the SHA-256 of what is written, so that nothing is read back.
-
-    Args:
-        file: open for writing.
-
-    Attributes:
-        sha256: the hash so far.
-        size: bytes written so far.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        """Write ``data``, and add it to the hash."""
-        self.sha256.update(data)
-        self.size += memoryview(data).nbytes
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self.file.flush()
 
 
 class Store:
@@ -139,30 +119,65 @@ class Store:
             FileExistsError: if the step has a checkpoint; checkpoints are immutable.
         """
         assert_primitive(state, "state")
+        temporary = self.stage(step, str(os.getpid()))
+        try:
+            return self.publish(step, temporary, state, {}, **metadata)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk this frees the space
+            raise
+
+    def stage(self, step: int, name: str) -> Path:
+        """Make the temporary directory of the checkpoint of ``step``.
+
+        Args:
+            step: optimizer steps done.
+            name: tells it from those of other processes.
+
+        Raises:
+            FileExistsError: as ``commit``.
+        """
         final = self.path(step)
         if final.exists():
             raise FileExistsError(f"{final} exists, and checkpoints are never overwritten")
         make_directory(self.directory)
-        temporary = self.directory / f".{step_dirname(step)}.{os.getpid()}"
+        temporary = self.directory / f".{step_dirname(step)}.{name}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        try:
-            with open_durable(temporary / STATE) as file:
-                hashing = HashingWriter(file)
-                torch.save(dict(state), hashing)  # type: ignore[arg-type]
-            files = {STATE: {"bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}}
-            manifest = {"format": FORMAT, "step": step, "files": files, "time": time.time()}
-            manifest = json.loads(json.dumps(manifest | metadata))  # as it will be read again
-            manifest |= {"sha256": manifest_hash(manifest)}
-            with open_durable(temporary / MANIFEST) as file:
-                file.write(json.dumps(manifest, indent=1).encode())
-            fsync_directory(temporary)
-            os.rename(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # on a full disk this frees the space
-            raise
+        return temporary
+
+    def publish(
+        self,
+        step: int,
+        temporary: Path,
+        state: Mapping[str, Any],
+        files: Mapping[str, Mapping[str, Any]],
+        **metadata: Any,
+    ) -> Path:
+        """Add ``state.ckpt`` and the manifest to ``temporary``, and make it the checkpoint.
+
+        Args:
+            step: optimizer steps done.
+            temporary: of ``stage``.
+            state: the content of ``state.ckpt``.
+            files: bytes and SHA-256 of the files that ``temporary`` has already, which are durable.
+            **metadata: further entries of the manifest.
+
+        Returns:
+            the directory of the checkpoint.
+        """
+        with open_durable(temporary / STATE) as file:
+            hashing = HashingWriter(file)
+            torch.save(dict(state), hashing)  # type: ignore[arg-type]
+        own = {STATE: {"bytes": hashing.size, "sha256": hashing.sha256.hexdigest()}}
+        manifest = {"format": FORMAT, "step": step, "files": {**own, **files}, "time": time.time()}
+        manifest = json.loads(json.dumps(manifest | metadata))  # as it will be read again
+        manifest |= {"sha256": manifest_hash(manifest)}
+        with open_durable(temporary / MANIFEST) as file:
+            file.write(json.dumps(manifest, indent=1).encode())
+        fsync_directory(temporary)
+        os.rename(temporary, self.path(step))
         fsync_directory(self.directory)
-        return final
+        return self.path(step)
 
     def verify(self, step: int) -> dict[str, Any]:
         """Return the manifest of ``step`` after checking every byte of the checkpoint against it.

@@ -9,7 +9,6 @@ pass, such as a full disk, is retried with a warning. Any other error, or the la
 training at its next step. The ``with`` block ends when the last save is durable.
 """
 
-import ctypes
 import errno
 import logging
 import os
@@ -17,23 +16,28 @@ import queue
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch import Tensor
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from exact_resume.checkpoint import schema
-from exact_resume.checkpoint.reading import CheckpointLoadError, load_state
+from exact_resume.checkpoint.host_buffers import HostBuffers
+from exact_resume.checkpoint.integrity import CheckpointLoadError
+from exact_resume.checkpoint.reading import load_state
 from exact_resume.checkpoint.store import Store
+from exact_resume.distributed import PeerLostError, rank
 from exact_resume.files import fsync_directory
 from exact_resume.signals import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlan
 
 log = logging.getLogger(__name__)
 
@@ -53,63 +57,6 @@ class SaveError(Exception):
     """A checkpoint could not be written; the older ones are intact."""
 
 
-class HostBuffers:
-    """Host memory for one copy of a state.
-
-    Buffers are allocated once and reused: touching new memory takes longer than copying. Tensors
-    of one shape, type and layout take the buffers of this kind in turn.
-    """
-
-    def __init__(self) -> None:
-        self.pool: dict[Any, list[Tensor]] = {}
-
-    def preallocate(self, state: Any) -> None:
-        """Allocate the memory that ``copy`` will need for ``state``, and touch it.
-
-        It is touched by C and not by torch, whose first parallel loop in a second thread starts a
-        second team of OpenMP threads. libgomp then believes that there are more threads than
-        cores, and lets training's own threads sleep between loops, which halves its speed.
-        """
-
-        def touch(value: Tensor, buffer: Tensor) -> Tensor:
-            memory = buffer.untyped_storage()
-            ctypes.memset(memory.data_ptr(), 0, memory.nbytes())
-            return buffer
-
-        self._fill(state, touch)
-
-    def copy(self, state: Any) -> Any:
-        """Return ``state`` with its tensors copied; the copy is valid until the next ``copy``."""
-
-        def copy_tensor(value: Tensor, buffer: Tensor) -> Tensor:
-            return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
-
-        copy = self._fill(state, copy_tensor)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.current_stream().synchronize()
-        return copy
-
-    def _fill(self, state: Any, fill: Callable[[Tensor, Tensor], Tensor]) -> Any:
-        used: Counter[Any] = Counter()  # buffers by kind
-
-        def filled(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                # The layout matters: loaded optimizer state is used in the layout that it has.
-                kind = (value.dtype, value.shape, value.stride(), value.is_cuda)
-                buffers = self.pool.setdefault(kind, [])
-                if used[kind] == len(buffers):
-                    buffers.append(_empty_like(value))
-                used[kind] += 1
-                return fill(value, buffers[used[kind] - 1])
-            if isinstance(value, Mapping):
-                return {k: filled(v) for k, v in value.items()}
-            if isinstance(value, list | tuple | set):
-                return type(value)([filled(v) for v in value])
-            return value
-
-        return filled(state)
-
-
 class StoreCheckpointIO(CheckpointIO):
     """A CheckpointIO plugin for Lightning's Trainer that saves to a store.
 
@@ -126,6 +73,9 @@ class StoreCheckpointIO(CheckpointIO):
     Attributes:
         before_commit: called by the writer before each save.
         after_commit: called by the writer after each save.
+        sharded: whether a strategy that cuts tensors over processes gives each process its pieces
+            to save, and not all tensors to process 0. Then every process must call
+            ``save_checkpoint``.
     """
 
     def __init__(
@@ -142,6 +92,8 @@ class StoreCheckpointIO(CheckpointIO):
         self.retry_delays = retry_delays
         self.before_commit: Callable[[], None] = lambda: None
         self.after_commit: Callable[[], None] = lambda: None
+        self.sharded = False
+        self.group: Any = None  # of the writers of all processes
         # Last in, first out: the second buffers are used, and allocated, only if a save waits.
         self.free_buffers: queue.LifoQueue[HostBuffers] = queue.LifoQueue()
         for _ in range(2):
@@ -154,6 +106,10 @@ class StoreCheckpointIO(CheckpointIO):
 
     def preallocate(self, state: Any) -> None:
         """Let the writer allocate memory for the tensors in ``state`` before the first save."""
+        if self.sharded:
+            from exact_resume.checkpoint import sharded
+
+            state, _ = sharded.split({"state": state})
         if self.thread:
             buffers = self.free_buffers.get()
             self.queue.put((buffers, partial(buffers.preallocate, state)))
@@ -168,6 +124,7 @@ class StoreCheckpointIO(CheckpointIO):
             SchemaError: if an entry of it, or of its manifest, is not declared in the schema.
             TypeError: if anything in it is neither a tensor nor a primitive.
             SaveError: if an earlier save failed.
+            PeerLostError: if it failed because another process is gone.
             OSError: outside ``with``, if this save fails.
         """
         step = checkpoint["global_step"]
@@ -180,13 +137,20 @@ class StoreCheckpointIO(CheckpointIO):
         schema.check_declared(state)
         schema.check_declared(metadata, schema.MANIFEST_ENTRIES)
         schema.assert_primitive(state, "the checkpoint")
+        plan = None
+        if self.sharded:
+            from exact_resume.checkpoint import sharded  # torch.distributed takes time to import
+
+            state, plan = sharded.split(state)
+            if plan and self.group is None:
+                self.group = sharded.new_group()
         if self.thread is None:
-            self._save(state, metadata)
+            self._save(state, metadata, plan)
             return
         buffers = self.free_buffers.get()  # a third save waits here
         try:
             self.check()
-            self.queue.put((buffers, partial(self._save, buffers.copy(state), metadata)))
+            self.queue.put((buffers, partial(self._save, buffers.copy(state), metadata, plan)))
         except BaseException:
             self.free_buffers.put(buffers)
             raise
@@ -202,19 +166,47 @@ class StoreCheckpointIO(CheckpointIO):
             CheckpointLoadError: if it holds anything else, or lacks an entry that is required to
                 continue a run.
         """
-        state = load_state(Path(path), map_location or "cpu")
-        if missing := schema.missing_entries(state):
-            raise CheckpointLoadError(
-                f"{path} has no {', '.join(missing)}, so no run can continue from it"
-            )
-        return state
+        return self._load(Path(path), map_location or "cpu")
+
+    def load_into(
+        self, path: Path, model: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> dict[str, Any] | None:
+        """Load a sharded checkpoint into a distributed model, each process its own pieces.
+
+        Args:
+            path: of the ``state.ckpt``.
+            model: whose parameters are distributed.
+            optimizers: of the model.
+
+        Returns:
+            what the checkpoint holds beside the weights; None if it is not sharded.
+
+        Raises:
+            CorruptCheckpointError, CheckpointLoadError: as ``load_checkpoint``; or if it is of
+                another network.
+        """
+        if not any(path.parent.glob("part-*")):
+            return None
+        state = self._load(path, "cpu", whole=False)
+        if schema.PARTS not in state:
+            return None
+        from exact_resume.checkpoint.resharding import load_into
+
+        return load_into(path.parent, state, model, optimizers)
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
         """Do nothing: only ``Store.prune`` deletes checkpoints, never a save."""
 
     def check(self) -> None:
-        """Raise a SaveError if the writer has failed. It costs nothing: call it every step."""
+        """Raise an error if the writer has failed. It costs nothing: call it every step.
+
+        Raises:
+            SaveError: with the reason.
+            PeerLostError: if the reason is that another process is gone.
+        """
+        if isinstance(self.error, PeerLostError):
+            raise self.error
         if self.error:
             raise SaveError(
                 f"a checkpoint could not be written: {self.error}. The older ones in "
@@ -269,17 +261,26 @@ class StoreCheckpointIO(CheckpointIO):
                 self.error = error
             self.free_buffers.put(buffers)
 
-    def _save(self, state: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    def _load(self, path: Path, map_location: Any, *, whole: bool = True) -> dict[str, Any]:
+        state = load_state(path, map_location, whole=whole)
+        if missing := schema.missing_entries(state):
+            raise CheckpointLoadError(
+                f"{path} has no {', '.join(missing)}, so no run can continue from it"
+            )
+        return state
+
+    def _save(
+        self, state: Mapping[str, Any], metadata: Mapping[str, Any], plan: "SavePlan | None"
+    ) -> None:
         step = state["global_step"]
         for attempt, delay in enumerate((*self.retry_delays, None)):
             try:
-                self.check_before()
-                self.before_commit()
-                if attempt and step in self.store.steps():
-                    # The rename was done, but syncing the directory failed.
-                    fsync_directory(self.store.directory)
+                if plan:
+                    self._commit_sharded(step, state, metadata, plan, is_retry=attempt > 0)
                 else:
-                    self.store.commit(step, state, **metadata)
+                    self._check_and_sync()
+                    if not (attempt and self._sync_renamed(step)):
+                        self.store.commit(step, state, **metadata)
                 break
             except Exception as error:
                 cause = next((e for e in _causes(error) if isinstance(e, OSError)), error)
@@ -288,15 +289,39 @@ class StoreCheckpointIO(CheckpointIO):
                     raise cause from None
                 log.warning("saving step %d failed: %s; trying again in %g s", step, cause, delay)
                 time.sleep(delay)
+        if rank():
+            return
         try:
             self.after_commit()
         except OSError as error:
             log.warning("step %d is saved, but old files could not be deleted: %s", step, error)
 
+    def _check_and_sync(self) -> None:
+        self.check_before()
+        self.before_commit()
 
-def _empty_like(value: Tensor) -> Tensor:
-    """Return uninitialized host memory for a copy of ``value``, pinned if that is on a GPU."""
-    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+    def _commit_sharded(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        plan: "SavePlan",
+        *,
+        is_retry: bool,
+    ) -> None:
+        """Commit with the other processes, which all do the same."""
+        from exact_resume.checkpoint import sharded
+
+        if is_retry and sharded.ask_process_zero(partial(self._sync_renamed, step), self.group):
+            return
+        sharded.commit(self.store, state, metadata, plan, self.group, self._check_and_sync)
+
+    def _sync_renamed(self, step: int) -> bool:
+        """Return whether ``step`` was renamed, and syncing the directory failed; sync it then."""
+        renamed = step in self.store.steps()
+        if renamed:
+            fsync_directory(self.store.directory)
+        return renamed
 
 
 def _exit_now(code: Any) -> None:

@@ -5,11 +5,13 @@ ddp       each process has all parameters; ``exact_resume.reduction`` sums their
 fsdp2     each process has a part of all parameters (``fully_shard`` of torch.distributed), and
           the backward pass sums gradients: on the tree of ``exact_resume.reduction``, or by FSDP
 
-All write the same checkpoint: the full state, by name.
+All write the same checkpoint: the full state, by name. If checkpoints are sharded, fsdp2 cuts the
+same state into parts, and all read that, too.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +23,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.distributed import world_size
 from exact_resume.reduction import TreeReduceScatter
 from exact_resume.strategy import DDP
@@ -53,7 +56,8 @@ def fsdp2() -> Strategy | str:
 class FSDP2(ModelParallelStrategy):
     """Parameters, average and optimizer state in parts, one on each process.
 
-    Checkpoints hold the full state.
+    Checkpoints hold the full state, which process 0 gathers and writes; or, if they are sharded,
+    each process writes and reads its parts.
     """
 
     def __init__(self) -> None:
@@ -64,9 +68,41 @@ class FSDP2(ModelParallelStrategy):
         )
 
     @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        if not self._io().sharded:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        if self._io().sharded:
+            self._io().save_checkpoint(checkpoint, filepath)  # on every process
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        loaded = self._io().load_into(path, self.model, self.optimizers)
+        return super().load_checkpoint(path, weights_only) if loaded is None else loaded
+
+    def _io(self) -> StoreCheckpointIO:
+        io = self.checkpoint_io
+        assert isinstance(io, StoreCheckpointIO)
+        return io
+
+    @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         # Numbered in the order of the parameter groups, as by other strategies. Rank 0 gets all
-        # of it, and the others nothing.
+        # of it, and the others nothing; or each its parts.
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
             get_optimizer_state_dict,
@@ -75,7 +111,8 @@ class FSDP2(ModelParallelStrategy):
         assert self.model is not None
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer.optimizer
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole = not self._io().sharded
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
         state = get_optimizer_state_dict(self.model, optimizer, options=options)
         if not state:
             return {"state": {}, "param_groups": []}
@@ -103,7 +140,8 @@ def shard_parameters(module: L.LightningModule, network: nn.Module, *, tree: boo
             has_parameters = any(True for _ in layer.parameters())
             if has_parameters and not isinstance(layer, nn.ModuleList):
                 fully_shard(layer, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # Also what no backward pass follows must be cut again: samples and validation.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
     if not tree:
         return
     for layer in [m for m in network.modules() if isinstance(m, FSDPModule)]:
