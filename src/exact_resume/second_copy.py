@@ -208,6 +208,7 @@ class SecondCopy:
 
     def _fetch_record(self) -> None:
         retry(lambda: fetch_record(self.remote, self.run.home))
+        self.run.metrics.reload()
 
     def _scores_of(self, steps: list[int]) -> dict[int, float]:
         found = {step: self.remote.score(step) for step in steps}
