@@ -160,9 +160,10 @@ class Copier:
         if not self.is_claimed:
             self._claim()
         self.remote.check_owner()
-        self.record.copy()  # the record is never older than a checkpoint
         self._compare()
-        for step in self._missing():
+        missing = self._missing()
+        self.record.copy()  # after the choice: the record is never older than a checkpoint
+        for step in missing:
             if self._copy_step(step):
                 self._delete_unneeded()
                 return True
@@ -194,8 +195,9 @@ class Copier:
         for step in self.complete - self.scores.keys():
             if step not in steps_in(files, SCORE) and step in self.same:
                 self._copy_score(step)
-            if score := self.remote.score(step):
-                self.scores[step] = float(score["value"])
+            score = self.remote.score(step, self.monitor)
+            if score is not None:
+                self.scores[step] = score
 
     def _missing(self) -> list[int]:
         """Return the steps to copy, newest first."""
