@@ -6,6 +6,7 @@ Nothing leaves this machine. The credentials are dummies, which the server does 
 """
 
 import http.client
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR, SO_RCVBUF, SOL_SOCKET, create_connection, socket
 from typing import Any
+
+from exact_resume.supervisor import signal_when_parent_dies
 
 HOST, BUCKET = "127.0.0.1", "bucket"
 CREDENTIALS = {
@@ -62,8 +65,8 @@ class S3Server:
 
     def __init__(self) -> None:
         self.port = free_port()
-        words = [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(self.port)]
         quiet = subprocess.DEVNULL
+        words = [sys.executable, __file__, str(self.port)]
         self.process = subprocess.Popen(words, stdout=quiet, stderr=quiet)
         try:
             wait_for_port(self.port, self.process)
@@ -339,3 +342,10 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float = 
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"moto's server does not listen; it exited with {process.poll()}")
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    from moto.server import main
+
+    signal_when_parent_dies(signal.SIGKILL)
+    main(["-H", HOST, "-p", sys.argv[1]])
