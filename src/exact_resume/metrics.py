@@ -94,6 +94,7 @@ class MetricsCSV(Logger):
         """Drop the rows after ``step``, and return them."""
         rows = self.rows()
         if self.path.exists():
+            self.columns = self._read_columns()  # a start may have fetched the file
             self._rewrite([row for row in rows if _step(row) <= step])
         return [row for row in rows if _step(row) > step]
 
