@@ -65,6 +65,7 @@ class S3Server:
 
     def __init__(self) -> None:
         self.port = free_port()
+        self._client: Any = None
         quiet = subprocess.DEVNULL
         words = [sys.executable, __file__, str(self.port)]
         self.process = subprocess.Popen(words, stdout=quiet, stderr=quiet)
@@ -84,13 +85,15 @@ class S3Server:
         """Return boto3's client of the server itself, past the proxy and its faults."""
         import boto3
 
-        return boto3.client(
-            "s3",
-            endpoint_url=f"http://{HOST}:{self.port}",
-            aws_access_key_id="dummy",
-            aws_secret_access_key="dummy",
-            region_name="us-east-1",
-        )
+        if self._client is None:
+            self._client = boto3.client(
+                "s3",
+                endpoint_url=f"http://{HOST}:{self.port}",
+                aws_access_key_id="dummy",
+                aws_secret_access_key="dummy",
+                region_name="us-east-1",
+            )
+        return self._client
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the names of the objects under ``prefix``."""
@@ -134,6 +137,7 @@ class Proxy:
     Attributes:
         fault: the fault now; None for none.
         requests: the method and the path of each request that arrived.
+        under_way: those that were not answered yet, by number.
     """
 
     def __init__(self, target: int) -> None:
@@ -142,6 +146,7 @@ class Proxy:
         self.url = f"http://{HOST}:{self.port}"
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str]] = []
+        self.under_way: dict[int, tuple[str, str]] = {}
         self.connections: set[socket] = set()
         self.listener: Listener | None = None
         self._listen()
@@ -173,6 +178,10 @@ class Proxy:
     def count(self, method: str, match: str = "") -> int:
         """Return how many requests of this kind have arrived."""
         return sum(m == method and match in path for m, path in list(self.requests))
+
+    def is_busy(self, method: str, match: str = "") -> bool:
+        """Return whether a request of this kind is under way."""
+        return any(m == method and match in path for m, path in [*self.under_way.values()])
 
     def close(self) -> None:
         """Close the port and all connections."""
@@ -220,9 +229,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.proxy.connections.discard(self.connection)
         super().finish()
 
+    def answer(self) -> None:
+        """Note a request, and forward it."""
+        proxy, request = self.server.proxy, (self.command, self.path)
+        proxy.requests.append(request)
+        proxy.under_way[id(self)] = request
+        try:
+            self.forward()
+        finally:
+            del proxy.under_way[id(self)]
+
     def forward(self) -> None:
         """Pass one request to the server and its answer back, with the fault of the moment."""
-        self.server.proxy.requests.append((self.command, self.path))
         body = self._receive(int(self.headers.get("Content-Length") or 0))
         while self._fault().kind == "late":
             time.sleep(0.02)
@@ -249,7 +267,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self._send(answer.status, headers, content)
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
     def log_message(self, *args: Any) -> None:
         """Say nothing."""

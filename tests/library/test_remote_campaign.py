@@ -1,0 +1,102 @@
+"""SIGKILL at random instants, lost machines and bad weather, against a real S3 server."""
+
+import random
+import time
+
+import pytest
+from machines import Machine, assert_same_bits, check_copy
+
+from s3_server import BUCKET, Fault, s3_server
+
+pytest.importorskip("moto")
+pytest.importorskip("s3fs")
+pytestmark = pytest.mark.slow
+
+STEPS, KILLS = 3000, 50
+SLOWLY = Fault("slow", ("GET", "PUT"), "state.ckpt", rate=200_000)
+WEATHER = [
+    Fault("refuse"),
+    Fault("hang"),
+    Fault("late", ("PUT", "DELETE")),
+    Fault("slow", rate=5000),
+    Fault("full", ("PUT", "POST")),
+    Fault("flip", ("PUT",), "state.ckpt"),
+    Fault("flip", ("GET",), "state.ckpt"),
+    Fault("flip", ("PUT",), "manifest.json"),
+    Fault("flip", ("PUT",), "metrics.csv"),
+    Fault("cut"),
+    Fault("forget"),
+]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment().items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run", steps=STEPS, seconds=0)
+    machine.finish()
+    return machine.home
+
+
+def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsys):
+    rng = random.Random(0)
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/kills", steps=STEPS)
+    hits = {"uploading": 0, "downloading": 0, "starting": 0}
+    server.proxy.switch(SLOWLY)
+    for kill in range(KILLS):
+        wiped = kill % 10 == 9
+        announced = machine.announced
+        machine.start()
+        if kill % 10 == 0 and kill:  # on an empty disk
+            machine.wait(lambda: server.proxy.is_busy("GET", "state.ckpt"))
+            time.sleep(rng.uniform(0, 0.3))
+        elif kill % 2:
+            machine.wait_for_step(machine.step() + rng.randrange(1, 100))
+        else:
+            time.sleep(rng.uniform(0, 2.5))
+        assert machine.process.is_alive(), machine.said()
+        hits["uploading"] += server.proxy.is_busy("PUT")
+        hits["downloading"] += server.proxy.is_busy("GET", "state.ckpt")
+        (machine.wipe if wiped else machine.kill)()
+        hits["starting"] += machine.entered() < 0
+        assert machine.entered() < 0 or machine.entered() >= announced
+        there = check_copy(server, "kills", tmp_path / "copy")
+        assert max(there, default=-1) >= machine.announced
+    server.proxy.switch(None)
+    machine.finish()
+    assert machine.entered() >= machine.announced - STEPS
+    assert_same_bits(undisturbed, machine.home, STEPS)
+    assert check_copy(server, "kills", tmp_path / "copy")[-1] == STEPS
+    assert hits["uploading"] >= 5
+    with capsys.disabled():
+        print(f"\n{KILLS} kills: {hits}")
+
+
+def test_bad_weather(server, undisturbed, tmp_path):
+    """Faults at random, the process killed and its disk lost now and then."""
+    rng = random.Random(1)
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/weather", steps=STEPS)
+    machine.start()
+    machine.wait(lambda: machine.copied() >= 40)
+    for event in range(30):
+        with server.proxy.failing(rng.choice(WEATHER)):
+            machine.wait_for_step(machine.step() + rng.randrange(1, 60))
+            if event % 6 == 5:
+                announced = machine.announced
+                (machine.wipe if event % 12 == 11 else machine.kill)()
+                there = check_copy(server, "weather", tmp_path / "copy")
+                assert max(there) >= machine.announced
+        if machine.process.exitcode is not None:
+            machine.start()
+            machine.wait(lambda: machine.entered() >= 0)
+            assert machine.entered() >= announced
+        machine.wait_for_step(machine.step() + rng.randrange(1, 40))
+    machine.end()
+    assert_same_bits(undisturbed, machine.home, STEPS)
+    assert check_copy(server, "weather", tmp_path / "copy")[-1] == STEPS
