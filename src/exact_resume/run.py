@@ -113,9 +113,7 @@ class Run:
         a kill has only cut off what will come again, and that is deleted. A crash in here loses
         nothing.
         """
-        last = -1
-        if point is not None and self._holds(point):
-            last = point.step
+        last = self.branch_step(point)
         newer_files = self._files_after(last)
         newer_steps = [step for step in self.store.steps() if step > last]
         if newer_steps:
@@ -136,9 +134,11 @@ class Run:
             file.unlink(missing_ok=True)
         self.metrics.cut(last)
 
-    def _holds(self, point: ResumePoint) -> bool:
-        """Return whether ``point`` is a checkpoint of this run."""
-        return point.state.parent.parent.resolve() == self.store.directory.resolve()
+    def branch_step(self, point: ResumePoint | None) -> int:
+        """Return the newest step that a resume at ``point`` keeps; -1 if it is of another run."""
+        if point is None or point.state.parent.parent.resolve() != self.store.directory.resolve():
+            return -1
+        return point.step
 
     def _files_after(self, step: int) -> list[Path]:
         found = []

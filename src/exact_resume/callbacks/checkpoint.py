@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -11,6 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from exact_resume import distributed
+from exact_resume.checkpoint.remote import check_url
+from exact_resume.checkpoint.remote_copier import Copier
+from exact_resume.checkpoint.retention import best_steps, kept_steps
 from exact_resume.checkpoint.store import CorruptCheckpointError, NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.metrics import MetricsCSV
@@ -36,6 +39,11 @@ class Checkpoint(ModelCheckpoint):
         keep_last: number of newest checkpoints to keep, at least 1.
         keep_best: number of best checkpoints to keep.
         keep_every: steps divisible by it are kept for good; None for none.
+        remote: URL of a second copy of the run, such as ``s3://bucket/runs/NAME``; None for none.
+            ``exact_resume.second_copy`` says what goes there.
+
+    Attributes:
+        copier: what copies the run there; it is set by whoever starts the training.
     """
 
     io: StoreCheckpointIO
@@ -51,6 +59,7 @@ class Checkpoint(ModelCheckpoint):
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int | None = None,
+        remote: str | None = None,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode} must be min or max")
@@ -66,6 +75,10 @@ class Checkpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        if remote is not None:
+            check_url(remote)
+        self.remote = remote
+        self.copier: Copier | None = None
         self.saved_at = time.monotonic()
         self.saved_step = -1
         self.is_preallocated = False
@@ -97,6 +110,8 @@ class Checkpoint(ModelCheckpoint):
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.io.check()  # an error of the writer stops the run now
+        if self.copier:
+            self.copier.check()
         self._preallocate(trainer)
         step = trainer.global_step
         is_due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
@@ -197,19 +212,22 @@ class Checkpoint(ModelCheckpoint):
                 self.stored_scores.add(step)
             except OSError as error:  # it is in metrics.csv, and is written at the next save
                 log.warning("the score of step %d could not be written: %s", step, error)
-        self.store.prune(self._kept_steps())
+        self.store.prune(self.kept_steps(self.store.steps(), {}))
+        if self.copier:
+            self.copier.wake()
 
-    def _kept_steps(self) -> set[int]:
-        steps = self.store.steps()
-        kept = {*steps[-self.keep_last :], *self._best(steps)}
-        if self.keep_every:
-            kept |= {step for step in steps if step % self.keep_every == 0}
-        if self.keep_best:
-            kept |= self.lost_scores
-        return kept
+    def kept_steps(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
+        """Return which of ``steps`` are kept; ``scores`` are those that the run does not know."""
+        return kept_steps(
+            steps,
+            {**scores, **self.scores},
+            mode=self.mode,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
+            lost_scores=self.lost_scores,
+        )
 
     def _best(self, steps: Iterable[int]) -> list[int]:
         """Return the ``keep_best`` steps with the best scores."""
-        sign = 1 if self.mode == "min" else -1
-        scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
-        return sorted(scored, key=lambda step: sign * self.scores[step])[: self.keep_best]
+        return best_steps([*steps], self.scores, mode=self.mode, n=self.keep_best)
