@@ -123,9 +123,15 @@ def assert_same_bits(one: Path, two: Path, steps: int) -> None:
 
 
 def check_copy(server: S3Server, prefix: str, tmp: Path) -> list[int]:
-    """Read a second copy as any tool would; return its steps, each of which must verify."""
+    """Read a second copy as any tool would; return its steps, each of which must verify.
+
+    Its record must not be older than its newest checkpoint.
+    """
     steps, broken = read_copy(server, prefix, tmp)
     assert not broken, f"not whole: {broken}"
+    if steps:
+        (tmp / "metrics.csv").write_bytes(server.read(f"{prefix}/metrics.csv"))
+        assert steps[-1] in MetricsCSV(tmp / "metrics.csv").column("train/loss")
     return steps
 
 

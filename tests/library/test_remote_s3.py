@@ -66,6 +66,17 @@ def test_killed_in_an_upload_and_in_a_download(server, undisturbed, prefix, tmp_
     assert_same_bits(undisturbed, machine.home, STEPS)
 
 
+def test_the_record_is_never_older_than_a_checkpoint(server, prefix, tmp_path):
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
+    machine.start()
+    with server.proxy.failing(Fault("slow", ("PUT",), "metrics.csv", rate=4000)):
+        machine.wait(lambda: server.proxy.is_busy("PUT", "metrics.csv"))
+        step = machine.step()
+        machine.wait(lambda: machine.copied() >= step + 20)  # a checkpoint that was newer than it
+        machine.kill()
+    check_copy(server, prefix, tmp_path / "copy")
+
+
 @pytest.mark.parametrize(
     "fault",
     [

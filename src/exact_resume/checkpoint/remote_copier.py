@@ -160,9 +160,10 @@ class Copier:
         if not self.is_claimed:
             self._claim()
         self.remote.check_owner()
-        self.record.copy()  # the record is never older than a checkpoint
         self._compare()
-        for step in self._missing():
+        missing = self._missing()
+        self.record.copy()  # after the choice: the record is never older than a checkpoint
+        for step in missing:
             if self._copy_step(step):
                 self._delete_unneeded()
                 return True
