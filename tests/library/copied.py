@@ -16,8 +16,8 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from exact_resume import Checkpoint, ExactTraining, PositionData
-from examples.plain_lightning.train import Classifier, spirals
+from exact_resume import Checkpoint, ExactTraining, PositionData  # noqa: E402
+from examples.plain_lightning.train import Classifier, spirals  # noqa: E402
 
 EVERY = 20  # steps between two checkpoints
 

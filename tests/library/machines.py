@@ -102,7 +102,7 @@ class Machine:
         return self.end(code)
 
     def entered(self) -> int:
-        """Return the step that the last process resumed from; 0 if it began afresh, -1 if neither."""
+        """Return the step that its process resumed from; 0 if afresh, -1 if it is not so far."""
         said = self.said()
         found = re.search(r"resumed from step (\d+)", said)
         return int(found[1]) if found else (0 if ": fresh" in said else -1)

