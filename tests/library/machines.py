@@ -1,4 +1,4 @@
-"""Machines that train the run of ``copied.py``: each is a directory that can be wiped."""
+"""Machines that train the run of ``copied_run.py``: each is a directory that can be wiped."""
 
 import re
 import shutil
@@ -14,12 +14,19 @@ from exact_resume.metrics import MetricsCSV
 from runs import ROOT, fork
 from s3_server import BUCKET, S3Server
 
-SCRIPT = ROOT / "tests" / "library" / "copied.py"
+SCRIPT = ROOT / "tests" / "copied_run.py"
 ANNOUNCED = re.compile(r"step (\d+) is in the second copy")
 
 
 class Machine:
     """One machine, on which always the same command is run.
+
+    Args:
+        tmp: where its directory is.
+        name: of its directory.
+        url: of the second copy.
+        steps: of the run.
+        fault: of ``careless_copy.py``.
 
     Attributes:
         home: the run's directory.
@@ -27,11 +34,12 @@ class Machine:
     """
 
     def __init__(
-        self, tmp: Path, name: str, url: str = "-", steps: int = 300, seconds: float = 0.004
+        self, tmp: Path, name: str, url: str = "none", steps: int = 300, fault: str = ""
     ) -> None:
         self.home = tmp / name
-        self.words = [str(SCRIPT), str(self.home), url, str(steps), str(seconds)]
-        self.steps = steps
+        careless = [str(SCRIPT.parent / "library" / "careless_copy.py"), fault]
+        self.words = [*careless, str(SCRIPT)] if fault else [str(SCRIPT)]
+        self.words += [str(self.home), url, str(steps)]
         self.announced = -1
         self.process: BaseProcess | None = None
 

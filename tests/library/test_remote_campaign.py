@@ -34,12 +34,13 @@ def server():
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
+        patch.setenv("STEP_SECONDS", "0.004")
         yield server
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run", steps=STEPS, seconds=0)
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run", steps=STEPS)
     machine.finish()
     return machine.home
 

@@ -16,13 +16,14 @@ def server():
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment().items():
             patch.setenv(name, value)
+        patch.setenv("STEP_SECONDS", "0.004")
         yield server
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The directory of a run that nothing happened to, and that has no second copy."""
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run", seconds=0)
+    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run")
     machine.finish()
     return machine.home
 
@@ -86,6 +87,7 @@ def test_the_record_is_never_older_than_a_checkpoint(server, prefix, tmp_path):
         Fault("full", ("PUT", "POST")),
         Fault("cut"),
         Fault("forget", ("PUT",)),
+        Fault("flip", ("GET",), "owner.json"),
     ],
     ids=lambda fault: fault.kind,
 )
@@ -119,7 +121,7 @@ def test_a_late_request_of_a_lost_machine_harms_nothing(server, undisturbed, pre
 def test_a_lie_is_never_entered(where, server, undisturbed, prefix, tmp_path):
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
     machine.start()
-    machine.wait(lambda: str(server.keys(prefix)).count("manifest.json") == 2)
+    machine.wait(lambda: str(server.keys(prefix)).count("manifest.json") >= 2)
     if where == "upload":
         with server.proxy.failing(Fault("flip", ("PUT",), "state.ckpt")):
             step = machine.step()
@@ -144,23 +146,22 @@ def test_a_lie_is_never_entered(where, server, undisturbed, prefix, tmp_path):
     check_copy(server, prefix, tmp_path / "copy")
 
 
-def test_the_older_of_two_machines_stops(server, undisturbed, prefix, tmp_path):
-    older, newer = (
-        Machine(tmp_path, name, f"s3://{BUCKET}/{prefix}", seconds=0.01) for name in "ab"
-    )
+def test_the_older_of_two_machines_stops(server, prefix, tmp_path):
+    older, newer = (Machine(tmp_path, name, f"s3://{BUCKET}/{prefix}", 600) for name in "ab")
     older.start()
     older.wait(lambda: older.copied() >= 40)
     newer.start()
     assert "newer start of this run" in older.end(code=2)
     newer.end()
     assert newer.entered() >= 40
-    assert_same_bits(undisturbed, newer.home, STEPS)
-    assert check_copy(server, prefix, tmp_path / "copy")[-1] == STEPS
+    undisturbed = Machine(tmp_path, "undisturbed", steps=600)
+    undisturbed.finish()
+    assert_same_bits(undisturbed.home, newer.home, 600)
+    assert check_copy(server, prefix, tmp_path / "copy")[-1] == 600
 
 
-def test_control_a_manifest_that_is_sent_first_is_noticed(server, prefix, tmp_path, monkeypatch):
-    monkeypatch.setenv("SABOTAGE", "manifest-first")
-    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
+def test_control_a_manifest_that_is_sent_first_is_noticed(server, prefix, tmp_path):
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}", fault="manifest-first")
     machine.start()
     machine.wait_for_step(60)
     with server.proxy.failing(Fault("slow", ("PUT",), "state.ckpt", rate=2000)):
@@ -170,9 +171,8 @@ def test_control_a_manifest_that_is_sent_first_is_noticed(server, prefix, tmp_pa
     assert read_copy(server, prefix, tmp_path / "copy")[1]
 
 
-def test_control_a_copy_that_is_not_read_back_is_noticed(server, prefix, tmp_path, monkeypatch):
-    monkeypatch.setenv("SABOTAGE", "not-read-back")
-    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
+def test_control_a_copy_that_is_not_read_back_is_noticed(server, prefix, tmp_path):
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}", fault="not-read-back")
     with server.proxy.failing(Fault("flip", ("PUT",), "state.ckpt")):
         machine.start()
         machine.wait(lambda: machine.copied() >= 60)
