@@ -68,7 +68,7 @@ class SecondCopy:
             self.there = retry(self.remote.steps) if here < 0 else self.remote.steps()
         except RemoteUnavailableError as error:
             if here < 0:
-                raise RemoteUnavailableError(
+                raise type(error)(
                     f"{error}. There may be a run to continue, so none is started; nothing was "
                     f"changed"
                 ) from None
@@ -94,12 +94,15 @@ class SecondCopy:
                 f"give the run another name"
             )
 
-    def fetch_named(self, word: str | None, scores: Mapping[int, float], mode: str) -> None:
+    def fetch_named(
+        self, word: str | None, scores: Mapping[int, float], *, monitor: str, mode: str
+    ) -> None:
         """Fetch the checkpoint that ``word``, a step or ``best``, means, if it is only there.
 
         Args:
             word: of ``ckpt_path``.
             scores: by step, as far as the run knows them.
+            monitor: the metric of the scores.
             mode: ``min`` or ``max``.
 
         Raises:
@@ -116,7 +119,7 @@ class SecondCopy:
                     f"ckpt_path={word} does not verify in {self.remote.url}. Choose another one"
                 )
         if word == "best":
-            known = {**self._scores_of(there), **scores}
+            known = {**self._scores_of(there, monitor), **scores}
             steps = {*here, *there}
             for step in best_steps(steps, known, mode=mode, n=len(steps)):
                 if step in here or fetch_step(self.remote, step, store):
@@ -153,6 +156,7 @@ class SecondCopy:
         """Copy from now on, and keep there what ``checkpoint`` keeps here."""
         log.info(f"a second copy goes to {self.remote.url}")
         self.copier.keep = checkpoint.kept_steps
+        self.copier.monitor = checkpoint.monitor or ""
         checkpoint.copier = self.copier
         self.copier.start()
 
@@ -210,9 +214,9 @@ class SecondCopy:
         retry(lambda: fetch_record(self.remote, self.run.home))
         self.run.metrics.reload()
 
-    def _scores_of(self, steps: list[int]) -> dict[int, float]:
-        found = {step: self.remote.score(step) for step in steps}
-        return {step: float(score["value"]) for step, score in found.items() if score}
+    def _scores_of(self, steps: list[int], monitor: str) -> dict[int, float]:
+        found = {step: self.remote.score(step, monitor) for step in steps}
+        return {step: score for step, score in found.items() if score is not None}
 
     def _claim(self, seen: list[int]) -> None:
         """Own the second copy.

@@ -26,7 +26,11 @@ from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
 from exact_resume.callbacks.reduce_gradients import ReduceGradients
-from exact_resume.checkpoint.remote import LostOwnershipError, RemoteUnavailableError
+from exact_resume.checkpoint.remote import (
+    LostOwnershipError,
+    RemoteDeniedError,
+    RemoteUnavailableError,
+)
 from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.code_hash import code_hashes, file_hash, imports
@@ -201,7 +205,7 @@ class ExactTraining:
             return EXIT_REFUSED
         except RemoteUnavailableError as error:
             print(f"error: {error}. Run the same command again", file=sys.stderr)
-            return EXIT_RESUMABLE
+            return EXIT_REFUSED if isinstance(error, RemoteDeniedError) else EXIT_RESUMABLE
         except distributed.PeerLostError as error:
             print(f"process {distributed.rank()}: {error}", file=sys.stderr)
             return EXIT_FAILED
@@ -312,7 +316,7 @@ class ExactTraining:
         _, _, older = monitored_scores(self.run.home, store)
         scores = older | self.run.metrics.column(monitor) | store.scores(monitor)
         if self.second_copy:
-            self.second_copy.fetch_named(word, scores, self.checkpoint.mode)
+            self.second_copy.fetch_named(word, scores, monitor=monitor, mode=self.checkpoint.mode)
         return word, resolve_checkpoint(store, word, scores, self.checkpoint.mode)
 
     def _take_fingerprint(self, module: L.LightningModule, data: PositionData) -> Fingerprint:

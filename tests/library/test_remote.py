@@ -7,6 +7,7 @@ store of objects are in test_remote_s3.py.
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -87,7 +88,8 @@ def test_what_is_copied_comes_back_equal_in_bits(tmp_path: Path) -> None:
     fetch_record(remote, tmp_path / "new")
     for name in ("metrics.csv", "attempts/001/log.txt"):
         assert (tmp_path / "new" / name).read_bytes() == (run.home / name).read_bytes()
-    assert remote.score(20) == {"step": 20, "metric": "val/loss", "value": 20.0}
+    assert remote.score(20, "val/loss") == 20
+    assert remote.score(20, "val/accuracy") is None
 
 
 def test_plain_files_that_any_tool_may_copy_back(tmp_path: Path) -> None:
@@ -224,6 +226,50 @@ def test_a_kill_while_old_checkpoints_are_deleted(tmp_path: Path) -> None:
         }
         boundary += 1
     assert boundary > 8
+
+
+def test_a_kill_while_a_checkpoint_is_fetched(tmp_path: Path) -> None:
+    """The new machine has the whole checkpoint after a kill, or none; the next start gets it."""
+    copy_all(copier(make_run(tmp_path / "run", 10), place(tmp_path)))
+    url = f"file://{tmp_path / 'disk'}"
+    boundary = 1
+    while True:
+        new = Run(tmp_path / f"new-{boundary}")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                copy = SecondCopy(new, url, "run")
+                die_at_name(boundary)
+                copy.fetch_newest(fresh=False)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        if not os.WIFSIGNALED(status):
+            break
+        for step in new.store.steps():
+            assert new.store.verify(step)
+            assert (new.home / "metrics.csv").exists(), "the record comes before the checkpoint"
+        new.store.remove_stale_temp()
+        SecondCopy(new, url, "run").fetch_newest(fresh=False)
+        assert new.store.verify(10)
+        assert new.metrics.column("val/loss") == {10: 10.0}
+        boundary += 1
+    assert boundary > 8
+
+
+def die_at_name(boundary: int) -> None:
+    """Kill this process when it opens, renames or makes its Nth file or directory."""
+    left = boundary
+
+    def count(event: str, args: tuple) -> None:
+        nonlocal left
+        is_write = event == "open" and isinstance(args[1], str) and args[1].startswith("w")
+        if is_write or event in ("os.rename", "os.mkdir"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
 
 
 # --- Damage

@@ -26,13 +26,12 @@ from typing import IO, Any
 from exact_resume.checkpoint.reading import MANIFEST, STEP_DIRNAME, manifest_hash, step_dirname
 from exact_resume.checkpoint.store import SCORE
 from exact_resume.files import atomic_write, make_directory
-from exact_resume.resume import ResumeRefusedError
 from exact_resume.run import AlreadyRunningError
 
 CHECKPOINTS = "checkpoints"
 ABANDONED = "abandoned"
 OWNER = "owner.json"
-CHUNK = 2**23  # bytes in memory at a time
+CHUNK = 2**24  # bytes in memory at a time
 EXTRA = "pip install 'sturdy-diffusion[remote]'"
 # Errors that come again until a person mends them; these have no type of their own everywhere.
 CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -40,6 +39,10 @@ CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNo
 
 class RemoteUnavailableError(Exception):
     """The place of the second copy cannot be used now; the same command may work later."""
+
+
+class RemoteDeniedError(RemoteUnavailableError):
+    """Credentials are missing or do not suffice; that comes again until a person mends it."""
 
 
 class LostOwnershipError(AlreadyRunningError):
@@ -117,14 +120,22 @@ class Remote:
             while chunk := file.read(CHUNK):
                 yield chunk
 
-    def score(self, step: int) -> dict[str, Any] | None:
-        """Return the score of ``step`` if it is there and whole: step, metric and value."""
+    def score_file(self, step: int) -> bytes | None:
+        """Return the ``score.json`` of ``step``, if it is there and whole."""
         try:
-            score = json.loads(self.read(f"{step_name(step)}/{SCORE}"))
-            expected = {"step": step, "metric": score["metric"], "value": score["value"]}
-            return expected if score["sha256"] == manifest_hash(expected) else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            content = self.read(f"{step_name(step)}/{SCORE}")
+            score = json.loads(content)
+            sha256 = score.pop("sha256")
+            is_whole = sha256 == manifest_hash(score) and score["step"] == step
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
+        return content if is_whole else None
+
+    def score(self, step: int, metric: str) -> float | None:
+        """Return the score of ``step`` in ``metric``, if it is there and whole."""
+        content = self.score_file(step)
+        score = json.loads(content) if content else {}
+        return float(score["value"]) if score.get("metric") == metric else None
 
     # --- Writing
 
@@ -259,14 +270,14 @@ class Remote:
             yield
         except Exception as error:
             is_answer = isinstance(error, FileNotFoundError) and not writing
-            if is_answer or isinstance(error, RemoteUnavailableError | ResumeRefusedError):
+            if is_answer or isinstance(error, RemoteUnavailableError):
                 raise
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            kind = ResumeRefusedError if is_refusal(error) else RemoteUnavailableError
+            kind = RemoteDeniedError if is_denial(error) else RemoteUnavailableError
             raise kind(f"{self.url} cannot be used: {reason}") from error
 
 
-def is_refusal(error: BaseException) -> bool:
+def is_denial(error: BaseException) -> bool:
     """Return whether ``error`` says that credentials are missing or not sufficient."""
     return isinstance(error, PermissionError) or type(error).__name__ in CREDENTIAL_ERRORS
 

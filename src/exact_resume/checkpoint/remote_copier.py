@@ -195,8 +195,9 @@ class Copier:
         for step in self.complete - self.scores.keys():
             if step not in steps_in(files, SCORE) and step in self.same:
                 self._copy_score(step)
-            if score := self.remote.score(step):
-                self.scores[step] = float(score["value"])
+            score = self.remote.score(step, self.monitor)
+            if score is not None:
+                self.scores[step] = score
 
     def _missing(self) -> list[int]:
         """Return the steps to copy, newest first."""

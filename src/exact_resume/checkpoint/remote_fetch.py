@@ -21,7 +21,12 @@ from exact_resume.checkpoint.reading import (
     step_dirname,
     verify_checkpoint,
 )
-from exact_resume.checkpoint.remote import Remote, RemoteUnavailableError, step_name
+from exact_resume.checkpoint.remote import (
+    Remote,
+    RemoteDeniedError,
+    RemoteUnavailableError,
+    step_name,
+)
 from exact_resume.checkpoint.store import SCORE, Store
 from exact_resume.files import fsync_directory, make_directory, open_durable
 
@@ -40,6 +45,8 @@ def retry(action: Callable[[], T], delays: Sequence[float] = RETRY_DELAYS) -> T:
     for delay in delays:
         try:
             return action()
+        except RemoteDeniedError:
+            raise
         except RemoteUnavailableError as error:
             log.warning("%s; trying again in %g s", error, delay)
             time.sleep(delay)
@@ -102,8 +109,9 @@ def _download(remote: Remote, step: int, directory: Path) -> None:
     except FileNotFoundError as error:
         raise CorruptCheckpointError(f"a file is missing: {error}") from None
     verify_checkpoint(directory)
-    if remote.score(step):
-        download(SCORE)
+    if score := remote.score_file(step) or remote.score_file(step):  # again: as for checkpoints
+        with open_durable(directory / SCORE) as file:
+            file.write(score)
     for folder in folders:
         fsync_directory(folder)
 

@@ -354,7 +354,9 @@ class Session:
             store.remove_stale_temp()
             scores = self.run.metrics.column(checkpoint.monitor) | store.scores(checkpoint.monitor)
             if self.second_copy:
-                self.second_copy.fetch_named(self.cfg.ckpt_path, scores, checkpoint.mode)
+                self.second_copy.fetch_named(
+                    self.cfg.ckpt_path, scores, monitor=checkpoint.monitor, mode=checkpoint.mode
+                )
             return resolve_checkpoint(store, self.cfg.ckpt_path, scores, checkpoint.mode)
 
     def _stored_fingerprint(self) -> Mapping[str, Any]:
