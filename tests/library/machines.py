@@ -82,6 +82,10 @@ class Machine:
         lines = metrics.read_text().splitlines()[1:]
         return max((int(line.split(",")[0]) for line in lines[:-1]), default=0)
 
+    def newest(self) -> int:
+        """Return the step of its newest checkpoint, or -1."""
+        return max(Store(self.home / "checkpoints").steps(), default=-1)
+
     def kill(self) -> None:
         """SIGKILL its process, which may have ended."""
         assert self.process is not None
@@ -90,16 +94,26 @@ class Machine:
         assert self.process.exitcode in (-signal.SIGKILL, 0), self.said()
         self.copied()
 
+    def stop(self) -> None:
+        """Send SIGTERM to its process."""
+        assert self.process is not None
+        self.process.terminate()
+
     def wipe(self) -> None:
         """Kill its process, and lose its disk."""
         self.kill()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def end(self, code: int = 0) -> str:
-        """Wait for its process, which must exit with ``code``; return what it printed."""
+        """Wait for its process, which must exit with ``code``; return what it printed.
+
+        75 says that the same command is to be run again.
+        """
         assert self.process is not None
         self.process.join(180)
         said = self.said()
+        if code == 0 and self.process.exitcode == 75:
+            return self.finish()
         assert self.process.exitcode == code, f"exit code {self.process.exitcode}: {said}"
         assert "Traceback" not in said
         return said

@@ -1,5 +1,7 @@
 """SIGKILL at random instants, lost machines and bad weather, against a real S3 server."""
 
+import hashlib
+import os
 import random
 import time
 
@@ -55,11 +57,11 @@ def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsy
         machine.start()
         if kill % 10 == 0 and kill:  # on an empty disk
             machine.wait(lambda: server.proxy.is_busy("GET", "state.ckpt"))
-            time.sleep(rng.uniform(0, 0.3))
-        elif kill % 4:
+        elif kill % 3 == 0:
+            machine.wait(lambda: server.proxy.is_busy("PUT", "state.ckpt"))
+        elif kill % 3 == 1:
             machine.wait_for_step(machine.step() + rng.randrange(1, 60))
-        else:
-            time.sleep(rng.uniform(0, 2.5))
+        time.sleep(rng.choice([0, 0.2, 2.0]) * rng.random())
         assert machine.process.is_alive(), machine.said()
         hits["uploading"] += server.proxy.is_busy("PUT")
         hits["downloading"] += server.proxy.is_busy("GET", "state.ckpt")
@@ -72,7 +74,7 @@ def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsy
     machine.finish()
     assert_same_bits(undisturbed, machine.home, STEPS)
     assert check_copy(server, "kills", tmp_path / "copy")[-1] == STEPS
-    assert hits["uploading"] >= 5
+    assert hits["uploading"] >= 10
     with capsys.disabled():
         print(f"\n{KILLS} kills: {hits}")
 
@@ -100,3 +102,43 @@ def test_bad_weather(server, undisturbed, tmp_path):
     machine.end()
     assert_same_bits(undisturbed, machine.home, STEPS)
     assert check_copy(server, "weather", tmp_path / "copy")[-1] == STEPS
+
+
+def test_a_signal_while_the_server_hangs(server, tmp_path):
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/signal", steps=STEPS)
+    machine.start()
+    machine.wait(lambda: machine.copied() >= 20)
+    with server.proxy.failing(Fault("hang")):
+        machine.wait_for_step(machine.step() + 50)
+        machine.stop()
+        assert "is behind, and is completed at the next start" in machine.end(code=75)
+    left = machine.newest()
+    machine.start()
+    machine.wait(lambda: machine.copied() >= left)
+    machine.kill()
+    check_copy(server, "signal", tmp_path / "copy")
+
+
+def test_an_empty_machine_waits_for_a_server_that_is_down(server, tmp_path):
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/empty", steps=STEPS)
+    machine.start()
+    machine.wait(lambda: machine.copied() >= 20)
+    machine.wipe()
+    with server.proxy.failing(Fault("refuse")):
+        assert "Run the same command again" in machine.finish(code=75)
+        assert machine.newest() == -1
+    machine.start()
+    machine.wait(lambda: machine.entered() >= machine.announced)
+    machine.kill()
+
+
+def test_a_large_file_goes_up_in_parts(server, tmp_path):
+    from exact_resume.checkpoint.remote import Remote
+
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(70_000_000))
+    with path.open("rb") as file:
+        size, sha256 = Remote(f"s3://{BUCKET}/large").put("large", file)
+    assert server.proxy.count("PUT", "partNumber=2")
+    assert size == path.stat().st_size
+    assert hashlib.sha256(server.read("large/large")).hexdigest() == sha256
