@@ -198,12 +198,15 @@ class Remote:
     # --- Ownership
 
     def owner(self) -> dict[str, Any]:
-        """Return host, pid, token and time of the newest start that copied there; {} if none."""
+        """Return host, pid, token and time of the newest start that copied there.
+
+        It is empty if there is none, or if it is damaged: a flipped bit must not stop a run.
+        """
         try:
-            owner = json.loads(self.read(OWNER))
-        except (FileNotFoundError, ValueError):
+            owner: dict[str, Any] = json.loads(self.read(OWNER))
+            return owner if owner.pop("sha256") == manifest_hash(owner) else {}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return {}
-        return owner if isinstance(owner, dict) else {}
 
     def claim(self) -> dict[str, Any]:
         """Write that this process copies there now; return the owner before."""
@@ -215,7 +218,7 @@ class Remote:
             "time": self.started,
         }
         with self._available(writing=True), self._open_new(OWNER) as file:
-            file.write(json.dumps(owner).encode())
+            file.write(json.dumps(owner | {"sha256": manifest_hash(owner)}).encode())
         self.check_owner()
         return before
 
