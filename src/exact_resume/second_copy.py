@@ -132,32 +132,26 @@ class SecondCopy:
         checkpoints here, where the next start finds them.
 
         Raises:
-            RemoteUnavailableError: it cannot be done now, and must not be left out; or a newer
-                checkpoint came there during this start.
+            RemoteUnavailableError: it cannot be done now, and must not be left out.
         """
         last = self.run.branch_step(point)
         goes_back = any(step > last for step in self.run.store.steps())
         if self.copier.is_claimed and not goes_back:
             return
-        newer: list[int] = []
         try:
             if self.there is None and goes_back:
                 self.there = self.remote.steps()
             if self.there is None:
                 return  # the copier claims it, once it can be seen
             if not self.copier.is_claimed:
-                newer = self._claim(self.there)
-            if not newer and (steps := retry(lambda: self.remote.abandon_newer(last))):
+                self._claim()
+            # Also what the owner before has copied since this start has looked.
+            if steps := retry(lambda: self.remote.abandon_newer(last)):
                 log.info(f"in {self.remote.url} these were moved to abandoned/: {steps}")
         except RemoteUnavailableError as error:
             if point is None or goes_back or max(self.there or [-1]) > last:
                 raise
             log.warning(f"{error}. The run goes on, and is copied later")
-        if newer:
-            raise RemoteUnavailableError(
-                f"{self.remote.url} got step {max(newer)} while this start had it at an older one; "
-                f"the process that copied it stops now"
-            )
 
     def start(self, checkpoint: "Checkpoint") -> None:
         """Copy from now on, and keep there what ``checkpoint`` keeps here."""
@@ -225,8 +219,8 @@ class SecondCopy:
         found = {step: self.remote.score(step, monitor) for step in steps}
         return {step: score for step, score in found.items() if score is not None}
 
-    def _claim(self, seen: list[int]) -> list[int]:
-        """Own the second copy; return the steps that came there after this start has looked."""
+    def _claim(self) -> None:
+        """Own the second copy, and say who did before on another machine."""
         owner = retry(self.remote.claim)
         self.copier.is_claimed = True
         if owner and owner.get("host") != socket.gethostname():
@@ -234,7 +228,6 @@ class SecondCopy:
                 f"the last to copy to {self.remote.url} was {describe_owner(owner)}; if it still "
                 f"trains, it stops now"
             )
-        return [step for step in retry(self.remote.steps) if step not in seen]
 
 
 def say(line: str) -> None:

@@ -527,7 +527,23 @@ def test_a_place_that_cannot_be_seen(
         copy.enter(ResumePoint(run.store.state(10), 10, {}, explicit=True))
 
 
-def test_a_checkpoint_that_comes_during_a_start_is_not_overlooked(tmp_path: Path) -> None:
+def test_an_older_disk_that_could_not_see_the_place_replaces_nothing_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", 10, 20, 30)
+    remote = place(tmp_path)
+    copy_all(copier(run, remote))
+    old = make_run(tmp_path / "old", 10)
+    copying = copier(old, place(tmp_path))
+    copying.keep = lambda steps, scores: {*sorted(steps)[-2:]}
+    copy_all(copying)
+    assert "has step 30, which could not be seen at the start" in caplog.text
+    assert remote.steps() == [20, 30]
+    fetch_record(remote, tmp_path / "new")
+    assert MetricsCSV(tmp_path / "new" / "metrics.csv").column("val/loss")[30] == 30
+
+
+def test_a_checkpoint_that_comes_during_a_start_is_put_aside(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", 10)
     older = copier(run, place(tmp_path))
     copy_all(older)
@@ -536,11 +552,11 @@ def test_a_checkpoint_that_comes_during_a_start_is_not_overlooked(tmp_path: Path
     copy.fetch_newest(fresh=False)
     run.store.commit(20, state(20))
     copy_all(older)
-    with pytest.raises(RemoteUnavailableError, match="got step 20 while this start"):
-        copy.enter(ResumePoint(new.store.state(10), 10, {}, explicit=False))
-    again = second_copy(new, tmp_path)
-    again.fetch_newest(fresh=False)
-    assert new.store.steps() == [10, 20]
+    copy.enter(ResumePoint(new.store.state(10), 10, {}, explicit=False))
+    assert older.remote.steps() == [10]
+    assert "abandoned/001/step-00000020/manifest.json" in older.remote.files("abandoned")
+    with pytest.raises(LostOwnershipError):
+        copy_all(older)
 
 
 # --- Real runs
@@ -609,6 +625,7 @@ def test_the_same_command_on_an_empty_machine_ends_in_the_same_bits(
     assert_same_bits(undisturbed, tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_an_older_disk_catches_up_and_a_resume_at_an_older_step_is_mirrored(
     tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -683,6 +700,7 @@ def test_a_secret_in_the_url_is_refused_and_not_repeated(url: str) -> None:
         check_url("/other/disk")
 
 
+@pytest.mark.slow
 def test_the_template_continues_on_an_empty_machine_too(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     key = f"callbacks.checkpoint.remote=file://{tmp_path / 'disk'}"
