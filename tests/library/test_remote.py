@@ -19,11 +19,11 @@ from exact_resume.checkpoint.remote import (
     LostOwnershipError,
     Remote,
     RemoteUnavailableError,
-    check_url,
 )
 from exact_resume.checkpoint.remote_copier import Copier
 from exact_resume.checkpoint.remote_fetch import fetch_step
 from exact_resume.checkpoint.remote_record import fetch_record, is_record_name
+from exact_resume.checkpoint.remote_url import check_url
 from exact_resume.checkpoint.retention import kept_steps
 from exact_resume.checkpoint.store import NoValidCheckpointError, Store, load_state
 from exact_resume.metrics import MetricsCSV
@@ -571,7 +571,7 @@ def test_refusals_name_the_second_copy_and_change_nothing(tmp_path: Path) -> Non
     assert "ckpt_path=null starts afresh, but the second copy in" in said
     assert not (tmp_path / "new" / "checkpoints").exists()
     said = finish(tmp_path / "new", f"file://{tmp_path}/not-mounted/run", 60, code=2)
-    assert "is not there; make it, or mount its disk" in said
+    assert "which is not there; make it, or mount its" in said
 
 
 @pytest.mark.parametrize(

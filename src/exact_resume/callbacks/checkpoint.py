@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from exact_resume import distributed
-from exact_resume.checkpoint.remote import check_url
 from exact_resume.checkpoint.remote_copier import Copier
+from exact_resume.checkpoint.remote_url import check_url
 from exact_resume.checkpoint.retention import best_steps, kept_steps
 from exact_resume.checkpoint.store import CorruptCheckpointError, NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO

@@ -14,7 +14,6 @@ them back. The library fsspec reads and writes; it finds credentials where its u
 import hashlib
 import json
 import os
-import re
 import socket
 import time
 import uuid
@@ -24,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from exact_resume.checkpoint.reading import MANIFEST, STEP_DIRNAME, manifest_hash, step_dirname
+from exact_resume.checkpoint.remote_url import check_mounted, check_url, connect
 from exact_resume.checkpoint.store import SCORE
 from exact_resume.files import atomic_write, make_directory
 from exact_resume.run import AlreadyRunningError
@@ -32,7 +32,6 @@ CHECKPOINTS = "checkpoints"
 ABANDONED = "abandoned"
 OWNER = "owner.json"
 CHUNK = 2**24  # bytes in memory at a time
-EXTRA = "pip install 'sturdy-diffusion[remote]'"
 # Errors that come again until a person mends them; these have no type of their own everywhere.
 CREDENTIAL_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
 
@@ -64,13 +63,13 @@ class Remote:
         check_url(url)
         base = url.rstrip("/")
         self.url = f"{base}/{name}" if name else base
-        self.fs, self.root = _connect(self.url)
+        self.fs, self.root = connect(self.url)
         protocols = self.fs.protocol
         self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
         self.token = uuid.uuid4().hex
         self.started = time.time()
         if self.is_local:
-            _check_mounted(Path(self.root) if not name else Path(_connect(base)[1]), bool(name))
+            check_mounted(Path(connect(base)[1]) if name else Path(self.root).parent)
 
     # --- Reading
 
@@ -282,23 +281,6 @@ def is_denial(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or type(error).__name__ in CREDENTIAL_ERRORS
 
 
-def check_url(url: str) -> None:
-    """Check that ``url`` holds no secret, which would go into configs and logs.
-
-    Raises:
-        ValueError: without the URL in its message.
-    """
-    if "://" not in url:
-        raise ValueError(
-            "remote= must be a URL, such as s3://bucket/runs or file:///other/disk/runs"
-        )
-    if re.search(r"://[^@]*:[^@]*@", url) or "?" in url:
-        raise ValueError(
-            "remote= must hold no password and no key, as it goes into configs and logs; give them "
-            "in the environment or in the files of the library, such as ~/.aws/credentials"
-        )
-
-
 def step_name(step: int) -> str:
     """Return the name of the directory of a checkpoint, below the run's."""
     return f"{CHECKPOINTS}/{step_dirname(step)}"
@@ -319,25 +301,3 @@ def steps_in(names: Iterable[str], file: str = "") -> set[int]:
         if match and file in ("", parts[2]):
             found.add(int(match[1]))
     return found
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    """Return the file system of ``url``, and the path in it."""
-    try:
-        from fsspec.core import url_to_fs
-
-        fs, root = url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise ValueError(f"remote={url} needs more packages ({error}): {EXTRA}") from None
-    except ValueError as error:
-        raise ValueError(f"remote={url} cannot be used: {error}") from None
-    return fs, str(root).rstrip("/")
-
-
-def _check_mounted(directory: Path, is_base: bool) -> None:
-    """Check that a directory for second copies exists: its disk may not be mounted."""
-    place = directory if is_base else directory.parent
-    if not place.is_dir():
-        raise ValueError(
-            f"remote= names a directory in {place}, which is not there; make it, or mount its disk"
-        )
