@@ -136,7 +136,7 @@ def main(pairs: int) -> None:
     copied = statistics.median(r["copied"] for r in runs["with"])
     print(
         f"state of {first['megabytes']:.1f} MB every {EVERY} steps, {copied:.0f} of "
-        f"{STEPS // EVERY} copied, {pairs} pairs, load {os.getloadavg()[0]:.1f}"
+        f"{STEPS // EVERY + 1} copied, {pairs} pairs, load {os.getloadavg()[0]:.1f}"
     )
     print("| | without | with | with / without, median of pairs | range |\n|---|---|---|---|---|")
     labels = {

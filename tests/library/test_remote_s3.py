@@ -11,6 +11,11 @@ pytest.importorskip("s3fs")
 STEPS = 300
 
 
+def slow(*values):
+    """Return parameters that only ``make test-slow`` takes."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def server():
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
@@ -36,13 +41,13 @@ def prefix(request):
 
 def test_lost_machines_cost_no_copied_step(server, undisturbed, prefix, tmp_path):
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
-    for goal in (100, 200):
+    for goal in (60, 160):
         machine.start()
         machine.wait(lambda goal=goal: machine.copied() >= goal)
         machine.wipe()
         assert max(check_copy(server, prefix, tmp_path / "copy")) >= machine.announced
     machine.finish()
-    assert machine.entered() >= 200
+    assert machine.entered() >= 160
     assert_same_bits(undisturbed, machine.home, STEPS)
     assert max(check_copy(server, prefix, tmp_path / "copy")) == STEPS
 
@@ -67,6 +72,7 @@ def test_killed_in_an_upload_and_in_a_download(server, undisturbed, prefix, tmp_
     assert_same_bits(undisturbed, machine.home, STEPS)
 
 
+@pytest.mark.slow
 def test_the_record_is_never_older_than_a_checkpoint(server, prefix, tmp_path):
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
     machine.start()
@@ -83,11 +89,11 @@ def test_the_record_is_never_older_than_a_checkpoint(server, prefix, tmp_path):
     [
         Fault("refuse"),
         Fault("hang"),
-        Fault("slow", rate=1000),
         Fault("full", ("PUT", "POST")),
-        Fault("cut"),
-        Fault("forget", ("PUT",)),
-        Fault("flip", ("GET",), "owner.json"),
+        slow(Fault("slow", rate=1000)),
+        slow(Fault("cut")),
+        slow(Fault("forget", ("PUT",))),
+        slow(Fault("flip", ("GET",), "owner.json")),
     ],
     ids=lambda fault: fault.kind,
 )
@@ -103,6 +109,7 @@ def test_training_goes_on_while_the_server_fails(fault, server, undisturbed, pre
     assert check_copy(server, prefix, tmp_path / "copy")[-1] == STEPS
 
 
+@pytest.mark.slow
 def test_a_late_request_of_a_lost_machine_harms_nothing(server, undisturbed, prefix, tmp_path):
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
     machine.start()
@@ -117,7 +124,7 @@ def test_a_late_request_of_a_lost_machine_harms_nothing(server, undisturbed, pre
     check_copy(server, prefix, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("where", ["upload", "rest", "download"])
+@pytest.mark.parametrize("where", ["upload", slow("rest"), slow("download")])
 def test_a_lie_is_never_entered(where, server, undisturbed, prefix, tmp_path):
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/{prefix}")
     machine.start()
@@ -146,18 +153,18 @@ def test_a_lie_is_never_entered(where, server, undisturbed, prefix, tmp_path):
     check_copy(server, prefix, tmp_path / "copy")
 
 
-def test_the_older_of_two_machines_stops(server, prefix, tmp_path):
-    older, newer = (Machine(tmp_path, name, f"s3://{BUCKET}/{prefix}", 600) for name in "ab")
+def test_the_older_of_two_machines_stops(server, undisturbed, prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEP_SECONDS", "0.03")
+    older, newer = (Machine(tmp_path, name, f"s3://{BUCKET}/{prefix}") for name in "ab")
     older.start()
     older.wait(lambda: older.copied() >= 40)
+    monkeypatch.undo()
     newer.start()
     assert "newer start of this run" in older.end(code=2)
     newer.end()
     assert newer.entered() >= 40
-    undisturbed = Machine(tmp_path, "undisturbed", steps=600)
-    undisturbed.finish()
-    assert_same_bits(undisturbed.home, newer.home, 600)
-    assert check_copy(server, prefix, tmp_path / "copy")[-1] == 600
+    assert_same_bits(undisturbed, newer.home, STEPS)
+    assert check_copy(server, prefix, tmp_path / "copy")[-1] == STEPS
 
 
 def test_control_a_manifest_that_is_sent_first_is_noticed(server, prefix, tmp_path):
