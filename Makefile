@@ -24,6 +24,7 @@ test-slow: $(VENV)/ready ## the slow tests; hours
 bench: $(VENV)/ready ## measure what saving, restarting, shards and other programs cost
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
+	$(BIN)/python benchmarks/restarting.py
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/busy.py
