@@ -16,7 +16,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # inherited from nohup
     signal.signal(signal.SIGHUP, lambda *_: None)  # still lives; what it starts does not inherit it
 
 # A test module that imports one of these, or a function of runs.py, starts processes.
-STARTERS = {"subprocess", "multiprocessing", "campaign", "mini", "striking", "supervised", "worlds"}
+STARTERS = {
+    *("subprocess", "multiprocessing", "campaign", "mini", "striking", "supervised", "worlds"),
+    "s3_server",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -82,6 +82,10 @@ class MetricsCSV(Logger):
         self.columns += [name for name in new if name not in self.columns]
         self._rewrite(sorted(rows, key=_step))
 
+    def reload(self) -> None:
+        """Read the columns again, after another file was put in the place of this one."""
+        self.columns = self._read_columns()
+
     def rows(self) -> list[dict[str, str]]:
         """Return all rows, as text; see ``read_rows``."""
         return read_rows(self.path)

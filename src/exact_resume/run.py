@@ -50,7 +50,7 @@ class Run:
 
     def __init__(self, home: str | Path) -> None:
         self.home = Path(home)
-        self.store = Store(self.home / "checkpoints")
+        self.store = Store(self.home / "checkpoints", self.check_lock)
         self._metrics: MetricsCSV | None = None
         self._lock: IO[str] | None = None
         self._holder = ""  # what this process wrote into the lock's file
@@ -111,7 +111,7 @@ class Run:
         return file
 
     def check_lock(self) -> None:
-        """Check that this process still has the lock that it took; call it before each commit.
+        """Check that this process still has the lock that it took; the store calls it.
 
         A file server gives the lock of a machine that was cut off to another one. It then refuses
         what the first one writes into the locked file.
@@ -151,9 +151,7 @@ class Run:
         a kill has only cut off what will come again, and that is deleted. A crash in here loses
         nothing.
         """
-        last = -1
-        if point is not None and self._holds(point):
-            last = point.step
+        last = self.branch_step(point)
         newer_files = self._files_after(last)
         newer_steps = [step for step in self.store.steps() if step > last]
         if newer_steps:
@@ -174,9 +172,11 @@ class Run:
             file.unlink(missing_ok=True)
         self.metrics.cut(last)
 
-    def _holds(self, point: ResumePoint) -> bool:
-        """Return whether ``point`` is a checkpoint of this run."""
-        return point.state.parent.parent.resolve() == self.store.directory.resolve()
+    def branch_step(self, point: ResumePoint | None) -> int:
+        """Return the newest step that a resume at ``point`` keeps; -1 if it is of another run."""
+        if point is None or point.state.parent.parent.resolve() != self.store.directory.resolve():
+            return -1
+        return point.step
 
     def _files_after(self, step: int) -> list[Path]:
         found = []

@@ -26,6 +26,11 @@ from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
 from exact_resume.callbacks.reduce_gradients import ReduceGradients
+from exact_resume.checkpoint.remote import (
+    LostOwnershipError,
+    RemoteDeniedError,
+    RemoteUnavailableError,
+)
 from exact_resume.checkpoint.store import NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.code_hash import code_hashes, file_hash, imports
@@ -45,6 +50,7 @@ from exact_resume.resume import (
     resolve_repeated,
 )
 from exact_resume.run import AlreadyRunningError, Run
+from exact_resume.second_copy import SecondCopy
 from exact_resume.signals import EXIT_RESUMABLE, PreemptedError, Preemption
 from exact_resume.strategy import DDP, trainer_devices
 from exact_resume.supervisor import (
@@ -124,6 +130,7 @@ class ExactTraining:
         self.restarts = restarts
         self.preemption = Preemption()
         self.now: Fingerprint | None = None
+        self.second_copy: SecondCopy | None = None  # on rank 0, if the checkpoint has a ``remote``
 
     def trainer_options(self) -> dict[str, Any]:
         """Meet the other processes; return the options of ``lightning.Trainer`` that are needed.
@@ -138,8 +145,7 @@ class ExactTraining:
             logging.getLogger(library).setLevel(logging.WARNING)
         several: dict[str, Any] = {}
         reduce: list[Callback] = []
-        io = StoreCheckpointIO(self.run.store, self._metadata, check=self.run.check_lock)
-        plugins: list[Any] = [io]
+        plugins: list[Any] = [StoreCheckpointIO(self.run.store, self._metadata)]
         if distributed.world_size() > 1:
             several = {"strategy": DDP(), **trainer_devices()}
             reduce = [ReduceGradients()]
@@ -181,7 +187,8 @@ class ExactTraining:
         Returns:
             The exit code: 0 finished, 1 a process is gone, 2 refused (the trajectory changed,
             another process trains in this directory, or no checkpoint verifies; nothing was
-            changed), 75 stopped by a signal and saved: the same command continues it.
+            changed), 75 stopped by a signal and saved, or the second copy cannot be reached: the
+            same command continues it.
         """
         if not is_launched() and (self.processes > 1 or self.restarts):
             return supervise(
@@ -196,6 +203,9 @@ class ExactTraining:
         except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_REFUSED
+        except RemoteUnavailableError as error:
+            print(f"error: {error}. Run the same command again", file=sys.stderr)
+            return EXIT_REFUSED if isinstance(error, RemoteDeniedError) else EXIT_RESUMABLE
         except distributed.PeerLostError as error:
             print(f"process {distributed.rank()}: {error}", file=sys.stderr)
             return EXIT_FAILED
@@ -220,9 +230,12 @@ class ExactTraining:
         with distributed.rank_zero_first():
             if distributed.rank() == 0:
                 lock = self.run.lock()
+        distributed.run_on_rank_zero(lambda: self._fetch_second_copy(ckpt_path))
         word, point = distributed.run_on_rank_zero(lambda: self._resolve(ckpt_path))
         if point and point.step >= trainer.max_steps:
             self._say(f"finished at step {point.step}, nothing to do")
+            if self.second_copy:
+                self.second_copy.complete()
             return 0
         self.now = now = self._take_fingerprint(module, data)
         banner = distributed.run_on_rank_zero(lambda: self._enter(point, now, trainer.max_steps))
@@ -231,7 +244,7 @@ class ExactTraining:
         if distributed.rank() == 0:
             describe_attempt(attempt, self.config, sys.argv[1:], now)
         self._say(banner)
-        distributed.run_on_rank_zero(lambda: self.run.archive_newer(point))
+        distributed.run_on_rank_zero(lambda: self._archive_newer(point))
         if word == ckpt_path and distributed.rank() == 0:
             LastStart.at(ckpt_path, point).write(self.run.home)
         # Several processes leave together or not at all.
@@ -241,14 +254,41 @@ class ExactTraining:
                 path = point.state if point else None
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except PreemptedError as stop:
+            if self.second_copy:
+                self.second_copy.leave()
             distributed.all_reduce_max(0)  # a launcher takes the first that leaves for dead
             if distributed.rank() == 0:
                 print(f"{stop}. Run the same command to continue.", flush=True)
             return EXIT_RESUMABLE
+        except LostOwnershipError:
+            raise
+        except Exception:
+            if self.second_copy:
+                self.second_copy.leave()
+            raise
         self._say(f"finished at step {trainer.global_step}")
+        if self.second_copy:
+            self.second_copy.finish(lambda: self.preemption.signal is not None)
         if lock:
             lock.close()
         return 0
+
+    def _fetch_second_copy(self, ckpt_path: str | None) -> None:
+        """Fetch what is newer in the second copy of the run, if it is to have one."""
+        if self.checkpoint.remote:
+            try:
+                self.second_copy = SecondCopy(self.run, self.checkpoint.remote)
+            except ValueError as error:
+                raise ResumeRefusedError(str(error)) from None
+            self.second_copy.fetch_newest(fresh=ckpt_path is None and not is_restart())
+
+    def _archive_newer(self, point: ResumePoint | None) -> None:
+        """Put aside what a resume goes back behind, elsewhere first, and begin to copy."""
+        if self.second_copy:
+            self.second_copy.enter(point)
+        self.run.archive_newer(point)
+        if self.second_copy:
+            self.second_copy.start(self.checkpoint)
 
     def _say(self, text: str) -> None:
         if distributed.rank() == 0:
@@ -275,6 +315,8 @@ class ExactTraining:
         monitor = self.checkpoint.monitor or ""
         _, _, older = monitored_scores(self.run.home, store)
         scores = older | self.run.metrics.column(monitor) | store.scores(monitor)
+        if self.second_copy:
+            self.second_copy.fetch_named(word, scores, monitor=monitor, mode=self.checkpoint.mode)
         return word, resolve_checkpoint(store, word, scores, self.checkpoint.mode)
 
     def _take_fingerprint(self, module: L.LightningModule, data: PositionData) -> Fingerprint:

@@ -45,3 +45,12 @@ def test_a_file_that_cannot_be_read(tmp_path):
 def test_rows_after_a_step_are_cut_off(record):
     assert [row["train/loss"] for row in record.cut(1)] == ["0.125"]
     assert {row["step"] for row in MetricsCSV(record.path).rows()} == {"1"}
+
+
+def test_a_file_that_was_replaced_is_read_again(record, tmp_path):
+    early = MetricsCSV(tmp_path / "other.csv")  # before its file was fetched
+    early.path.write_bytes(record.path.read_bytes())
+    early.reload()
+    assert [row["train/loss"] for row in early.cut(1)] == ["0.125"]
+    early.log_metrics({"train/loss": 0.25}, 2)
+    assert early.column("train/loss") == {1: 0.5, 2: 0.25}

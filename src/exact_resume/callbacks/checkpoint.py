@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from exact_resume import distributed
+from exact_resume.checkpoint.remote_copier import Copier
+from exact_resume.checkpoint.remote_url import check_url
+from exact_resume.checkpoint.retention import best_steps, kept_steps
 from exact_resume.checkpoint.store import CorruptCheckpointError, NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
 from exact_resume.checkpoint_interval import SAVE_COST, SaveInterval
@@ -38,6 +41,8 @@ class Checkpoint(ModelCheckpoint):
         keep_last: number of newest checkpoints to keep, at least 1.
         keep_best: number of best checkpoints to keep.
         keep_every: steps divisible by it are kept for good; None for none.
+        remote: URL of a second copy of the run, such as ``s3://bucket/runs/NAME``; None for none.
+            ``exact_resume.second_copy`` says what goes there.
         sharded: under a strategy that cuts the tensors over processes, each process saves its
             pieces, and none holds the whole state. Any number of processes can read it. Under
             other strategies every process has the whole state, and process 0 writes it.
@@ -46,6 +51,9 @@ class Checkpoint(ModelCheckpoint):
             ``keep_every`` are saved, too. None for the two of them.
         mean_time_between_failures: hours between two failures of the run, for ``every``. On several
             machines it is the hours of one machine divided by their number.
+
+    Attributes:
+        copier: what copies the run there; it is set by whoever starts the training.
     """
 
     io: StoreCheckpointIO
@@ -61,6 +69,7 @@ class Checkpoint(ModelCheckpoint):
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int | None = None,
+        remote: str | None = None,
         sharded: bool = False,
         every: str | None = None,
         mean_time_between_failures: float = 24.0,
@@ -84,6 +93,10 @@ class Checkpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        if remote is not None:
+            check_url(remote)
+        self.remote = remote
+        self.copier: Copier | None = None
         self.sharded = sharded
         self.interval: SaveInterval | None = None
         if every == "auto":
@@ -124,6 +137,8 @@ class Checkpoint(ModelCheckpoint):
     @override
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.io.check()  # an error of the writer stops the run now
+        if self.copier:
+            self.copier.check()
         self._preallocate(trainer)
         step = trainer.global_step
         is_due = bool(self.every_n_steps) and step % (self.every_n_steps or 1) == 0
@@ -237,19 +252,22 @@ class Checkpoint(ModelCheckpoint):
                 self.stored_scores.add(step)
             except OSError as error:  # it is in metrics.csv, and is written at the next save
                 log.warning("the score of step %d could not be written: %s", step, error)
-        self.store.prune(self._kept_steps())
+        self.store.prune(self.kept_steps(self.store.steps(), {}))
+        if self.copier:
+            self.copier.wake()
 
-    def _kept_steps(self) -> set[int]:
-        steps = self.store.steps()
-        kept = {*steps[-self.keep_last :], *self._best(steps)}
-        if self.keep_every:
-            kept |= {step for step in steps if step % self.keep_every == 0}
-        if self.keep_best:
-            kept |= self.lost_scores
-        return kept
+    def kept_steps(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
+        """Return which of ``steps`` are kept; ``scores`` are those that the run does not know."""
+        return kept_steps(
+            steps,
+            {**scores, **self.scores},
+            mode=self.mode,
+            keep_last=self.keep_last,
+            keep_best=self.keep_best,
+            keep_every=self.keep_every,
+            lost_scores=self.lost_scores,
+        )
 
     def _best(self, steps: Iterable[int]) -> list[int]:
         """Return the ``keep_best`` steps with the best scores."""
-        sign = 1 if self.mode == "min" else -1
-        scored = [step for step in steps if math.isfinite(self.scores.get(step, math.nan))]
-        return sorted(scored, key=lambda step: sign * self.scores[step])[: self.keep_best]
+        return best_steps([*steps], self.scores, mode=self.mode, n=self.keep_best)

@@ -76,10 +76,12 @@ class Store:
 
     Args:
         directory: ``runs/NAME/checkpoints``; the first commit makes it.
+        check: called just before a checkpoint appears; an error of it keeps the checkpoint out.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, check: Callable[[], None] = lambda: None) -> None:
         self.directory = Path(directory)
+        self.check = check
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, valid or not, in ascending order.
@@ -175,6 +177,7 @@ class Store:
         with open_durable(temporary / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1).encode())
         fsync_directory(temporary)
+        self.check()
         os.rename(temporary, self.path(step))
         fsync_directory(self.directory)
         return self.path(step)

@@ -68,7 +68,6 @@ class StoreCheckpointIO(CheckpointIO):
             fingerprint); called with the content of the checkpoint.
         retry_delays: seconds before each further attempt of a save that failed for a reason that
             may pass.
-        check: called before each save; an error of it ends the training.
 
     Attributes:
         before_commit: called by the writer before each save.
@@ -84,9 +83,7 @@ class StoreCheckpointIO(CheckpointIO):
         metadata: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         retry_delays: Sequence[float] = RETRY_DELAYS,
-        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.check_before = check
         self.store = store
         self.metadata = metadata
         self.retry_delays = retry_delays
@@ -278,7 +275,7 @@ class StoreCheckpointIO(CheckpointIO):
                 if plan:
                     self._commit_sharded(step, state, metadata, plan, is_retry=attempt > 0)
                 else:
-                    self._check_and_sync()
+                    self.before_commit()
                     if not (attempt and self._sync_renamed(step)):
                         self.store.commit(step, state, **metadata)
                 break
@@ -296,10 +293,6 @@ class StoreCheckpointIO(CheckpointIO):
         except OSError as error:
             log.warning("step %d is saved, but old files could not be deleted: %s", step, error)
 
-    def _check_and_sync(self) -> None:
-        self.check_before()
-        self.before_commit()
-
     def _commit_sharded(
         self,
         step: int,
@@ -314,7 +307,7 @@ class StoreCheckpointIO(CheckpointIO):
 
         if is_retry and sharded.ask_process_zero(partial(self._sync_renamed, step), self.group):
             return
-        sharded.commit(self.store, state, metadata, plan, self.group, self._check_and_sync)
+        sharded.commit(self.store, state, metadata, plan, self.group, self.before_commit)
 
     def _sync_renamed(self, step: int) -> bool:
         """Return whether ``step`` was renamed, and syncing the directory failed; sync it then."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from exact_resume import distributed
+from exact_resume.checkpoint.remote import RemoteDeniedError, RemoteUnavailableError
 from exact_resume.checkpoint.schema import SchemaError
 from exact_resume.checkpoint.store import (
     CheckpointLoadError,
@@ -56,6 +57,10 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
     except (CheckpointLoadError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         outcome.exit_code = EXIT_USAGE
+    except RemoteUnavailableError as error:
+        print(f"error: {error}. Run the same command again", file=sys.stderr)
+        is_denied = isinstance(error, RemoteDeniedError)
+        outcome.exit_code = EXIT_USAGE if is_denied else EXIT_RESUMABLE
     except distributed.PeerLostError as error:
         log.warning(f"process {distributed.rank()}: {error}")
         outcome.exit_code = 1

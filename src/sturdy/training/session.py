@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -19,7 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from exact_resume import distributed
 from exact_resume.attempt import configure_logging, describe_attempt
+from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.watchdog import arm_start_watchdog, disarm_start_watchdog
+from exact_resume.checkpoint.remote import LostOwnershipError
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
 from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
 from exact_resume.reduction import reduction_id
@@ -38,6 +40,7 @@ from exact_resume.resume import (
     resolve_repeated,
 )
 from exact_resume.run import Run
+from exact_resume.second_copy import SecondCopy
 from exact_resume.signals import PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
@@ -117,6 +120,7 @@ class Session:
         self.restored: list[str] = []  # what the restart has restored in the config, for people
         self.encoding_lines: list[str] = []  # about latents, for people
         self.lock: IO[str] | None = None
+        self.second_copy: SecondCopy | None = None  # on rank 0, where one is configured
         self.preemption = Preemption()
 
     @property
@@ -139,6 +143,7 @@ class Session:
         with distributed.rank_zero_first(), as_config_error():
             if distributed.rank() == 0:
                 self.lock = lock_run(self.run)
+        self._fetch_second_copy()
         with as_config_error():
             self.skips = self.run.skips()
         self.base_lines = resolve_base(self.cfg)
@@ -154,6 +159,9 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         """Release the lock of a run that ended well; that of any other dies with the process."""
+        if self.second_copy and isinstance(error, Exception | PreemptedError):
+            with suppress(LostOwnershipError):  # the error that ended the training comes first
+                self.second_copy.leave()
         if self.lock and error is None:
             self.lock.close()
 
@@ -169,6 +177,8 @@ class Session:
         if self.point and distributed.run_on_rank_zero(self._is_finished):
             if distributed.rank() == 0:
                 print("\n    ".join(self._describe_finished()), flush=True)
+                if self.second_copy:
+                    self.second_copy.complete()
             return False
         with distributed.rank_zero_first():
             resolve_run_defaults(self.cfg, self.point)
@@ -196,7 +206,7 @@ class Session:
             describe_attempt(attempt, config, self.overrides, now)
             self._announce(guarantee)
         self._build_trainer(now, attempt)
-        distributed.run_on_rank_zero(lambda: self.run.archive_newer(self.point))
+        distributed.run_on_rank_zero(self._archive_newer)
         # A resume by another word than the given one happened before, and is not recorded again.
         if distributed.rank() == 0 and self.cfg.ckpt_path == self.ckpt_path_given:
             LastStart.at(self.ckpt_path_given, self.point).write(self.run.home)
@@ -219,6 +229,8 @@ class Session:
             skip = error.skip
         except PreemptedError:
             self._arm_watchdog()
+            if self.second_copy:
+                self.second_copy.leave()
             # Leave together: a launcher takes the first process that leaves for dead.
             distributed.all_reduce_max(0)
             raise
@@ -237,6 +249,8 @@ class Session:
             if distributed.rank() == 0:
                 step = self.trainer.global_step
                 log.info(f"finished at step {step}; everything is in {self.run.home}")
+            if self.second_copy:
+                self.second_copy.finish(lambda: self.preemption.signal is not None)
             return
         self._skip(skip)
 
@@ -289,6 +303,32 @@ class Session:
         if is_launched() and self.cfg.callbacks.get("watchdog"):
             arm_start_watchdog(self.cfg.callbacks.watchdog.start)
 
+    def _fetch_second_copy(self) -> None:
+        """Fetch what is newer in the second copy of the run, if it is to have one."""
+        url = OmegaConf.select(self.cfg, "callbacks.checkpoint.remote")
+        if not url:
+            return
+
+        def fetch() -> None:
+            is_fresh = self.ckpt_path_given is None and not is_restart(self.cfg.as_begun)
+            with as_config_error("callbacks.checkpoint", ["remote"]):
+                self.second_copy = SecondCopy(self.run, str(url), self.cfg.name)
+                self.second_copy.fetch_newest(fresh=is_fresh)
+
+        disarm_start_watchdog()  # it may take hours, and the other processes wait for rank 0
+        distributed.run_on_rank_zero(fetch)
+        self._arm_watchdog()
+
+    def _archive_newer(self) -> None:
+        """Put aside what a resume goes back behind, elsewhere first, and begin to copy."""
+        if self.second_copy:
+            self.second_copy.enter(self.point)
+        self.run.archive_newer(self.point)
+        if self.second_copy:
+            for callback in self.trainer.checkpoint_callbacks:
+                if isinstance(callback, Checkpoint):
+                    self.second_copy.start(callback)
+
     def _resolve_repetition(self) -> None:
         """Settle what a repeated command and a restart continue, before anything else is read."""
         run = self.run
@@ -316,6 +356,10 @@ class Session:
         with as_config_error():  # the disk may be away
             store.remove_stale_temp()
             scores = self.run.metrics.column(checkpoint.monitor) | store.scores(checkpoint.monitor)
+            if self.second_copy:
+                self.second_copy.fetch_named(
+                    self.cfg.ckpt_path, scores, monitor=checkpoint.monitor, mode=checkpoint.mode
+                )
             return resolve_checkpoint(store, self.cfg.ckpt_path, scores, checkpoint.mode)
 
     def _stored_fingerprint(self) -> Mapping[str, Any]:

@@ -303,11 +303,7 @@ def build_trainer(
         callbacks=build_callbacks(cfg, run, preemption, attempt),
         logger=[run.metrics, *build_loggers(cfg)],
         plugins=[
-            StoreCheckpointIO(
-                run.store,
-                lambda checkpoint: checkpoint_metadata(checkpoint, now),
-                check=run.check_lock,
-            ),
+            StoreCheckpointIO(run.store, lambda checkpoint: checkpoint_metadata(checkpoint, now)),
             distributed.cluster_environment() or LightningEnvironment(),
         ],
         max_epochs=-1,
