@@ -17,8 +17,9 @@ from exact_resume.metrics import read_rows
 from runs import ROOT, command, differences, train
 from worlds import SHARDED
 
-PATIENCE = 300.0  # seconds until a strike must be over
 ENDLESS = 1_000_000  # steps
+BEGUN = f"to step {ENDLESS}"
+PATIENCE = 300.0  # seconds until a strike must be over
 BASE = [*(word for word in SHARDED if word != "trainer=cpu"), "trainer=multi_node"]
 BASE += ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 CALM = ["callbacks.samples.every_n_steps=1000000", "trainer.log_every_n_steps=1"]
@@ -82,6 +83,12 @@ class Training:
             if begun := re.search(r"; resumed from step (\d+)|; (fresh)", said):
                 found[log.parent.name] = int(begun[1] or 0)
         return found
+
+    def last_start(self) -> str:
+        """Return what the newest attempt that trains said when it began."""
+        logs = sorted(self.home.glob("attempts/*/log.txt"), reverse=True)
+        lines = [line for log in logs for line in log.read_text().splitlines() if BEGUN in line]
+        return lines[0] if lines else ""
 
     def until(self, happened: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
         """Wait for something that must happen within ``patience`` seconds."""
