@@ -17,10 +17,10 @@ from pathlib import Path
 
 def main(folder: Path) -> None:
     """Fork for each job that appears in ``folder``."""
-    if os.environ["ROLE"] == "client":
-        import exact_resume.checkpoint.writer
-        import exact_resume.run  # noqa: F401
     (folder / "ready").touch()
+    import exact_resume.checkpoint.writer
+    import exact_resume.run  # noqa: F401
+
     seen: set[Path] = set()
     pids: dict[int, Path] = {}
     while True:

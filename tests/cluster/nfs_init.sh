@@ -2,7 +2,7 @@
 # The first process of a machine of nfs.py. What it needs comes as variables from the kernel's
 # command line: ADDRESS, AGENT, FOLDER, HOST, LEASE, MODULES, PYTHON, ROLE, SERVER, SHARE.
 # All files but the mounts below are those of the computer that the test runs on.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 set -e
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys

@@ -13,6 +13,8 @@ import pytest
 from hosts import Cluster, why_impossible
 from nfs import NFS, Job, Machine, why_no_nfs
 
+from runs import command, differences, train
+
 pytestmark = pytest.mark.cluster
 HERE = Path(__file__).parent
 LEASE = 10  # seconds
@@ -21,7 +23,7 @@ LATER = 1000  # the first step of the second machine: steps tell who saved them,
 
 @pytest.fixture(scope="module")
 def nfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NFS]:
-    """A server h1, and the clients h2 and h3; two minutes pass until they are on."""
+    """A server h1, and the clients h2 and h3."""
     folder = tmp_path_factory.mktemp("nfs")
     if reason := why_impossible(folder) or why_no_nfs():
         pytest.skip(reason)
@@ -117,6 +119,27 @@ def test_only_the_save_in_work_at_the_cut_is_completed(nfs: NFS) -> None:
     assert holder.wait() == 1
     assert "LockLostError: the lock of" in holder.output()
     assert late == [2]
+
+
+def test_a_crash_of_the_server_is_waited_for(nfs: NFS, tmp_path: Path) -> None:
+    """The bits are those of a run on a local disk."""
+    words = ["trainer.max_steps=50", "trainer.val_check_interval=25", "trainer.log_every_n_steps=1"]
+    words += ["callbacks.checkpoint.every_n_train_steps=5"]
+    _, script, *line = command(nfs.share, "crash", *words)
+    run = nfs["h2"].start(Path(script), *line)
+    home = nfs.share / "runs" / "crash"
+    saved = nfs.server.start(HERE / "nfs_wait.py", str(home), "10")
+    assert saved.wait() == 0, run.describe()
+    nfs.server.power_off()
+    time.sleep(20)
+    assert run.code() is None
+    nfs.server.boot()
+    assert run.wait() == 0, run.describe()
+    copy = nfs.server.start(HERE / "nfs_copy.py", str(home), str(tmp_path / "runs" / "crash"))
+    assert copy.wait() == 0, copy.describe()
+    train(tmp_path, "one", *words)
+    assert differences(tmp_path, "one", "crash") == []
+    assert len(list((tmp_path / "runs/crash/attempts").iterdir())) == 1
 
 
 def test_the_lock_of_a_lost_machine_is_free_within_two_minutes(tmp_path: Path) -> None:
