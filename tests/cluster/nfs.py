@@ -1,7 +1,6 @@
 """A file server and its clients: NFS 4.2 between real Linux kernels, on one computer.
 
-A computer's kernel has one NFS server and one client, and most of containers have none. So each
-machine is a host of hosts.py on which a kernel of its own runs, as a process: User Mode Linux.
+One kernel would be server and client at once, and could not crash alone. So each machine is a host of hosts.py on which a kernel of its own runs, as a process: User Mode Linux.
 Its files are those of this computer, but for ``share``: there the clients see what is on the
 server's disk, which is an image in the test's folder.
 
@@ -18,13 +17,11 @@ Debian has all that is needed:
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
 
 from hosts import Cluster, Host, check
 
@@ -149,7 +146,7 @@ class Machine:
         self.host.power_off()
 
     def unplug(self) -> None:
-        """Pull the cable out of the switch; the card does not notice, since it would not recover."""
+        """Pull the cable out at the switch: the card, which would not recover, notices nothing."""
         self.host.cluster.run_on_switch("ip", "link", "set", self.host.port, "nomaster")
 
     def plug(self) -> None:

@@ -49,6 +49,7 @@ def run(job: Path) -> None:
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     sys.argv = json.loads(job.read_text())
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
