@@ -1,16 +1,17 @@
 """A file server and its clients: NFS 4.2 between real Linux kernels, on one computer.
 
-One kernel would be server and client at once, and could not crash alone. So each machine is a host of hosts.py on which a kernel of its own runs, as a process: User Mode Linux.
-Its files are those of this computer, but for ``share``: there the clients see what is on the
-server's disk, which is an image in the test's folder.
+One kernel would be server and client at once, and could not crash alone. So each machine is a host
+of hosts.py on which a kernel of its own runs, as a process: User Mode Linux. Its files are those of
+this computer, but for ``share``: there the clients see the server's disk, which is an image in the
+test's folder.
 
-Debian has all that is needed:
+Debian 12 has all that is needed:
 
-    apt-get install --no-install-recommends \
-        user-mode-linux nfs-kernel-server nfs-common kmod e2fsprogs gcc
+    apt-get install user-mode-linux nfs-kernel-server nfs-common kmod e2fsprogs gcc libc6-dev
 
-    with Cluster(tmp_path) as cluster, NFS(cluster, tmp_path) as nfs:
-        job = nfs["h2"].start("script.py", str(nfs.share / "file"))
+    with Cluster(folder) as cluster:
+        nfs = NFS(cluster, folder)
+        job = nfs["h2"].start(script, str(nfs.share / "file"))
         nfs["h2"].unplug()
 """
 
@@ -223,6 +224,6 @@ def why_no_nfs() -> str:
     """Return why no machines can be made here, or nothing if they can."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     if missing := [tool for tool in TOOLS if not shutil.which(tool, path=path)]:
-        packages = "user-mode-linux nfs-kernel-server nfs-common kmod e2fsprogs gcc"
+        packages = "user-mode-linux nfs-kernel-server nfs-common kmod e2fsprogs gcc libc6-dev"
         return f"not installed: {', '.join(missing)} (Debian: {packages})"
     return ""
