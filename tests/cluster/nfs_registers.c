@@ -26,7 +26,8 @@ long ptrace(enum __ptrace_request request, ...)
         original = dlsym(RTLD_NEXT, "ptrace");
     if (request == PTRACE_SETREGSET && address == (void *)NT_X86_XSTATE) {
         struct iovec *some = data, whole = {all, sizeof all};
-        if (original(PTRACE_GETREGSET, pid, address, &whole) == 0 && whole.iov_len > some->iov_len) {
+        long failed = original(PTRACE_GETREGSET, pid, address, &whole);
+        if (!failed && whole.iov_len > some->iov_len) {
             memcpy(all, some->iov_base, some->iov_len);
             return original(request, pid, address, &whole);
         }
