@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-unit test-slow bench structure lint format status clean
+.PHONY: help train test test-unit test-slow test-cluster bench structure lint format status clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,10 +16,13 @@ test: $(VENV)/ready ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-unit: $(VENV)/ready ## the tests that start no process
-	$(BIN)/python -m pytest -m 'not slow and not processes' -n 2
+	$(BIN)/python -m pytest -m 'not slow and not cluster and not processes' -n 2
 
 test-slow: $(VENV)/ready ## the slow tests; hours
 	$(BIN)/python -m pytest -m slow -n 2
+
+test-cluster: $(VENV)/ready ## machines that are lost, as root on Linux with iproute2 and iptables; an hour
+	$(BIN)/python -m pytest -m cluster -rs
 
 bench: $(VENV)/ready ## measure what saving, restarting, shards and other programs cost
 	$(BIN)/python benchmarks/saving.py
