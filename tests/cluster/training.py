@@ -19,7 +19,7 @@ from runs import ROOT, command, differences, train
 from worlds import SHARDED
 
 ENDLESS = 1_000_000  # steps
-BANNER = re.compile(r"classes(?:, (\d+) processes.*?)?; (?:resumed from step (\d+)|fresh)")
+BANNER = re.compile(r".* classes(?:, (\d+) processes.*?)?; (?:resumed from step (\d+)|fresh)")
 PATIENCE = 300.0  # seconds until a strike must be over
 BASE = [*(word for word in SHARDED if word != "trainer=cpu"), "trainer=multi_node"]
 BASE += ["trainer.accelerator=cpu", "trainer.precision=32-true"]
@@ -45,10 +45,11 @@ def script() -> str:
 
 
 class Start(NamedTuple):
-    """Where a start of the run began, and with how many processes."""
+    """Where a start of the run began, with how many processes, and what it said about that."""
 
     step: int
     processes: int
+    banner: str
 
 
 class Training:
@@ -79,7 +80,7 @@ class Training:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for host in hosts:
             shell = ["bash", "-c", script(), "torchrun.sh", *line]
-            environment = {"PATH": path, "RUN": str(self.home)}
+            environment = {"PATH": path, "RUN": str(self.home), "LINGER": str(self.tmp)}
             self.loops[host.name] = host.start(shell, self.log(host), ROOT, **environment)
 
     def log(self, host: Host) -> Path:
@@ -100,8 +101,12 @@ class Training:
         found = {}
         for log in sorted(self.home.glob("attempts/*/log.txt")):
             if said := BANNER.search(log.read_text()):
-                found[log.parent.name] = Start(int(said[2] or 0), int(said[1] or 1))
+                found[log.parent.name] = Start(int(said[2] or 0), int(said[1] or 1), said[0])
         return found
+
+    def last_start(self) -> Start:
+        """Return the newest of ``starts``."""
+        return list(self.starts().values())[-1]
 
     def until(self, happened: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
         """Wait for something that must happen within ``patience`` seconds."""
@@ -173,6 +178,11 @@ class Training:
     def kill_rank(self, host: Host) -> None:
         """Kill the process that trains on ``host``; its torchrun lives."""
         os.kill(self.rank(host), signal.SIGKILL)
+
+    def kill_torchrun(self, host: Host) -> None:
+        """Kill torchrun on ``host``; what it has started dies with it, and its loop lives."""
+        (torchrun,) = host.pids("/bin/torchrun")
+        os.kill(torchrun, signal.SIGKILL)
 
     def finish(self, *hosts: Host, words: tuple[str, ...] = ()) -> None:
         """Cut the power of all hosts, let ``hosts`` train 40 more steps, and compare the bits."""
