@@ -178,3 +178,19 @@ def test_a_silent_machine_is_noticed_in_a_minute(cluster: Cluster, tmp_path: Pat
         run.start(h2)
         run.until(lambda: run.last_start().processes == 2, "both train")
     run.finish(h1, h2)
+
+
+def test_stopped_by_hand(cluster: Cluster, tmp_path: Path) -> None:
+    """Ctrl-C, on one machine and then on the other: each time the run has saved."""
+    h1, h2 = cluster["h1"], cluster["h2"]
+    run = Training(cluster, tmp_path, "stopped")
+    run.start(h1, h2)
+    run.train_on(40)
+    run.strike("Ctrl-C on a machine", partial(run.interrupt, h2), processes=1)
+    run.train_on()
+    run.interrupt(h1)
+    for host in (h1, h2):
+        run.until(lambda h=host: run.loops[h.name].poll() is not None, f"{host.name} has stopped")
+        assert "error" not in run.log(host).read_text()
+    assert run.store.steps()[-1] == run.last_step()
+    run.finish(h1, h2)

@@ -28,7 +28,8 @@ CALM += ["trainer.val_check_interval=200", "callbacks.checkpoint.every_n_train_s
 GUIDE = ROOT / "docs" / "guides" / "slurm-and-clusters.md"
 HERE = {  # in the script of the guide
     "--nnodes=1:4 --nproc-per-node=8": "--nnodes=1:3 --nproc-per-node=1",
-    "HOST:29400": "h1:29400 --rdzv-conf=last_call_timeout=5,read_timeout=900",
+    "HOST": "h1",
+    "read_timeout=900": "read_timeout=900,last_call_timeout=5",
     "train.py experiment=cars trainer=multi_node data.shards=32 reduction=tree": '"$@"',
     "runs/cars": '"$RUN"',
 }
@@ -183,6 +184,11 @@ class Training:
         """Kill torchrun on ``host``; what it has started dies with it, and its loop lives."""
         (torchrun,) = host.pids("/bin/torchrun")
         os.kill(torchrun, signal.SIGKILL)
+
+    def interrupt(self, host: Host) -> None:
+        """Press Ctrl-C in the terminal of ``host``."""
+        for pid in host.pids("train.py"):  # the script, torchrun and the process that trains
+            os.kill(pid, signal.SIGINT)
 
     def finish(self, *hosts: Host, words: tuple[str, ...] = ()) -> None:
         """Cut the power of all hosts, let ``hosts`` train 40 more steps, and compare the bits."""
