@@ -191,6 +191,5 @@ def test_stopped_by_hand(cluster: Cluster, tmp_path: Path) -> None:
     run.interrupt(h1)
     for host in (h1, h2):
         run.until(lambda h=host: run.loops[h.name].poll() is not None, f"{host.name} has stopped")
-        assert "error" not in run.log(host).read_text()
     assert run.store.steps()[-1] == run.last_step()
     run.finish(h1, h2)
