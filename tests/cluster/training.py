@@ -15,7 +15,7 @@ from record import Strike, record
 
 from exact_resume.checkpoint.store import Store
 from exact_resume.metrics import read_rows
-from runs import ROOT, command, differences, train
+from runs import ROOT, command, differences, start
 from worlds import SHARDED
 
 ENDLESS = 1_000_000  # steps
@@ -200,7 +200,9 @@ class Training:
         self.start(*hosts, max_steps=last, words=words)
         for host in hosts:
             self.until(lambda h=host: self.loops[h.name].poll() == 0, f"{host.name} has finished")
-        train(self.tmp, "one", *CALM, f"trainer.max_steps={last}", base=SHARDED)
+        process, out, err = start(self.tmp, "one", *CALM, f"trainer.max_steps={last}", base=SHARDED)
+        process.join()
+        assert process.exitcode == 0, out.read_text() + err.read_text()
         odd = differences(self.tmp, "one", self.name)
         record(self.strikes, equal=not odd)
         assert odd == []
