@@ -237,7 +237,7 @@ def test_submitit_without_a_cluster(cluster):
 
 
 @submitit
-def test_mistakes_are_told_before_anything_is_submitted(cluster):
+def test_mistakes_are_told_before_anything_is_submitted(cluster, monkeypatch):
     for words, text in {
         ("hydra.launcher.tiemout_min=3",): "tiemout_min",
         ("sede=0,1",): "Did you mean seed?",
@@ -248,6 +248,7 @@ def test_mistakes_are_told_before_anything_is_submitted(cluster):
         assert text in said
         assert "Traceback" not in said
     (cluster / "srun").unlink()
+    monkeypatch.setenv("PATH", str(cluster))  # this machine may have a real one
     process = sweep(cluster, "hydra/launcher=slurm", "seed=0,1")
     assert "are you indeed on a slurm cluster?" in process.communicate(timeout=60)[0]
     assert process.returncode == 1
