@@ -147,7 +147,15 @@ def without_directory_sync() -> None:
     os.fsync = files_only
 
 
+def count_restarts() -> None:
+    """The processes of a start meet under the number of restarts that their own launcher counts."""
+    from exact_resume import distributed
+
+    distributed.store_prefix = lambda _: f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+
 TEST_FAULTS = {
+    "count-restarts": count_restarts,
     "without-locks": without_locks,
     "without-directory-sync": without_directory_sync,
     "throw-on-usr2": throw_on_usr2,

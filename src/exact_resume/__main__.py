@@ -1,13 +1,17 @@
 """Show the checkpoints of a run, verify them, or show any file of weights; nothing is changed.
 
+And say to a script whether a run is worth starting again.
+
     python -m exact_resume status runs/NAME     a table, and what the run's command would do now
     python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
     python -m exact_resume show FILE            what a file of weights holds; nothing is executed
+    python -m exact_resume again runs/NAME      whether to start it again: see ``again.py``
 
 ``show`` also takes a checkpoint, a run, or a folder with several files of weights.
 
 Exit code: 0 if all checkpoints verify, 1 if one does not or there is none, 2 for a wrong command.
 Of ``show``: 0 if the file can be read, 1 if it is refused or damaged, 2 for a wrong command.
+Of ``again``: 0 for yes, 1 for no, 2 for a wrong command.
 """
 
 import math
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 
+from exact_resume.again import again
 from exact_resume.checkpoint.store import (
     QUARANTINE,
     CorruptCheckpointError,
@@ -32,13 +37,15 @@ from exact_resume.fingerprint import Fingerprint, describe_stack
 from exact_resume.resume import Rules, compare_fingerprints, monitored_scores
 from exact_resume.show import show
 
-USAGE = "usage: python -m exact_resume status|verify runs/NAME, or show FILE"
+USAGE = "usage: python -m exact_resume status|verify runs/NAME, show FILE, again runs/NAME --code N"
 ROW = "{:>10}  {:>7}  {:>11}  {:8}  {:>10}  {}"
 MAX_REASONS = 10
 
 
 def main(arguments: list[str]) -> int:
     """Run the command; return the exit code."""
+    if arguments[:1] == ["again"] and len(arguments) in (2, 4):
+        return ask_again(arguments[1:])
     if len(arguments) != 2 or arguments[0] not in ("status", "verify", "show"):
         print(USAGE, file=sys.stderr)
         return 2
@@ -61,6 +68,15 @@ def main(arguments: list[str]) -> int:
         print_corrupt(corrupt)
         print_outlook(run, valid)
     return 0 if valid and not corrupt else 1
+
+
+def ask_again(arguments: list[str]) -> int:
+    """Run ``again RUN [--code N]``; return the exit code."""
+    run, *option = arguments
+    if option and not (option[0] == "--code" and option[1].isdecimal()):
+        print(USAGE, file=sys.stderr)
+        return 2
+    return again(Path(run), int(option[1]) if option else None)
 
 
 def verify_all(store: Store) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:

@@ -6,9 +6,11 @@ step waits for a GPU. Every function that communicates must be called by all ran
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,13 +19,26 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.rendezvous import rendezvous
+from typing_extensions import override
 
 from exact_resume.signals import EXIT_RESUMABLE
-from exact_resume.supervisor import is_launched
+from exact_resume.standby import release, stand_by
+from exact_resume.supervisor import is_launched, is_supervised
 
 T = TypeVar("T")
 # A process may wait long for one that decodes images; the watchdog finds what hangs.
 TIMEOUT = timedelta(days=7)
+
+# A peer is silent for a minute at most: the first question after 20 s, three more, 10 s apart.
+KEEP_ALIVE = {(socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1}
+for _name, _value in {
+    "TCP_KEEPIDLE": 20,
+    "TCP_KEEPINTVL": 10,
+    "TCP_KEEPCNT": 4,
+    "TCP_USER_TIMEOUT": 60_000,  # milliseconds; for bytes that were sent and not acknowledged
+}.items():
+    if hasattr(socket, _name):  # macOS lacks some
+        KEEP_ALIVE[socket.IPPROTO_TCP, getattr(socket, _name)] = _value
 
 # Parts of the messages of errors that have no type of their own.
 PEER_FAILURE_MESSAGES = (
@@ -35,33 +50,79 @@ PEER_FAILURE_MESSAGES = (
 )
 
 
+_standing_by = 0  # processes that were started and do not train
+_store: dist.Store | None = None  # where the processes of this start meet
+
+
 class PeerLostError(Exception):
     """Another process of this run is gone; the launcher ends this one, too, and restarts all."""
 
 
-def init_process_group(accelerator: str = "cpu") -> None:
+def init_process_group(accelerator: str = "cpu", *, usable: int | None = None) -> None:
     """Connect to the other processes that the launcher has started; alone, do nothing.
 
     Args:
         accelerator: As of Lightning's Trainer; with GPUs, their tensors are sent by NCCL.
+        usable: How many processes can train; None for all. The others stand by.
+
+    Raises:
+        SystemExit: In a process that stood by, when the others leave.
     """
+    global _standing_by, _store
     launcher = cluster_environment()
     if launcher is None or launcher.world_size() == 1 or dist.is_initialized():
         return
     on_gpu = accelerator not in ("cpu", "mps") and torch.cuda.is_available()
     this_rank = launcher.global_rank()
-    processes = launcher.world_size()
+    started = launcher.world_size()
+    processes = min(usable or started, started)
     address = f"tcp://{launcher.main_address}:{launcher.main_port}"
     with peer_errors():
-        store, *_ = next(rendezvous(address, this_rank, processes, timeout=TIMEOUT))
-        own_store = dist.PrefixStore(store_prefix(processes), store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=own_store,
-            rank=this_rank,
-            world_size=processes,
-            timeout=TIMEOUT,
-        )
+        store, *_ = next(rendezvous(address, this_rank, started, timeout=TIMEOUT))
+        _store = dist.PrefixStore(store_prefix(started), store)
+        if this_rank >= processes:
+            stand_by(_store)
+        _standing_by = started - processes
+        if processes > 1:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=_store,
+                rank=this_rank,
+                world_size=processes,
+                timeout=TIMEOUT,
+            )
+    keep_connections_alive()
+
+
+def usable_processes(started: int, divides: Callable[[int], bool]) -> int:
+    """Return the largest number of processes, up to ``started``, that ``divides`` accepts.
+
+    Machines are used whole, or one of them in part. If nothing is accepted it is ``started``, and
+    so it is under ``supervise``, where a person chose the number.
+    """
+    local = _started_per_machine(started)
+    for number in range(started, 0, -1):
+        is_even = number % local == 0 or number < local
+        if is_even and divides(number) and not is_supervised():
+            return number
+    return started
+
+
+def keep_connections_alive() -> None:
+    """Let the kernel end a connection whose other end has been silent for a minute.
+
+    A machine that loses its power or its network says nothing, and gloo would wait for it for as
+    long as ``TIMEOUT``. A process that computes needs not answer, for its kernel does.
+    """
+    if not (dist.is_initialized() and Path("/proc/self/fd").is_dir()):
+        return
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile, or not of TCP
+            if not os.readlink(link).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(link.name))) as connection:
+                for option, value in KEEP_ALIVE.items():
+                    connection.setsockopt(*option, value)
 
 
 def store_prefix(processes: int) -> str:
@@ -77,10 +138,44 @@ def store_prefix(processes: int) -> str:
     return f"start {start} of {processes}"
 
 
-def destroy_process_group() -> None:
-    """Disconnect from the other processes, if there are any."""
+def destroy_process_group(exit_code: int = 0) -> None:
+    """Disconnect from the other processes, if there are any.
+
+    Args:
+        exit_code: With which this process will leave, and those that stand by.
+    """
+    global _standing_by, _store
+    if _standing_by and _store and rank() == 0:
+        release(_store, _standing_by, exit_code)
+    _standing_by, _store = 0, None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def standing_by() -> int:
+    """Return how many processes were started and do not train."""
+    return _standing_by
+
+
+class _Torchrun(TorchElasticEnvironment):
+    """As Lightning's, of the processes that train."""
+
+    @override
+    def world_size(self) -> int:
+        return super().world_size() - _standing_by
+
+
+class _Slurm(SLURMEnvironment):
+    """As Lightning's, of the processes that train."""
+
+    @override
+    def world_size(self) -> int:
+        return super().world_size() - _standing_by
+
+    @override
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if not _standing_by:
+            super().validate_settings(num_devices, num_nodes)
 
 
 def cluster_environment() -> ClusterEnvironment | None:
@@ -88,8 +183,14 @@ def cluster_environment() -> ClusterEnvironment | None:
     if not is_launched():
         return None
     if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
-    return SLURMEnvironment(auto_requeue=False)
+        return _Torchrun()
+    return _Slurm(auto_requeue=False)
+
+
+def started_processes() -> int:
+    """Return how many processes the launcher has started, on all machines."""
+    launcher = cluster_environment()
+    return launcher.world_size() + _standing_by if launcher else 1
 
 
 def rank() -> int:
@@ -103,12 +204,8 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Return the number of processes on this machine."""
-    if world_size() == 1:
-        return 1
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    return world_size() // int(os.environ.get("SLURM_NNODES", "1"))
+    """Return the number of processes that train on this machine."""
+    return min(world_size(), _started_per_machine(world_size() + _standing_by))
 
 
 @contextmanager
@@ -191,6 +288,12 @@ def is_peer_failure(error: BaseException) -> bool:
         return True
     message = str(error)
     return isinstance(error, RuntimeError) and any(m in message for m in PEER_FAILURE_MESSAGES)
+
+
+def _started_per_machine(started: int) -> int:
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return max(1, started // int(os.environ.get("SLURM_NNODES", "1")))
 
 
 def _broadcast_success(success: bool | None) -> bool:

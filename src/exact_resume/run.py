@@ -35,6 +35,10 @@ class AlreadyRunningError(Exception):
     """Another live process trains in this directory."""
 
 
+class LockLostError(Exception):
+    """This process had the run's lock, and may not have it any more."""
+
+
 class Run:
     """One run in the directory ``home``.
 
@@ -47,6 +51,8 @@ class Run:
         self.home = Path(home)
         self.store = Store(self.home / "checkpoints")
         self._metrics: MetricsCSV | None = None
+        self._lock: IO[str] | None = None
+        self._holder = ""  # what this process wrote into the lock's file
 
     @property
     def metrics(self) -> MetricsCSV:
@@ -79,7 +85,7 @@ class Run:
         """
         try:
             make_directory(self.home)
-            file = (self.home / ".lock").open("a+")
+            file = os.fdopen(os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
             self._wait_for_lock(file, timeout)
         except LockUnsupportedError as error:
             raise LockUnsupportedError(f"{self.home} cannot be used: {error}") from None
@@ -94,11 +100,42 @@ class Run:
         }
         if brief:
             holder["brief"] = True
+        self._lock = file
+        self._holder = json.dumps(holder)
+        file.seek(0)
         file.truncate(0)
-        file.write(json.dumps(holder))
+        file.write(self._holder)
         file.flush()
         fsync(file.fileno())  # so that another machine sees it
         return file
+
+    def check_lock(self) -> None:
+        """Check that this process still has the lock that it took; call it before each commit.
+
+        A file server gives the lock of a machine that was cut off to another one. It then refuses
+        what the first one writes into the locked file.
+
+        Raises:
+            LockLostError: this process must not write in the run's directory any more.
+        """
+        if self._lock is None or self._lock.closed:
+            return
+        descriptor = self._lock.fileno()
+        reason = "its file was replaced"
+        try:
+            if os.path.samestat(os.fstat(descriptor), (self.home / ".lock").stat()):
+                holder = os.pread(descriptor, 1024, 0).decode(errors="replace")
+                reason = f"it belongs to {_describe_holder(_parse_holder(holder))}"
+                if holder == self._holder:
+                    os.pwrite(descriptor, self._holder.encode(), 0)
+                    fsync(descriptor)
+                    return
+        except OSError as error:
+            reason = str(error)
+        raise LockLostError(
+            f"the lock of {self.home} is lost ({reason}). Another process may train there, so this "
+            f"one stops; what it saved before is complete"
+        )
 
     def next_attempt(self) -> Path:
         """Make the directory of the next attempt."""

@@ -179,6 +179,11 @@ def is_launched() -> bool:
     )
 
 
+def is_supervised() -> bool:
+    """Return whether ``supervise`` has started this process."""
+    return SUPERVISOR_PID in os.environ
+
+
 def die_with_parent() -> None:
     """Have this process killed when its launcher dies, even by SIGKILL; call this first of all."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -138,7 +138,8 @@ class ExactTraining:
             logging.getLogger(library).setLevel(logging.WARNING)
         several: dict[str, Any] = {}
         reduce: list[Callback] = []
-        plugins: list[Any] = [StoreCheckpointIO(self.run.store, self._metadata)]
+        io = StoreCheckpointIO(self.run.store, self._metadata, check=self.run.check_lock)
+        plugins: list[Any] = [io]
         if distributed.world_size() > 1:
             several = {"strategy": DDP(), **trainer_devices()}
             reduce = [ReduceGradients()]

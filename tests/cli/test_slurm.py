@@ -8,6 +8,7 @@ starts it again when it is asked to. It knows no time limit, no nodes and no acc
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,10 +35,7 @@ BATCH = """\
 #SBATCH --output=%x-%j.txt
 srun --ntasks=1 python train.py experiment=cars trainer=multi_gpu restarts=10
 code=$?
-# 75: a signal came, and the run has saved. Not RUNNING: it was scancel, and the job must end.
-if [ $code = 75 ] && [ "$(squeue --noheader --format=%T --jobs=$SLURM_JOB_ID)" = RUNNING ]; then
-    scontrol requeue $SLURM_JOB_ID
-fi
+python -m exact_resume again runs/cars --code $code && scontrol requeue $SLURM_JOB_ID
 exit $code
 """
 
@@ -247,6 +245,12 @@ def test_mistakes_are_told_before_anything_is_submitted(cluster, monkeypatch):
         assert process.returncode == 2
         assert text in said
         assert "Traceback" not in said
+    assert not (cluster / "calls").exists()
+
+
+@submitit
+@pytest.mark.skipif(bool(shutil.which("srun")), reason="SLURM is installed here")
+def test_a_machine_without_slurm_says_so(cluster):
     (cluster / "srun").unlink()
     monkeypatch.setenv("PATH", str(cluster))  # this machine may have a real one
     process = sweep(cluster, "hydra/launcher=slurm", "seed=0,1")
@@ -268,6 +272,7 @@ def test_the_batch_script_to_copy(cluster, state):
     home = cluster.parent / "runs" / "mini"
     (cluster / "state").write_text(f"{state}\n")
     script = BATCH.replace("experiment=cars trainer=multi_gpu restarts=10", "wait=heard end=2")
+    script = script.replace("runs/cars", "runs/mini")
     assert script != BATCH
     (cluster.parent / "batch.sh").write_text(script)
     env = mini.environment(cluster)

@@ -130,7 +130,7 @@ class Host:
         self.cluster.run_on_switch("ip", "link", "set", self.port, "up")
 
     def slow_down(self, rate: str = "4mbit") -> None:
-        """Let no more than ``rate`` (in the words of ``tc``) through to the host, until it is off."""
+        """Let no more than ``rate`` (as ``tc`` writes it) through to the host, until it is off."""
         limit = ["tbf", "rate", rate, "burst", "16kbit", "latency", "200ms"]
         self.cluster.run_on_switch("tc", "qdisc", "add", "dev", self.port, "root", *limit)
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from exact_resume.run import AlreadyRunningError, Run
+from exact_resume.run import AlreadyRunningError, LockLostError, Run
 
 FORK = multiprocessing.get_context("fork")
 
@@ -111,3 +111,44 @@ def test_a_closed_lock_is_free(tmp_path):
     Run(tmp_path).lock().close()
     other, _ = start(hold, tmp_path)
     kill(other)
+
+
+def lose_by_replacing(run):
+    (run.home / ".lock").unlink()
+    Run(run.home).lock().close()
+
+
+def lose_to_another(run):
+    """Write as another holder, as a file server lets it after it took the lock away."""
+    (run.home / ".lock").write_text('{"host": "elsewhere", "pid": 7, "start": "2026-01-01"}')
+
+
+def lose_the_descriptor(run):
+    """Have every write into the file refused, as NFS does after it took the lock away."""
+    reader = os.open(run.home / ".lock", os.O_RDONLY)
+    os.dup2(reader, run._lock.fileno())
+
+
+LOSSES = {
+    lose_by_replacing: "its file was replaced",
+    lose_to_another: "process 7 on elsewhere",
+    lose_the_descriptor: "Bad file descriptor",
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
+def test_a_lock_that_is_lost_is_noticed(tmp_path, lose):
+    run = Run(tmp_path)
+    with run.lock():
+        run.check_lock()
+        run.check_lock()
+        lose(run)
+        with pytest.raises(LockLostError, match=LOSSES[lose]):
+            run.check_lock()
+
+
+def test_without_a_lock_there_is_nothing_to_lose(tmp_path):
+    run = Run(tmp_path)
+    run.check_lock()
+    run.lock().close()
+    run.check_lock()

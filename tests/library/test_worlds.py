@@ -79,13 +79,30 @@ def test_another_number_of_processes_than_shards_allow(tmp: Path) -> None:
     assert "data.shards: 2 -> 3" in output
     steps = [row[0] for row in losses(tmp, "thirds") if row[1]]
     assert sorted(map(int, steps)) == [*range(1, 13)]
-    world = World(tmp, "fifths", 5, *overrides)
-    assert world.wait()[0] == 2
-    assert (
-        "data.batch_size=12 cannot be cut into data.shards=5 equal shards for 5 processes"
-        in world.output(0)
-    )
-    assert world.output(1) == ""
+
+
+def test_a_process_that_has_no_equal_part_stands_by(tmp: Path) -> None:
+    """Of three processes on four shards two train, whatever happens to which of them."""
+    world = World(tmp, "spare", 3).until(4).kill(0)
+    codes = world.wait()
+    assert codes[0] == -signal.SIGKILL
+    assert codes[2] == 1
+    world = World(tmp, "spare", 3).until(7).kill(number=signal.SIGTERM)
+    assert world.wait() == [75, 75, 75]
+    world = finish(tmp, "spare", 3)
+    assert "2 processes (1 stands by: there is no equal part of data.shards=4" in world.output(0)
+    assert "(bitwise" in world.output(0)
+    assert world.output(2) == ""
+    assert differences(tmp, "one", "spare") == []
+
+
+def test_a_refusal_ends_those_that_stand_by_too(tmp: Path) -> None:
+    assert World(tmp, "spare", 3, "trainer.max_steps=14", "seed=5").wait() == [2, 75, 2]
+
+
+def test_one_trains_where_a_batch_has_no_equal_parts(tmp: Path) -> None:
+    world = finish(tmp, "alone", 3, "data.shards=1")
+    assert "(2 stand by: there is no equal part of data.shards=1" in world.output(0)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -114,6 +131,17 @@ def test_the_second_start_of_a_run_that_lives_is_refused_in_a_line(tmp: Path) ->
     first.kill().wait()
     assert codes[0] == 2
     assert second.output().count("is in use by process") == 1
+
+
+def test_a_run_that_lost_its_lock_stops_at_its_next_save(tmp: Path) -> None:
+    first = World(tmp, "lost", 1, "trainer.max_steps=100000").until(2)
+    (first.home / ".lock").unlink()  # as a file server does after it waited for a machine
+    second = World(tmp, "lost", 1, "trainer.max_steps=100000")
+    assert first.wait() == [1]
+    assert "the lock of" in first.output()
+    assert "Traceback" not in first.output()
+    second.until(12).kill().wait()
+    finish(tmp, "lost", 1, f"trainer.max_steps={second.store.steps()[-1] + 1}")
 
 
 @pytest.mark.slow

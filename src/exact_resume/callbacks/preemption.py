@@ -27,6 +27,10 @@ class AgreeOnSignal(Callback):
         self.preemption = preemption
 
     @override
+    def on_train_start(self, *args: Any) -> None:
+        distributed.keep_connections_alive()  # those that the strategy has opened, too
+
+    @override
     def on_train_batch_end(self, *args: Any) -> None:
         self.preemption.agreed = distributed.all_reduce_max(self.preemption.signal or 0)
 

@@ -121,6 +121,7 @@ class StoreCheckpointIO(CheckpointIO):
             fingerprint); called with the content of the checkpoint.
         retry_delays: seconds before each further attempt of a save that failed for a reason that
             may pass.
+        check: called before each save; an error of it ends the training.
 
     Attributes:
         before_commit: called by the writer before each save.
@@ -133,7 +134,9 @@ class StoreCheckpointIO(CheckpointIO):
         metadata: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         retry_delays: Sequence[float] = RETRY_DELAYS,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self.check_before = check
         self.store = store
         self.metadata = metadata
         self.retry_delays = retry_delays
@@ -270,6 +273,7 @@ class StoreCheckpointIO(CheckpointIO):
         step = state["global_step"]
         for attempt, delay in enumerate((*self.retry_delays, None)):
             try:
+                self.check_before()
                 self.before_commit()
                 if attempt and step in self.store.steps():
                     # The rename was done, but syncing the directory failed.

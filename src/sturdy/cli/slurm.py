@@ -11,7 +11,6 @@ SIGTERM. So its handler is taken, and called when the run has ended with 75.
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
+from exact_resume.again import cancelling_state
 from exact_resume.signals import EXIT_RESUMABLE
 from sturdy.cli.hydra_internals import make_launcher_context
 from sturdy.cli.search_path import is_search_path
@@ -86,19 +86,6 @@ def run_on_node(script: str, cfg: DictConfig) -> int:
     overrides = HydraConfig.get().overrides
     search_path = dict.fromkeys(filter(is_search_path, overrides.hydra))
     code = Child().run([sys.executable, script, *search_path, *overrides.task])
-    if code in (EXIT_RESUMABLE, None) and callable(queue_again) and not is_being_cancelled():
+    if code in (EXIT_RESUMABLE, None) and callable(queue_again) and not cancelling_state():
         queue_again(signal.SIGUSR1, None)  # submitit counts, asks SLURM, and ends the process
     return EXIT_RESUMABLE if code is None else code
-
-
-def is_being_cancelled() -> bool:
-    """Return whether SLURM is about to end this job for good: scancel sends SIGTERM, too."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
-        return False
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        # the last element's job id is that of the whole array
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
-    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return state not in ("RUNNING", "")

@@ -64,6 +64,7 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
             _report_preemption(cfg, stop)
         outcome.exit_code = EXIT_RESUMABLE
     except Exception as error:
+        outcome.exit_code = 1
         log.debug("where it failed", exc_info=True)
         if is_out_of_memory(error):
             print(f"error: {describe_out_of_memory(error, cfg)}", file=sys.stderr)
@@ -73,9 +74,8 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
             raise
         elif distributed.rank() == 0 or not isinstance(error, FloatingPointError):
             print(f"error: {error}", file=sys.stderr)  # all ranks find the same divergence
-        outcome.exit_code = 1
     finally:
-        distributed.destroy_process_group()
+        distributed.destroy_process_group(outcome.exit_code)
 
 
 def stopped_here_before(run: Run) -> bool:

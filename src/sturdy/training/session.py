@@ -72,6 +72,7 @@ from sturdy.training.trainer import (
     reduction_mode,
     resolve_run_defaults,
     training_device,
+    usable_processes,
 )
 
 PACKAGES = ("exact_resume", "sturdy", "examples")  # whose log goes to the console
@@ -132,7 +133,9 @@ class Session:
         self._arm_watchdog()
         with as_config_error():
             check_accelerator(self.cfg.trainer.accelerator)
-        distributed.init_process_group(self.cfg.trainer.accelerator)
+        distributed.init_process_group(
+            self.cfg.trainer.accelerator, usable=usable_processes(self.cfg)
+        )
         with distributed.rank_zero_first(), as_config_error():
             if distributed.rank() == 0:
                 self.lock = lock_run(self.run)
@@ -419,6 +422,9 @@ class Session:
         title = f"{cfg.name}: {len(self.data.cache)} images, {labels}"
         if distributed.world_size() > 1:
             title += f", {distributed.world_size()} processes"
+        if spares := distributed.standing_by():
+            others = "1 stands by" if spares == 1 else f"{spares} stand by"
+            title += f" ({others}: there is no equal part of data.shards={cfg.data.shards} for all)"
         end = f"to step {cfg.trainer.max_steps}"
         if self.point is None or guarantee is None:
             return f"{title}; fresh, {end}"

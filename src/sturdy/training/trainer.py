@@ -68,6 +68,17 @@ def training_device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
+def usable_processes(cfg: DictConfig) -> int:
+    """Return the number of processes over which a batch can be cut, of those that are started."""
+    batch_size = cfg.data.batch_size
+
+    def divides(processes: int) -> bool:
+        shards = cfg.data.shards or processes
+        return shards % processes == 0 and batch_size % shards == 0
+
+    return distributed.usable_processes(distributed.started_processes(), divides)
+
+
 def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
     """Fill in what the first start decides and the run then keeps: shards, reduction, threads.
 
@@ -270,7 +281,11 @@ def build_trainer(
         callbacks=build_callbacks(cfg, run, preemption, attempt),
         logger=[run.metrics, *build_loggers(cfg)],
         plugins=[
-            StoreCheckpointIO(run.store, lambda checkpoint: checkpoint_metadata(checkpoint, now)),
+            StoreCheckpointIO(
+                run.store,
+                lambda checkpoint: checkpoint_metadata(checkpoint, now),
+                check=run.check_lock,
+            ),
             distributed.cluster_environment() or LightningEnvironment(),
         ],
         max_epochs=-1,
