@@ -78,7 +78,7 @@ class Training:
     def resumed_from(self) -> dict[str, int]:
         """Return the step at which each attempt began; one that does not train yet has none."""
         found = {}
-        for log in self.home.glob("attempts/*/log.txt"):
+        for log in sorted(self.home.glob("attempts/*/log.txt")):
             said = log.read_text()
             if begun := re.search(r"; resumed from step (\d+)|; (fresh)", said):
                 found[log.parent.name] = int(begun[1] or 0)
@@ -117,7 +117,7 @@ class Training:
         """
         attempts = self.resumed_from().keys()
         last, saved = self.last_step(), self.store.steps()[-1]
-        file = self.metrics.stat().st_ino
+        written: list[int] = []
         begun = time.monotonic()
         act()
 
@@ -125,8 +125,9 @@ class Training:
             new = [step for name, step in self.resumed_from().items() if name not in attempts]
             if not new:  # nothing was started again; a step was perhaps being recorded
                 return self.last_step() > last + 2
-            # At a start the record is cut, as a new file.
-            return self.metrics.stat().st_ino != file and self.last_step() > new[-1]
+            # Who wrote into the record before is dead. It is cut at a start, and then goes on.
+            written.append(self.metrics.stat().st_mtime_ns)
+            return written[-1] != written[0] and self.last_step() > new[-1]
 
         self.until(is_training, f"a step after: {fault}", patience)
         seconds = time.monotonic() - begun
