@@ -33,7 +33,8 @@ BATCH = """\
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.txt
-srun --ntasks=1 python train.py experiment=cars trainer=multi_gpu restarts=10
+srun --ntasks=1 --cpus-per-task=$SLURM_CPUS_PER_TASK \\
+    python train.py experiment=cars trainer=multi_gpu restarts=10
 code=$?
 python -m exact_resume again runs/cars --code $code && scontrol requeue $SLURM_JOB_ID
 exit $code

@@ -12,7 +12,7 @@ from record import Strike
 from slurm import CPUS, Slurm, documented_block, replace, wait
 from typing_extensions import override
 
-from runs import ROOT, train
+from runs import ROOT, start
 from training import Training
 
 TINY = [
@@ -43,7 +43,11 @@ def two_node_script(*words: str) -> str:
     script = documented_block("--nodes=2")
     cpu = ["trainer=slurm", "trainer.accelerator=cpu", "trainer.precision=32-true"]
     small = [*cpu, *TINY, *PACE, *words]
-    changes = {"--ntasks-per-node=4": "--ntasks-per-node=1", "trainer=slurm": " ".join(small)}
+    changes = {
+        "--ntasks-per-node=4": "--ntasks-per-node=1",
+        "--cpus-per-task=8": "--cpus-per-task=2",
+    }
+    changes |= {"trainer=slurm": " ".join(small)}
     return replace(script, GPUS_AND_PATHS | changes)
 
 
@@ -156,4 +160,7 @@ class Job(Training):
 
 def undisturbed(tmp: Path, name: str, *words: str) -> None:
     """Train in one process that nobody disturbs."""
-    train(tmp, name, *TINY, *words, base=["experiment=cars", "trainer=cpu"])
+    base = ["experiment=cars", "trainer=cpu"]
+    process, out, err = start(tmp, name, *TINY, *words, base=base)
+    process.join(900)
+    assert process.exitcode == 0, out.read_text() + err.read_text()

@@ -37,7 +37,7 @@ def compare(job: Job, tmp: Path, *words: str) -> None:
 
 def test_every_way_in_which_a_job_ends(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path)
-    words = ["trainer.max_steps=700"]
+    words = ["trainer.max_steps=500"]
     script = single_node_script(*words)
     job.submit(script)
     job.train_on(30)
@@ -60,7 +60,7 @@ def test_every_way_in_which_a_job_ends(slurm: Slurm, tmp_path: Path) -> None:
 
 def test_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
     job = Job(slurm, tmp_path)
-    words = ["trainer.max_steps=700"]
+    words = ["trainer.max_steps=500"]
     script = two_node_script(*words)
     job.submit(script)
     for rank in (1, 0):
@@ -83,7 +83,7 @@ def test_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
 
 
 def test_every_job_of_a_sweep_is_queued_again(slurm: Slurm, tmp_path: Path) -> None:
-    words = ["trainer.max_steps=500"]
+    words = ["trainer.max_steps=400"]
     log = tmp_path / "sweep.out"
     sweep = slurm.head.start(sweep_command(*words), log, tmp_path, **slurm.environment)
     jobs = [Job(slurm, tmp_path, f"cars/seed-{seed}") for seed in (0, 1)]
