@@ -12,6 +12,8 @@ import os
 import signal
 import stat
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 from sturdy.fault_injection import FAULTS, main
@@ -154,7 +156,35 @@ def count_restarts() -> None:
     distributed.store_prefix = lambda _: f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}"
 
 
+def linger() -> None:
+    """The processes but rank 0 stop for good where the test asks for it, by a file in $LINGER.
+
+    ``step``, ``agreement`` (between steps) and ``validation``; once there, the file has the ending
+    ``.here``.
+    """
+    from exact_resume.callbacks.preemption import AgreeOnSignal
+    from sturdy.training.module import DiffusionModule
+
+    folder = Path(os.environ["LINGER"])
+
+    def stop_before(kind: type, name: str, place: str) -> None:
+        method = getattr(kind, name)
+
+        def lingering(*args):
+            if os.environ.get("RANK") != "0" and (folder / place).exists():
+                (folder / place).rename(folder / f"{place}.here")
+                time.sleep(100_000)
+            return method(*args)
+
+        setattr(kind, name, lingering)
+
+    stop_before(DiffusionModule, "training_step", "step")
+    stop_before(AgreeOnSignal, "on_train_batch_end", "agreement")
+    stop_before(DiffusionModule, "validation_step", "validation")
+
+
 TEST_FAULTS = {
+    "linger": linger,
     "count-restarts": count_restarts,
     "without-locks": without_locks,
     "without-directory-sync": without_directory_sync,

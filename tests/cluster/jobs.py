@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hosts import Host
 from record import Strike
@@ -81,13 +82,13 @@ class Job(Training):
         self.until(lambda: self.last_step() > last, "the job trains")
 
     @override
-    def strike(self, fault: str, act: Callable[[], object], **how: float) -> Strike:
+    def strike(self, fault: str, act: Callable[[], object], **how: Any) -> Strike:
         """As that of ``Training``; the job must have been started again."""
-        attempts = self.resumed_from().keys()
+        before = len(self.starts())
 
         def act_and_wait() -> None:
             act()
-            self.until(lambda: self.resumed_from().keys() > attempts, f"a start after: {fault}")
+            self.until(lambda: len(self.starts()) > before, f"a start after: {fault}")
 
         return super().strike(f"SLURM: {fault}", act_and_wait, **how)
 

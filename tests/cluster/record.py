@@ -1,7 +1,7 @@
-"""What the cluster tests struck, and how it went; ``python tests/cluster/record.py FILE`` prints a
-table of it for the documentation.
+"""What the cluster tests struck, and how it went.
 
-The tests add to the file that the environment variable CLUSTER_RECORD names, one JSON object a line.
+The tests add a JSON object to each line of the file that the environment variable CLUSTER_RECORD
+names. ``python tests/cluster/record.py FILE`` prints it as a table for the documentation.
 """
 
 import json
@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-HEADER = "| Fault | times | seconds until the next step, median (longest) | steps trained again | saved steps lost | bits |"
+COLUMNS = (
+    "Fault",
+    "times",
+    "seconds until the next step, median (longest)",
+    "steps trained again, median (most)",
+    "saved steps lost",
+    "bits",
+)
 
 
 @dataclass
@@ -44,7 +51,7 @@ def record(strikes: Iterable[Strike], *, equal: bool) -> None:
 def table(path: Path) -> str:
     """Return the table as Markdown, one line for each kind of fault."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [HEADER, "|---|---|---|---|---|---|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for fault in dict.fromkeys(row["fault"] for row in rows):
         alike = [row for row in rows if row["fault"] == fault]
         seconds = [row["seconds"] for row in alike]

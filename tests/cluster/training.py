@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from hosts import Cluster, Host
 from record import Strike, record
@@ -18,18 +19,38 @@ from runs import ROOT, command, differences, train
 from worlds import SHARDED
 
 ENDLESS = 1_000_000  # steps
-BEGUN = f"to step {ENDLESS}"
+BANNER = re.compile(r".* classes(?:, (\d+) processes.*?)?; (?:resumed from step (\d+)|fresh)")
 PATIENCE = 300.0  # seconds until a strike must be over
 BASE = [*(word for word in SHARDED if word != "trainer=cpu"), "trainer=multi_node"]
 BASE += ["trainer.accelerator=cpu", "trainer.precision=32-true"]
 CALM = ["callbacks.samples.every_n_steps=1000000", "trainer.log_every_n_steps=1"]
 CALM += ["trainer.val_check_interval=200", "callbacks.checkpoint.every_n_train_steps=20"]
-# docs/guides/slurm-and-clusters.md
-LOOP = """
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-until torchrun --nnodes=1:3 --nproc-per-node=1 --max-restarts=100 --rdzv-backend=c10d \\
-    --rdzv-endpoint=h1:29400 --rdzv-conf=last_call_timeout=5 "$@"; do sleep 10; done
-"""
+GUIDE = ROOT / "docs" / "guides" / "slurm-and-clusters.md"
+HERE = {  # in the script of the guide
+    "--nnodes=1:4 --nproc-per-node=8": "--nnodes=1:3 --nproc-per-node=1",
+    "HOST": "h1",
+    "read_timeout=900": "read_timeout=900,last_call_timeout=5",
+    "train.py experiment=cars trainer=multi_node data.shards=32 reduction=tree": '"$@"',
+    "runs/cars": '"$RUN"',
+}
+
+
+def script() -> str:
+    """Return the script of the guide, for three hosts with one process each."""
+    text = GUIDE.read_text().partition("## Several machines with torchrun")[2]
+    found = text.partition("```bash\n")[2].partition("```")[0]
+    for theirs, ours in HERE.items():
+        assert theirs in found, f"{GUIDE} has another script"
+        found = found.replace(theirs, ours)
+    return found
+
+
+class Start(NamedTuple):
+    """Where a start of the run began, with how many processes, and what it said about that."""
+
+    step: int
+    processes: int
+    banner: str
 
 
 class Training:
@@ -59,8 +80,9 @@ class Training:
         line = command(self.tmp, self.name, *words, base=BASE, sabotage=self.sabotage)[1:]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for host in hosts:
-            shell = ["bash", "-c", LOOP, "torchrun.sh", *line]
-            self.loops[host.name] = host.start(shell, self.log(host), ROOT, PATH=path)
+            shell = ["bash", "-c", script(), "torchrun.sh", *line]
+            environment = {"PATH": path, "RUN": str(self.home), "LINGER": str(self.tmp)}
+            self.loops[host.name] = host.start(shell, self.log(host), ROOT, **environment)
 
     def log(self, host: Host) -> Path:
         """Return the file with the output of ``host``."""
@@ -75,20 +97,17 @@ class Training:
         """Return the last step in the record."""
         return max((int(row["step"]) for row in read_rows(self.metrics)), default=0)
 
-    def resumed_from(self) -> dict[str, int]:
-        """Return the step at which each attempt began; one that does not train yet has none."""
+    def starts(self) -> dict[str, Start]:
+        """Return the starts that came as far as training, by the number of the attempt."""
         found = {}
         for log in sorted(self.home.glob("attempts/*/log.txt")):
-            said = log.read_text()
-            if begun := re.search(r"; resumed from step (\d+)|; (fresh)", said):
-                found[log.parent.name] = int(begun[1] or 0)
+            if said := BANNER.search(log.read_text()):
+                found[log.parent.name] = Start(int(said[2] or 0), int(said[1] or 1), said[0])
         return found
 
-    def last_start(self) -> str:
-        """Return what the newest attempt that trains said when it began."""
-        logs = sorted(self.home.glob("attempts/*/log.txt"), reverse=True)
-        lines = [line for log in logs for line in log.read_text().splitlines() if BEGUN in line]
-        return lines[0] if lines else ""
+    def last_start(self) -> Start:
+        """Return the newest of ``starts``."""
+        return list(self.starts().values())[-1]
 
     def until(self, happened: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
         """Wait for something that must happen within ``patience`` seconds."""
@@ -106,33 +125,43 @@ class Training:
         )
 
     def strike(
-        self, fault: str, act: Callable[[], object], *, patience: float = PATIENCE
+        self,
+        fault: str,
+        act: Callable[[], object],
+        *,
+        processes: int | None = None,
+        patience: float = PATIENCE,
     ) -> Strike:
         """Do ``act`` to the running training, and wait until it trains again.
 
         Args:
             fault: what ``act`` does, in words.
             act: it may take its time, which counts.
+            processes: so many must train; None if it does not matter.
             patience: seconds until a new step must have been trained.
         """
-        attempts = self.resumed_from().keys()
+        before = self.starts()
         last, saved = self.last_step(), self.store.steps()[-1]
         written: list[int] = []
         begun = time.monotonic()
         act()
 
+        def new_starts() -> list[Start]:
+            return [start for name, start in self.starts().items() if name not in before]
+
         def is_training() -> bool:
-            new = [step for name, step in self.resumed_from().items() if name not in attempts]
-            if not new:  # nothing was started again; a step was perhaps being recorded
-                return self.last_step() > last + 2
+            new = new_starts()
+            if not new:  # a step may have been on its way
+                return processes is None and self.last_step() > last + 2
+            if processes not in (None, new[-1].processes):
+                return False
             # Who wrote into the record before is dead. It is cut at a start, and then goes on.
             written.append(self.metrics.stat().st_mtime_ns)
-            return written[-1] != written[0] and self.last_step() > new[-1]
+            return written[-1] != written[0] and self.last_step() > new[-1].step
 
         self.until(is_training, f"a step after: {fault}", patience)
         seconds = time.monotonic() - begun
-        resumed = [step for name, step in self.resumed_from().items() if name not in attempts]
-        first = min(resumed, default=last)
+        first = min((start.step for start in new_starts()), default=last)
         strike = Strike(fault, round(seconds, 1), max(0, last - first), max(0, saved - first))
         print(strike, flush=True)
         self.strikes.append(strike)
@@ -151,6 +180,16 @@ class Training:
     def kill_rank(self, host: Host) -> None:
         """Kill the process that trains on ``host``; its torchrun lives."""
         os.kill(self.rank(host), signal.SIGKILL)
+
+    def kill_torchrun(self, host: Host) -> None:
+        """Kill torchrun on ``host``; what it has started dies with it, and its loop lives."""
+        (torchrun,) = host.pids("/bin/torchrun")
+        os.kill(torchrun, signal.SIGKILL)
+
+    def interrupt(self, host: Host) -> None:
+        """Press Ctrl-C in the terminal of ``host``."""
+        for pid in host.pids("train.py"):  # the script, torchrun and the process that trains
+            os.kill(pid, signal.SIGINT)
 
     def finish(self, *hosts: Host, words: tuple[str, ...] = ()) -> None:
         """Cut the power of all hosts, let ``hosts`` train 40 more steps, and compare the bits."""
