@@ -104,13 +104,16 @@ class Job(Training):
         return self.slurm.hosts_of(self.number)[0]
 
     def reach_time_limit(self) -> None:
-        """Let the job have so little time left that SLURM signals it; later it has a day again."""
+        """Have SLURM signal the job and queue it again; then it has a day again."""
         restarts = self.restarts()
-        hours, minutes, _ = self.slurm.job(self.number)["RunTime"].split(":")
-        limit = 60 * int(hours) + int(minutes) + 4  # SLURM signals 5 minutes before
-        self.set_time_limit(str(limit))
+        self.come_near_time_limit()
         self.until(lambda: self.restarts() > restarts, "queued again")
         self.set_time_limit(DAY)
+
+    def come_near_time_limit(self) -> None:
+        """Leave the job less than the 5 minutes at which SLURM signals it."""
+        hours, minutes, _ = self.slurm.job(self.number)["RunTime"].split(":")
+        self.set_time_limit(str(60 * int(hours) + int(minutes) + 4))
 
     def set_time_limit(self, limit: str) -> None:
         """Set the time limit of the job, in minutes or in words of SLURM."""

@@ -12,7 +12,7 @@ from hosts import Cluster
 from hosts import why_impossible as why_no_hosts
 from jobs import Job, single_node_script, sweep_command, two_node_script, undisturbed
 from record import record
-from slurm import Slurm, replace, wait, why_impossible
+from slurm import Slurm, replace, why_impossible
 
 from runs import ROOT, differences
 
@@ -149,6 +149,5 @@ def test_controls(slurm: Slurm, tmp_path: Path) -> None:
     other = Job(slurm, tmp_path, "other")
     other.submit(replace("".join(lines), {"experiment=cars": "experiment=cars name=other"}))
     other.train_on(30)
-    slurm.run("scontrol", "update", f"JobId={other.number}", "TimeLimit=4")
-    wait(lambda: slurm.state(other.number) == "FAILED", "the job ends", 200)
-    assert slurm.job(other.number)["ExitCode"] == "75:0"
+    other.come_near_time_limit()
+    assert slurm.until(other.number, "FAILED")["ExitCode"] == "75:0"
