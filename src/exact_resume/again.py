@@ -36,7 +36,7 @@ def again(run: Path, code: int | None = None, *, patience: int = PATIENCE) -> in
         run: the run's directory; it may not be there yet.
         code: with which the command ended; None where the launcher hides it, as torchrun does.
         patience: after so many answers in a row at the same newest checkpoint it is no. They are
-            counted by machine, as each has a script of its own.
+            counted by script, of which a SLURM job has one wherever it runs, and else a machine.
 
     Returns:
         The exit code: 0 for yes, 1 for no.
@@ -81,8 +81,8 @@ def _no(run: Path, reason: str) -> int:
 
 
 def _count(run: Path, newest: int) -> int:
-    """Return how often this machine has asked since step ``newest`` was saved; remember it."""
-    path = run / f".again-{socket.gethostname()}"
+    """Return how often this script has asked since step ``newest`` was saved; remember it."""
+    path = run / f".again-{_asker()}"
     asked = 1
     with suppress(OSError, ValueError, TypeError, KeyError):
         before = json.loads(path.read_bytes())
@@ -92,3 +92,10 @@ def _count(run: Path, newest: int) -> int:
     with atomic_write(path) as file:
         file.write(json.dumps({"newest": newest, "asked": asked}).encode())
     return asked
+
+
+def _asker() -> str:
+    """Name the script that asks, the same after each start."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"{job}-{os.environ.get('SLURM_NODEID', '0')}"  # a job may move to other machines
+    return socket.gethostname()

@@ -2,8 +2,8 @@
 
     nfs_save.py HOME FIRST CHECK SECONDS TIMEOUT
 
-FIRST is the first step. CHECK is 1, or 0 for a writer that does not look at its lock. A save, after
-that look, takes SECONDS longer. TIMEOUT is for the lock, in seconds.
+FIRST is the first step. CHECK is 1, or 0 for a writer that does not look at its lock. A save takes
+SECONDS longer. TIMEOUT is for the lock, in seconds.
 """
 
 import itertools
@@ -27,8 +27,9 @@ def main(home: Path, first: int, check: bool, seconds: float, timeout: float) ->
     run = Run(home)
     with run.lock(timeout=timeout):
         say("locked by", os.getpid())
-        look = run.check_lock if check else lambda: None
-        writer = StoreCheckpointIO(run.store, lambda state: {}, check=look)
+        if not check:
+            run.store.check = lambda: None
+        writer = StoreCheckpointIO(run.store, lambda state: {})
         for step in itertools.count(first):
 
             def begin(step: int = step) -> None:

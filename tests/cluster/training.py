@@ -142,7 +142,7 @@ class Training:
         """
         before = self.starts()
         last, saved = self.last_step(), self.store.steps()[-1]
-        file = self.metrics.stat().st_ino
+        written: list[int] = []
         begun = time.monotonic()
         act()
 
@@ -155,8 +155,9 @@ class Training:
                 return processes is None and self.last_step() > last + 2
             if processes not in (None, new[-1].processes):
                 return False
-            # At a start the record is cut, as a new file.
-            return self.metrics.stat().st_ino != file and self.last_step() > new[-1].step
+            # Who wrote into the record before is dead. It is cut at a start, and then goes on.
+            written.append(self.metrics.stat().st_mtime_ns)
+            return written[-1] != written[0] and self.last_step() > new[-1].step
 
         self.until(is_training, f"a step after: {fault}", patience)
         seconds = time.monotonic() - begun

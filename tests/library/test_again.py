@@ -39,6 +39,19 @@ def test_machines_count_by_themselves(tmp_path, monkeypatch):
         assert [again(tmp_path, 1) for _ in range(PATIENCE + 1)] == [0] * PATIENCE + [1]
 
 
+def test_a_job_of_slurm_counts_wherever_it_runs(tmp_path, monkeypatch):
+    """And each node of it by itself: each may have a script of its own."""
+    monkeypatch.setattr("exact_resume.again.cancelling_state", lambda: None)
+    for job, node in (("7", "0"), ("7", "1"), ("8", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_NODEID", node)
+        answers = []
+        for host in range(PATIENCE + 1):
+            monkeypatch.setattr("socket.gethostname", lambda host=host: f"h{host}")
+            answers.append(again(tmp_path, 1))
+        assert answers == [0] * PATIENCE + [1]
+
+
 def test_a_damaged_count_begins_anew(tmp_path):
     again(tmp_path, 1)
     (counted,) = tmp_path.glob(".again-*")
