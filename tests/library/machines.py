@@ -61,7 +61,7 @@ class Machine:
         self.announced = max([self.announced, *steps])
         return self.announced
 
-    def wait(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(self, happened: Callable[[], bool], seconds: float = 600) -> None:
         """Return when something ``happened`` while it trains."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -110,7 +110,7 @@ class Machine:
         75 says that the same command is to be run again.
         """
         assert self.process is not None
-        self.process.join(180)
+        self.process.join(900)
         said = self.said()
         if code == 0 and self.process.exitcode == 75:
             return self.finish()
