@@ -27,9 +27,12 @@ from exact_resume.checkpoint.remote_url import check_url
 from exact_resume.checkpoint.retention import kept_steps
 from exact_resume.checkpoint.store import NoValidCheckpointError, Store, load_state
 from exact_resume.metrics import MetricsCSV
+from exact_resume.resume import ResumePoint
 from exact_resume.run import Run
 from exact_resume.second_copy import SecondCopy
 from runs import ROOT, differences, fork, kill_at, train
+from worlds import World
+from worlds import finish as finish_world
 
 SCRIPT = str(ROOT / "tests" / "copied_run.py")
 
@@ -476,6 +479,86 @@ def load_state_of(remote: Remote, step: int, tmp_path: Path) -> dict:
     return fetched(remote, tmp_path)[step]
 
 
+# --- The start
+
+
+def second_copy(run: Run, tmp: Path) -> SecondCopy:
+    return SecondCopy(run, f"file://{tmp / 'disk'}", "run")
+
+
+def test_a_checkpoint_that_is_damaged_here_comes_from_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 10, 20)
+    copy_all(copier(run, place(tmp_path)))
+    flip(run.store.state(20))
+    second_copy(run, tmp_path).fetch_newest(fresh=False)
+    assert run.store.last(quarantine=True)["step"] == 20
+    assert [*(run.store.directory / "quarantine").glob("step-00000020.*")]
+
+
+@pytest.mark.parametrize(("word", "step"), [("10", 10), ("step-00000010", 10), ("best", 20)])
+def test_a_word_finds_a_checkpoint_that_is_only_there(tmp_path: Path, word: str, step: int) -> None:
+    run = make_run(tmp_path / "run", 10, 20, 30)
+    run.store.write_score(20, "val/loss", 1.0)
+    copy_all(copier(run, place(tmp_path)))
+    new = Run(tmp_path / "new")
+    copy = second_copy(new, tmp_path)
+    copy.fetch_newest(fresh=False)
+    assert new.store.steps() == [30]
+    copy.fetch_named(word, {}, monitor="val/loss", mode="min")
+    assert new.store.steps() == [step, 30]
+    assert new.store.verify(step)
+
+
+def test_a_place_that_cannot_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place(tmp_path)
+    (tmp_path / "disk" / "run").write_text("no directory")
+    monkeypatch.setattr("exact_resume.checkpoint.remote_fetch.RETRY_DELAYS", ())
+    with pytest.raises(RemoteUnavailableError, match="so none is started"):
+        second_copy(Run(tmp_path / "new"), tmp_path).fetch_newest(fresh=False)
+    assert not (tmp_path / "new").exists()
+    run = make_run(tmp_path / "run", 10, 20)
+    copy = second_copy(run, tmp_path)
+    copy.fetch_newest(fresh=False)
+    assert "goes on from its own checkpoints" in caplog.text
+    copy.enter(ResumePoint(run.store.state(20), 20, {}, explicit=False))
+    with pytest.raises(RemoteUnavailableError):  # that newer ones are abandoned must be seen there
+        copy.enter(ResumePoint(run.store.state(10), 10, {}, explicit=True))
+
+
+def test_an_older_disk_that_could_not_see_the_place_replaces_nothing_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path / "run", 10, 20, 30)
+    remote = place(tmp_path)
+    copy_all(copier(run, remote))
+    old = make_run(tmp_path / "old", 10)
+    copying = copier(old, place(tmp_path))
+    copying.keep = lambda steps, scores: {*sorted(steps)[-2:]}
+    copy_all(copying)
+    assert "has step 30, which could not be seen at the start" in caplog.text
+    assert remote.steps() == [20, 30]
+    fetch_record(remote, tmp_path / "new")
+    assert MetricsCSV(tmp_path / "new" / "metrics.csv").column("val/loss")[30] == 30
+
+
+def test_a_checkpoint_that_comes_during_a_start_is_put_aside(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 10)
+    older = copier(run, place(tmp_path))
+    copy_all(older)
+    new = Run(tmp_path / "new")
+    copy = second_copy(new, tmp_path)
+    copy.fetch_newest(fresh=False)
+    run.store.commit(20, state(20))
+    copy_all(older)
+    copy.enter(ResumePoint(new.store.state(10), 10, {}, explicit=False))
+    assert older.remote.steps() == [10]
+    assert "abandoned/001/step-00000020/manifest.json" in older.remote.files("abandoned")
+    with pytest.raises(LostOwnershipError):
+        copy_all(older)
+
+
 # --- Real runs
 
 
@@ -542,6 +625,7 @@ def test_the_same_command_on_an_empty_machine_ends_in_the_same_bits(
     assert_same_bits(undisturbed, tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_an_older_disk_catches_up_and_a_resume_at_an_older_step_is_mirrored(
     tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -561,6 +645,37 @@ def test_an_older_disk_catches_up_and_a_resume_at_an_older_step_is_mirrored(
     assert "abandoned/001/step-00000200/manifest.json" in Remote(url).files("abandoned")
     assert Remote(url).steps()[-1] == 200
     assert_same_bits(undisturbed, home)
+
+
+def test_what_a_finished_run_has_not_copied_goes_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    url = f"file://{tmp_path / 'disk'}/run"
+    finish(tmp_path / "machine", "none", 60)
+    said = finish(tmp_path / "machine", url, 60)
+    assert "finished at step 60, nothing to do" in said
+    assert "is complete: the newest there is step 60" in said
+    assert sorted(fetched(Remote(url), tmp_path)) == [40, 50, 60]
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_copies(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    key = f"callbacks.checkpoint.remote=file://{tmp_path / 'disk'}"
+    finish_world(tmp_path, "whole", 2)
+    remote = Remote(f"file://{tmp_path / 'disk'}", "lost")
+    world = World(tmp_path, "lost", 2, key)
+    wait_until(remote.steps)
+    world.kill()
+    world.wait()
+    shutil.rmtree(tmp_path / "runs" / "lost")
+    world = World(tmp_path, "lost", 2, key).until(8)
+    world.kill(0, number=signal.SIGTERM)
+    assert world.wait() == [75, 75], world.output()
+    assert "the second copy in" in world.output(0)
+    assert "second copy" not in world.output(1)
+    shutil.rmtree(tmp_path / "runs" / "lost")
+    finish_world(tmp_path, "lost", 2, key)
+    assert differences(tmp_path, "whole", "lost") == []
 
 
 def test_refusals_name_the_second_copy_and_change_nothing(tmp_path: Path) -> None:
@@ -585,12 +700,12 @@ def test_a_secret_in_the_url_is_refused_and_not_repeated(url: str) -> None:
         check_url("/other/disk")
 
 
+@pytest.mark.slow
 def test_the_template_continues_on_an_empty_machine_too(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     key = f"callbacks.checkpoint.remote=file://{tmp_path / 'disk'}"
     train(tmp_path, "whole")
     kill_at(tmp_path, "lost", 7, key, saved=True)
-    wait_until(lambda: True)
     shutil.rmtree(tmp_path / "runs" / "lost")
     said = train(tmp_path, "lost", key).stdout
     assert f"a second copy goes to file://{tmp_path / 'disk'}/lost" in said

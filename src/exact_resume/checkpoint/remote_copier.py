@@ -162,7 +162,8 @@ class Copier:
         self.remote.check_owner()
         self._compare()
         missing = self._missing()
-        self.record.copy()  # after the choice: the record is never older than a checkpoint
+        if self.newest <= max(self.store.steps(), default=-1):
+            self.record.copy()  # after the choice: it is never older than a checkpoint there
         for step in missing:
             if self._copy_step(step):
                 self._delete_unneeded()
@@ -177,6 +178,14 @@ class Copier:
             self.remote.check_owner()
         self.remote.claim()
         self.is_claimed = True
+        there = max(self.remote.steps(), default=-1)
+        if there > max(self.store.steps(), default=-1):
+            log.warning(
+                "the second copy in %s has step %d, which could not be seen at the start and is "
+                "newer than what is here; to continue from there, start the run again",
+                self.remote.url,
+                there,
+            )
 
     def _compare(self) -> None:
         """Find what is there: which checkpoints are complete, and which are as they are here."""
@@ -192,9 +201,10 @@ class Copier:
                     self.same.add(step)
             except FileNotFoundError:
                 continue  # deleted meanwhile, here or there
-        for step in self.complete - self.scores.keys():
-            if step not in steps_in(files, SCORE) and step in self.same:
+        for step in self.complete - steps_in(files, SCORE):
+            if step in self.same:
                 self._copy_score(step)
+        for step in self.complete & steps_in(files, SCORE) - self.scores.keys():
             score = self.remote.score(step, self.monitor)
             if score is not None:
                 self.scores[step] = score
@@ -224,6 +234,7 @@ class Copier:
             except (FileNotFoundError, CorruptCheckpointError) as reason:
                 return self._is_damaged(step, reason)
             if step in self.present:
+                self.remote.check_owner()
                 self.remote.delete(step)  # what is left of another upload
             for file, content in files.items():
                 _, sha256 = self.remote.put(f"{name}/{file}", content)
@@ -252,13 +263,14 @@ class Copier:
     def _delete_unneeded(self) -> None:
         """Delete there what the rule does not keep, and what interrupted uploads have left."""
         kept = self._kept(self.complete)
-        here = self.store.steps()
-        for step in sorted(self.present | self.complete):
-            is_unneeded = step in self.complete and step not in kept
-            is_left_over = step not in self.complete and step not in here
-            if step < self.newest and (is_unneeded or is_left_over):
+        left_over = self.present - self.complete - {*self.store.steps()}
+        unneeded = (self.complete - kept) | left_over
+        for step in sorted(unneeded):
+            if step < self.newest:
+                self.remote.check_owner()
                 self.remote.delete(step)
                 self.complete.discard(step)
+                self.present.discard(step)
                 self.scores.pop(step, None)
 
     def _succeed(self) -> None:

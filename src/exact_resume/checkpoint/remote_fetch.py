@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def retry(action: Callable[[], T], delays: Sequence[float] = RETRY_DELAYS) -> T:
+def retry(action: Callable[[], T]) -> T:
     """Return what ``action`` returns; try again while the place cannot be used.
 
     Raises:
         RemoteUnavailableError: of the last attempt.
     """
-    for delay in delays:
+    for delay in RETRY_DELAYS:
         try:
             return action()
         except RemoteDeniedError:
