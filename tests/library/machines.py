@@ -61,7 +61,7 @@ class Machine:
         self.announced = max([self.announced, *steps])
         return self.announced
 
-    def wait(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+    def wait(self, happened: Callable[[], bool], seconds: float = 600) -> None:
         """Return when something ``happened`` while it trains."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -105,15 +105,10 @@ class Machine:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def end(self, code: int = 0) -> str:
-        """Wait for its process, which must exit with ``code``; return what it printed.
-
-        75 says that the same command is to be run again.
-        """
+        """Wait for its process, which must exit with ``code``; return what it printed."""
         assert self.process is not None
-        self.process.join(180)
+        self.process.join(900)
         said = self.said()
-        if code == 0 and self.process.exitcode == 75:
-            return self.finish()
         assert self.process.exitcode == code, f"exit code {self.process.exitcode}: {said}"
         assert "Traceback" not in said
         return said

@@ -8,7 +8,8 @@ import time
 import pytest
 from machines import Machine, assert_same_bits, check_copy, read_copy
 
-from s3_server import BUCKET, Fault, s3_server
+from s3_proxy import Fault
+from s3_server import BUCKET, s3_server
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -39,14 +40,14 @@ def server():
         yield server
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    machine = Machine(tmp_path_factory.mktemp("undisturbed"), "run", steps=STEPS)
+def undisturbed(tmp_path, steps):
+    """Return the directory of a run that nothing happened to, and that has no second copy."""
+    machine = Machine(tmp_path, "undisturbed", steps=steps)
     machine.finish()
     return machine.home
 
 
-def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsys):
+def test_fifty_kills_and_five_lost_machines(server, tmp_path, capsys):
     rng = random.Random(0)
     machine = Machine(tmp_path, "run", f"s3://{BUCKET}/kills", steps=STEPS)
     hits = {"uploading": 0, "downloading": 0, "starting": 0}
@@ -72,22 +73,22 @@ def test_fifty_kills_and_five_lost_machines(server, undisturbed, tmp_path, capsy
         assert max(there, default=-1) >= machine.announced
     server.proxy.switch(None)
     machine.finish()
-    assert_same_bits(undisturbed, machine.home, STEPS)
-    assert check_copy(server, "kills", tmp_path / "copy")[-1] == STEPS
+    assert_same_bits(undisturbed(tmp_path, machine.steps), machine.home, machine.steps)
+    assert check_copy(server, "kills", tmp_path / "copy")[-1] == machine.steps
     assert hits["uploading"] >= 10
     with capsys.disabled():
         print(f"\n{KILLS} kills: {hits}")
 
 
-def test_bad_weather(server, undisturbed, tmp_path):
+def test_bad_weather(server, tmp_path):
     """Faults at random; the process is killed in every sixth, and its disk lost in every other."""
     rng = random.Random(1)
-    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/weather", steps=STEPS)
+    machine = Machine(tmp_path, "run", f"s3://{BUCKET}/weather", steps=1000)
     machine.start()
     machine.wait(lambda: machine.copied() >= 40)
-    for event in range(30):
+    for event in range(24):
         with server.proxy.failing(rng.choice(WEATHER)):
-            machine.wait_for_step(machine.step() + rng.randrange(1, 60))
+            machine.wait_for_step(machine.step() + rng.randrange(1, 30))
             if event % 6 == 5:
                 (machine.wipe if event % 12 == 11 else machine.kill)()
                 steps, broken = read_copy(server, "weather", tmp_path / "copy")
@@ -98,10 +99,10 @@ def test_bad_weather(server, undisturbed, tmp_path):
             machine.start()
             machine.wait(lambda: machine.entered() >= 0)
             assert machine.entered() >= machine.announced
-        machine.wait_for_step(machine.step() + rng.randrange(1, 40))
+        machine.wait_for_step(machine.step() + rng.randrange(1, 20))
     machine.end()
-    assert_same_bits(undisturbed, machine.home, STEPS)
-    assert check_copy(server, "weather", tmp_path / "copy")[-1] == STEPS
+    assert_same_bits(undisturbed(tmp_path, machine.steps), machine.home, machine.steps)
+    assert check_copy(server, "weather", tmp_path / "copy")[-1] == machine.steps
 
 
 def test_a_signal_while_the_server_hangs(server, tmp_path):

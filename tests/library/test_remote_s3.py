@@ -3,7 +3,8 @@
 import pytest
 from machines import Machine, assert_same_bits, check_copy, read_copy
 
-from s3_server import BUCKET, Fault, s3_server
+from s3_proxy import Fault
+from s3_server import BUCKET, s3_server
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from s3_server import BUCKET, Fault, flipped, s3_server
+from s3_proxy import Fault, flipped
+from s3_server import BUCKET, s3_server
 
 pytest.importorskip("moto")
 s3fs = pytest.importorskip("s3fs")
