@@ -48,8 +48,12 @@ def again(run: Path, code: int | None = None, *, patience: int = PATIENCE) -> in
     newest = _newest_step(run)
     asked = _count(run, newest)
     if asked > patience:
+        _count_file(run).unlink(missing_ok=True)  # a person who starts it again counts anew
         return _no(run, f"{patience} starts in a row ended without a new checkpoint")
-    print(f"{run}: start {asked} of {patience} at this checkpoint; {describe_checkpoint(newest)}")
+    print(
+        f"{run} is started again; {describe_checkpoint(newest)} (number {asked} of at most "
+        f"{patience} starts without a new one)"
+    )
     return 0
 
 
@@ -82,7 +86,7 @@ def _no(run: Path, reason: str) -> int:
 
 def _count(run: Path, newest: int) -> int:
     """Return how often this script has asked since step ``newest`` was saved; remember it."""
-    path = run / f".again-{_asker()}"
+    path = _count_file(run)
     asked = 1
     with suppress(OSError, ValueError, TypeError, KeyError):
         before = json.loads(path.read_bytes())
@@ -94,8 +98,9 @@ def _count(run: Path, newest: int) -> int:
     return asked
 
 
-def _asker() -> str:
-    """Name the script that asks, the same after each start."""
+def _count_file(run: Path) -> Path:
+    """Return where the script that asks is counted, the same after each start."""
+    asker = socket.gethostname()
     if job := os.environ.get("SLURM_JOB_ID"):
-        return f"{job}-{os.environ.get('SLURM_NODEID', '0')}"  # a job may move to other machines
-    return socket.gethostname()
+        asker = f"{job}-{os.environ.get('SLURM_NODEID', '0')}"  # a job may move to other machines
+    return run / f".again-{asker}"

@@ -28,6 +28,7 @@ def test_yes_until_so_many_starts_brought_no_checkpoint(tmp_path, capsys, code):
         assert [again(run, code) for _ in range(PATIENCE)] == [0] * PATIENCE
         assert again(run, code) == 1
         assert "without a new checkpoint" in capsys.readouterr().err
+        assert again(run, code) == 0  # a person has started it once more
         save(run, step)
     assert again(run, code) == 0
     assert "newest checkpoint is step 20" in capsys.readouterr().out

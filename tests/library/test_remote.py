@@ -281,7 +281,7 @@ def die_at_name(boundary: int) -> None:
 class LyingRemote(Remote):
     """Writes another byte than it was given."""
 
-    lies = True
+    lies = "state.ckpt"
 
     def _open_new(self, name):
         inner = super()._open_new(name)
@@ -293,8 +293,8 @@ class LyingRemote(Remote):
                 return self
 
             def write(self, data):
-                is_state = remote.lies and name.endswith("state.ckpt")
-                self.file.write(bytes([data[0] ^ 1]) + data[1:] if is_state else data)
+                is_lie = remote.lies and name.endswith(remote.lies)
+                self.file.write(bytes([data[0] ^ 1]) + data[1:] if is_lie else data)
 
             def __exit__(self, *error):
                 inner.__exit__(*error)
@@ -302,15 +302,17 @@ class LyingRemote(Remote):
         return Opened()
 
 
-def test_a_server_that_changes_a_byte_is_found_before_the_manifest_goes_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["state.ckpt", "manifest.json"])
+def test_a_server_that_changes_a_byte_is_found(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "run", 10)
     place(tmp_path)
     remote = LyingRemote(f"file://{tmp_path / 'disk'}", "run")
+    remote.lies = name
     copying = copier(run, remote)
     with pytest.raises(RemoteUnavailableError, match="other bytes came back"):
         copy_all(copying)
     assert remote.steps() == []
-    remote.lies = False
+    remote.lies = ""
     copy_all(copying)
     assert sorted(fetched(remote, tmp_path)) == [10]
 
