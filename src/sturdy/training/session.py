@@ -23,17 +23,14 @@ from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.callbacks.watchdog import arm_start_watchdog, disarm_start_watchdog
 from exact_resume.checkpoint.remote import LostOwnershipError
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
-from exact_resume.fingerprint import MAX_NAMES, Fingerprint, fingerprint
+from exact_resume.fingerprint import MAX_NAMES, Fingerprint
 from exact_resume.reduction import reduction_id
 from exact_resume.resume import (
-    MAX_REASONS,
     Guarantee,
     LastStart,
     ResumePoint,
     ResumeRefusedError,
-    Rules,
     check_compatibility,
-    config_changes,
     describe_guarantee,
     is_restart,
     resolve_checkpoint,
@@ -48,14 +45,12 @@ from sturdy.errors import ConfigError, add_key, as_config_error
 from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
 from sturdy.training.captions import caption_option, prepare_captions
-from sturdy.training.ema_snapshots import path_of
 from sturdy.training.fingerprint import (
     CAPTIONS,
-    CONDITION_KEY,
     LATENTS,
-    SPACE_KEY,
     run_fingerprint,
 )
+from sturdy.training.finished import describe_finished, is_finished, resume_rules
 from sturdy.training.init_from import differing_weights, find_source, init_from
 from sturdy.training.latents import (
     check_encodable,
@@ -64,7 +59,7 @@ from sturdy.training.latents import (
     fill_in_channels,
 )
 from sturdy.training.match_weights import class_change
-from sturdy.training.restart_config import FROM_DATA, find_previous_start, restore_config
+from sturdy.training.restart_config import find_previous_start, restore_config
 from sturdy.training.trainer import (
     build_datamodule,
     build_trainer,
@@ -174,9 +169,10 @@ class Session:
         if self.finished:
             return False
         self.point = distributed.run_on_rank_zero(self._resolve)
-        if self.point and distributed.run_on_rank_zero(self._is_finished):
+        point = self.point
+        if point and distributed.run_on_rank_zero(lambda: is_finished(self.cfg, self.run, point)):
             if distributed.rank() == 0:
-                print("\n    ".join(self._describe_finished()), flush=True)
+                print("\n    ".join(describe_finished(self.cfg, point)), flush=True)
                 if self.second_copy:
                     self.second_copy.complete()
             return False
@@ -508,54 +504,6 @@ class Session:
         if self.point is None:
             self.encoding_lines += describe_scales(self.cfg, self.module, self.data)
 
-    def _is_finished(self) -> bool:
-        """Return whether nothing is left to do: no step, no validation, no images of the last."""
-        assert self.point is not None
-        last = self.cfg.trainer.max_steps
-        if self.point.step != last:
-            return self.point.step > last
-        is_validated = last in self.run.metrics.column("val/loss")
-        if last % self.cfg.trainer.val_check_interval == 0 and not is_validated:
-            return False
-        callbacks = self.cfg.callbacks
-        outputs = []
-        if runs_every_n_steps(callbacks.get("samples")):
-            outputs.append(Path(callbacks.samples.directory) / f"step-{last:08d}.png")
-        if runs_every_n_steps(callbacks.get("snapshots")):
-            outputs.append(path_of(Path(callbacks.snapshots.directory), last))
-        return all(path.exists() for path in outputs)
-
-    def _describe_finished(self) -> list[str]:
-        """Say that there is nothing to do, and how the config differs from the trained one."""
-        assert self.point is not None
-        cfg = self.cfg.copy()
-        max_steps = cfg.trainer.max_steps
-        lines = [
-            f"{cfg.name}: finished at step {self.point.step} (trainer.max_steps={max_steps}), "
-            f"nothing to do"
-        ]
-        stored = self._stored_fingerprint()
-        if not stored:
-            return lines
-        for key in FROM_DATA:
-            cfg[key] = stored.get("config", {}).get(key, cfg[key])
-        rules = resume_rules(cfg)
-        ignore = [*rules.ignore, *rules.rounding, *FROM_DATA, "init_from", SPACE_KEY, CONDITION_KEY]
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-        now = fingerprint(config, stored.get("data", ""))
-        changes = config_changes(stored, now, Rules(ignore=ignore, added=rules.added))
-        if changes:
-            lines.append(
-                "it was trained with another configuration; to train this one, give it a name of "
-                "its own: name=..."
-            )
-        return lines + list(changes.values())[:MAX_REASONS]
-
-
-def resume_rules(cfg: DictConfig) -> Rules:
-    """Return which changes of the config a resume accepts."""
-    return Rules(cfg.resume.ignore, cfg.resume.rounding, cfg.resume.added)
-
 
 def lock_run(run: Run) -> IO[str]:
     """Lock the run; return the file that holds the lock.
@@ -596,8 +544,3 @@ def check_processes_agree(everywhere: list[tuple[dict[str, str], str]]) -> None:
             raise ResumeRefusedError(
                 f"process {rank} has other data than process 0; see data.root and paths.cache there"
             )
-
-
-def runs_every_n_steps(node: DictConfig | None) -> bool:
-    """Return whether a callback that does something every N steps is switched on."""
-    return bool(node and node.every_n_steps)
