@@ -27,6 +27,7 @@ test-cluster: $(VENV)/ready ## machines that are lost, as root on Linux with ipr
 bench: $(VENV)/ready ## measure what saving, restarting, shards and other programs cost
 	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/starting.py
+	$(BIN)/python benchmarks/restarting.py
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/busy.py

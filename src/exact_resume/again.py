@@ -41,13 +41,11 @@ def again(run: Path, code: int | None = None, *, patience: int = PATIENCE) -> in
     Returns:
         The exit code: 0 for yes, 1 for no.
     """
-    from exact_resume.run import Run  # torch takes seconds, and a sweep's job needs none of it
-
     if code in FINAL:
         return _no(run, FINAL[code])
     if state := cancelling_state():
         return _no(run, f"SLURM says that the job is {state}")
-    newest = Run(run).newest_step()
+    newest = _newest_step(run)
     asked = _count(run, newest)
     if asked > patience:
         return _no(run, f"{patience} starts in a row ended without a new checkpoint")
@@ -69,6 +67,12 @@ def cancelling_state() -> str | None:
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job}"]
     state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return None if state in ("RUNNING", "") else state
+
+
+def _newest_step(run: Path) -> int:
+    """Return the step of the newest checkpoint, or -1; as ``Run.newest_step`` without torch."""
+    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=-1)
 
 
 def _no(run: Path, reason: str) -> int:

@@ -4,6 +4,7 @@
 checkpoints/    the store
 metrics.csv     the record of steps and validations
 skips.jsonl     batches that were left out
+save_cost.json  what a save costs, with Checkpoint(every="auto")
 attempts/001/   config, environment and log of each start
 abandoned/001/  what a resume at an older step put aside
 """

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ from typing_extensions import override
 from exact_resume import distributed
 from exact_resume.checkpoint.store import CorruptCheckpointError, NoValidCheckpointError
 from exact_resume.checkpoint.writer import StoreCheckpointIO
+from exact_resume.checkpoint_interval import SAVE_COST, SaveInterval
 from exact_resume.metrics import MetricsCSV
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ class Checkpoint(ModelCheckpoint):
         keep_last: number of newest checkpoints to keep, at least 1.
         keep_best: number of best checkpoints to keep.
         keep_every: steps divisible by it are kept for good; None for none.
+        every: ``auto`` saves as often as loses the least time, by the measured cost of a save. Then
+            ``every_n_train_steps`` and ``every_n_minutes`` are not read, and the steps of
+            ``keep_every`` are saved, too. None for the two of them.
+        mean_time_between_failures: hours between two failures of the run, for ``every``. On several
+            machines it is the hours of one machine divided by their number.
     """
 
     io: StoreCheckpointIO
@@ -51,6 +58,8 @@ class Checkpoint(ModelCheckpoint):
         keep_last: int = 3,
         keep_best: int = 1,
         keep_every: int | None = None,
+        every: str | None = None,
+        mean_time_between_failures: float = 24.0,
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"mode={mode} must be min or max")
@@ -58,6 +67,11 @@ class Checkpoint(ModelCheckpoint):
             raise ValueError(f"keep_last={keep_last} must be at least 1")
         if keep_best < 0:
             raise ValueError(f"keep_best={keep_best} must be at least 0")
+        if every not in (None, "auto"):
+            raise ValueError(
+                f"every={every} must be auto or None; a number goes into every_n_train_steps or "
+                f"every_n_minutes"
+            )
         super().__init__(
             monitor=monitor, mode=mode, save_top_k=-1, filename="step-{step:08d}/state"
         )
@@ -66,6 +80,11 @@ class Checkpoint(ModelCheckpoint):
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every = keep_every
+        self.interval: SaveInterval | None = None
+        if every == "auto":
+            self.interval = SaveInterval(mean_time_between_failures)
+            self.every_n_steps = keep_every
+            self.every_n_minutes = None
         self.saved_at = time.monotonic()
         self.saved_step = -1
         self.is_preallocated = False
@@ -90,6 +109,8 @@ class Checkpoint(ModelCheckpoint):
         self.saved_at = time.monotonic()
         found = distributed.run_on_rank_zero(self._read_scores)
         self.scores, self.stored_scores, self.lost_scores = found
+        if self.interval and trainer.is_global_zero:
+            self.interval.read(self.store.directory.parent / SAVE_COST)
         if trainer.global_step:
             # Resumed from another directory, the run now gets a checkpoint of its own.
             self.save(trainer)
@@ -130,7 +151,8 @@ class Checkpoint(ModelCheckpoint):
             return
         if distributed.run_on_rank_zero(lambda: step in self.store.steps()):
             return
-        trainer.save_checkpoint(self.store.state(step))
+        with self._measure_save(trainer):
+            trainer.save_checkpoint(self.store.state(step))
         self.saved_step = step
         self.saved_at = time.monotonic()
 
@@ -143,10 +165,19 @@ class Checkpoint(ModelCheckpoint):
         pass
 
     def _is_late(self) -> bool:
-        if self.every_n_minutes is None:
-            return False
         seconds = time.monotonic() - self.saved_at
-        return bool(distributed.all_reduce_max(seconds >= 60 * self.every_n_minutes))
+        if self.interval:
+            is_late = distributed.rank() == 0 and self.interval.is_due(seconds)
+        elif self.every_n_minutes is None:
+            return False
+        else:
+            is_late = seconds >= 60 * self.every_n_minutes
+        return bool(distributed.all_reduce_max(is_late))
+
+    def _measure_save(self, trainer: L.Trainer) -> AbstractContextManager[None]:
+        if self.interval and trainer.is_global_zero:
+            return self.interval.measure()
+        return nullcontext()
 
     def _preallocate(self, trainer: L.Trainer) -> None:
         """Let the writer allocate its buffers, once the optimizer has its state."""
@@ -189,6 +220,8 @@ class Checkpoint(ModelCheckpoint):
 
         It is called by the writer's thread.
         """
+        if self.interval:
+            self.interval.note_durable()
         for step in self.store.steps():
             if step in self.stored_scores or step not in self.scores:
                 continue
