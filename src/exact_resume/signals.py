@@ -4,20 +4,23 @@
     before training     raise ``PreemptedError`` at once: there is nothing to save
     during training     only note the signal; the loop asks for it at the end of a step
 
-A SIGINT after another signal exits at once, without saving. A signal that the process was started
-to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal handlers in the
-main thread only, so a run in another thread receives none.
+A SIGINT after another signal exits at once, without saving. But torchrun sends on the SIGINT that
+the terminal has sent to all: within ``COPY_S`` it is the same one. A signal that the process was
+started to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal
+handlers in the main thread only, so a run in another thread receives none.
 """
 
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command will continue
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports a death by Ctrl-C
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+COPY_S = 1.0  # seconds
 # Windows lacks two of them, and must still import this to say that it is not supported.
 SIGNALS = tuple(signal.Signals[name] for name in NAMES if hasattr(signal, name))
 
@@ -70,6 +73,7 @@ class Preemption:
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.handled = _not_ignored() if self.in_main_thread else []
         self._process = os.getpid()
+        self._received = 0.0  # when, by the monotonic clock
 
     def install(self, *, training: bool) -> None:
         """Install the handlers; call again for training, because the Trainer installs its own.
@@ -88,8 +92,14 @@ class Preemption:
             signal.signal(number, signal.SIG_DFL)
         elif self.signal is None:
             self.signal = signal.Signals(number)
+            self._received = time.monotonic()
             if not self.training:
                 raise PreemptedError(f"{self.signal.name}: nothing was trained yet")
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and not self._is_copy():
             signal.signal(number, signal.SIG_DFL)  # another one ends the process at once
             raise SystemExit(EXIT_INTERRUPTED)
+
+    def _is_copy(self) -> bool:
+        """Return whether a signal that arrives now may be torchrun's copy of the first one."""
+        is_torchrun = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
+        return is_torchrun and time.monotonic() - self._received < COPY_S

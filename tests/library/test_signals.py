@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from exact_resume.checkpoint.store import Store
 from exact_resume.signals import (
+    COPY_S,
     EXIT_INTERRUPTED,
     EXIT_RESUMABLE,
     SIGNALS,
@@ -172,6 +174,17 @@ def test_sigint_after_a_signal_stops_at_once(first, preemption):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, (
         "a third time it must not wait for anything"
     )
+
+
+def test_the_copy_that_torchrun_sends_changes_nothing(preemption, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    preemption.install(training=True)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.signal is signal.SIGINT
+    time.sleep(COPY_S)
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
