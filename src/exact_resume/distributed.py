@@ -81,6 +81,7 @@ def init_process_group(accelerator: str = "cpu", *, usable: int | None = None) -
         store, *_ = next(rendezvous(address, this_rank, started, timeout=TIMEOUT))
         _store = dist.PrefixStore(store_prefix(started), store)
         if this_rank >= processes:
+            keep_connections_alive()
             stand_by(_store)
         _standing_by = started - processes
         if processes > 1:
@@ -114,7 +115,7 @@ def keep_connections_alive() -> None:
     A machine that loses its power or its network says nothing, and gloo would wait for it for as
     long as ``TIMEOUT``. A process that computes needs not answer, for its kernel does.
     """
-    if not (dist.is_initialized() and Path("/proc/self/fd").is_dir()):
+    if _store is None or not Path("/proc/self/fd").is_dir():
         return
     for link in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # closed meanwhile, or not of TCP
