@@ -30,6 +30,7 @@ class Machine:
 
     Attributes:
         home: the run's directory.
+        steps: of the run.
         announced: the newest step that any of its processes said to be copied.
     """
 
@@ -37,6 +38,7 @@ class Machine:
         self, tmp: Path, name: str, url: str = "none", steps: int = 300, fault: str = ""
     ) -> None:
         self.home = tmp / name
+        self.steps = steps
         careless = [str(SCRIPT.parent / "library" / "careless_copy.py"), fault]
         self.words = [*careless, str(SCRIPT)] if fault else [str(SCRIPT)]
         self.words += [str(self.home), url, str(steps)]
