@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from exact_resume.checkpoint.store import Store, load_state
 from finetuning import LORA, prepare
 from runs import COMMON, ROOT, fork, train
+from sd_layouts import write_file
 from sturdy.cli.main import compose_run
 from sturdy.export import formats
 from sturdy.export.main import main
@@ -261,6 +263,52 @@ def test_an_adapter_leaves_in_every_format(tmp, adapter, export, tmp_path):
     assert {float(t) for name, t in kohya.items() if name.endswith(".alpha")} == {24.0}
     assert draw_as_the_card_says(tmp_path / "diffusers", "-I") == (64, 64)
     assert draw_as_the_card_says(tmp_path / "torch_export", "-I") == (256, 64)
+
+
+@pytest.mark.slow
+def test_sdxl_leaves_with_both_text_encoders(tmp, export, tmp_path):
+    home = tmp / "xl"
+    words = prepare(home, "sdxl")
+    train(tmp, "xl", *LORA, "base.dtype=bfloat16", base=words)
+    for to in ("diffusers", "lora"):
+        code, said = export("run=xl", f"to={to}", "preview=0", f"out={tmp_path / to}")
+        assert code == 0, said
+        assert to != "diffusers" or "pooled" in said
+    assert draw_as_the_card_says(tmp_path / "diffusers", "-I") == (64, 64)
+
+
+@pytest.mark.slow
+def test_a_network_of_diffusers_in_latents_leaves_with_its_autoencoder(
+    tmp, diffusion, export, tmp_path
+):
+    words = [*UNET2D, "space=latents", f"space.path={tmp / 'sd1'}", "data.image_size=64"]
+    train(tmp, "latent", *words, "schedule=linear", "target=v", base=[])
+    code, said = export("run=latent", "to=diffusers", "preview=0")
+    assert code == 0, said
+    assert "image" in said
+    assert draw_as_the_card_says(tmp_path / "out", "-I") == (256, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("averaged", [False, True])
+def test_all_of_stable_diffusion_leaves_as_the_file_it_came_from(
+    tmp, diffusion, export, tmp_path, averaged
+):
+    home = tmp / f"file-{averaged}"
+    home.mkdir()
+    file = write_file(tmp / "sd1", home / "model.safetensors", averaged=averaged)
+    shutil.copytree(tmp / "sd1" / "tokenizer", home / "tokenizer")
+    words = [word if not word.startswith("base=") else f"base={file}" for word in diffusion]
+    train(tmp, home.name, base=words)
+    code, said = export(f"run={home.name}", "to=kohya", "preview=0")
+    assert code == 0, said
+    assert "read back by diffusers" in said
+    before = load_file(file)
+    after = load_file(tmp_path / "out" / f"{home.name}.safetensors")
+    assert after.keys() == {name for name in before if not name.startswith("model_ema.")}
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("model.diffusion_model.") for name in moved)
 
 
 @pytest.mark.slow

@@ -264,6 +264,7 @@ def _scheduler(subject: Subject) -> Any:
 
 def _asked_of_base(subject: Subject, check: Path, file: str, notes: list[str]) -> Written:
     """Ask for an adapter to be read beside the U-Net of its base."""
+    silence()
     backbone = subject.backbone
     base = open_base(backbone.base.path)
     unet: Any = base.build("unet")

@@ -12,9 +12,8 @@ from sturdy.diffusion.schedule import STEPS, Linear, RectifiedFlow, ScaledLinear
 from sturdy.diffusion.target import X0, Noise, Target, V, Velocity, config_name
 
 PREDICTIONS = {Noise: "epsilon", V: "v_prediction", X0: "sample"}
-NAMED: dict[
-    type[Schedule], dict[str, Any]
-] = {  # equal to the betas of these classes with their defaults
+# The betas of these classes with their defaults.
+NAMED: dict[type[Schedule], dict[str, Any]] = {
     Linear: {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
     ScaledLinear: {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
 }
