@@ -18,6 +18,7 @@ from finetuning import LORA, prepare
 from runs import COMMON, ROOT, fork, train
 from sd_layouts import write_file
 from sturdy.cli.main import compose_run
+from sturdy.evaluation.record import write_row
 from sturdy.export import formats
 from sturdy.export.main import main
 
@@ -99,6 +100,8 @@ def averages(run, step=2):
 
 
 def test_the_weights_of_our_own_network(dit, export, tmp_path):
+    write_row(dit, 2, {"evaluation/n": 8, "evaluation/kid": 0.25})
+    write_row(dit, 1, {"evaluation/n": 8, "evaluation/kid": 0.75})
     code, said = export("run=dit", "to=safetensors", "license=CC-BY-4.0")
     assert code == 0, said
     assert "read back by safetensors" in said
@@ -106,12 +109,21 @@ def test_the_weights_of_our_own_network(dit, export, tmp_path):
     names = {"README.md", "config.json", "model.safetensors", "preview.png"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert len(modes) == 1, "as readable as new files are"
     weights = load_file(out / "model.safetensors")
     expected = averages(dit)
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     card = (out / "README.md").read_text()
-    for part in ("60 images, 8 classes", "CC-BY-4.0", "pickup", "(EMA) of the weights of step 2"):
+    assert "0.75" not in card  # of another step
+    for part in (
+        "60 images, 8 classes",
+        "CC-BY-4.0",
+        "| kid | 0.25 |",
+        "pickup",
+        "(EMA) of the weights of step 2",
+    ):
         assert part in card
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     assert draw_as_the_card_says(out, path=path) == (64, 16)
@@ -209,7 +221,6 @@ def test_a_program_of_onnx_draws_without_this_project(dit, export, tmp_path):
 
 def test_onnx_without_its_packages_is_refused(dit, export, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setattr(formats, "trace", lambda *_: None)  # it would take a while
     code, said = export("run=dit", "to=onnx", "preview=0")
     assert code == 2
     assert "pip install 'sturdy-diffusion[onnx]'" in said

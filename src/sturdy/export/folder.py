@@ -64,10 +64,13 @@ def check_free(out: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make all files and names under ``folder`` durable; they become readable as others are."""
+    """Make all files and names under ``folder`` durable; they become readable as new files are."""
+    mask = os.umask(0)
+    os.umask(mask)
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(Path(parent, name), "rb") as file:
+                os.fchmod(file.fileno(), 0o666 & ~mask)  # safetensors writes for the owner alone
                 fsync(file.fileno())
         fsync_directory(Path(parent))
 

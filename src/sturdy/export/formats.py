@@ -14,7 +14,7 @@ from sturdy.diffusion.target import Velocity
 from sturdy.export import snippets
 from sturdy.export.hashes import tensor_hashes
 from sturdy.export.path import sampling_times
-from sturdy.export.programs import trace, trace_decoder, write_program
+from sturdy.export.programs import check_onnx, trace, trace_decoder, write_program
 from sturdy.pretrained.base import open_base
 from sturdy.pretrained.borrowed import Borrowed
 from sturdy.pretrained.latents import Latents
@@ -172,7 +172,7 @@ def write_safetensors(subject: Subject, folder: Path, check: Path, expected: Exp
     save_tensors(folder / "model.safetensors", state)
     describe(subject, folder)
     ask = {"reader": "tensors", "file": "model.safetensors", "sha256": tensor_hashes(state)}
-    return Written(ask, snippets.own_network())
+    return Written(ask, snippets.own_network(guided=_is_guided(subject)))
 
 
 def write_torch_export(subject: Subject, folder: Path, check: Path, expected: Expected) -> Written:
@@ -182,6 +182,7 @@ def write_torch_export(subject: Subject, folder: Path, check: Path, expected: Ex
 
 def write_onnx(subject: Subject, folder: Path, check: Path, expected: Expected) -> Written:
     """Write programs of ONNX."""
+    check_onnx()
     return _write_programs(subject, folder, expected, "onnx", ".onnx")
 
 
@@ -224,18 +225,20 @@ def _write_programs(
     arguments = [argument for argument in subject.arguments if argument is not None]
     inputs = [expected["x"][0], expected["t"][0], *arguments]
     write_program(trace(subject.denoiser, inputs), folder / ask["file"])
-    if "latent" in expected:
+    space = subject.run.module.space
+    if isinstance(space, Latents):
         ask["decoder"] = f"decoder{suffix}"
-        program = trace_decoder(subject.run.module.space, expected["latent"])
+        program = trace_decoder(space, expected["latent"])
         write_program(program, folder / ask["decoder"])
     describe(subject, folder)
     code = snippets.program(
         reader,
-        classes=bool(subject.run.config["classes"]) and subject.text is None,
+        classes=subject.denoiser.num_classes > 0 and subject.text is None,
+        guided=_is_guided(subject),
         text=[list(argument.shape[1:]) for argument in arguments]
         if subject.text is not None
         else [],
-        decoder="latent" in expected,
+        decoder=isinstance(space, Latents),
     )
     return Written(ask, code)
 
@@ -273,6 +276,12 @@ def _asked_of_base(subject: Subject, check: Path, file: str, notes: list[str]) -
     scale = subject.run.config["guidance"]["scale"]
     code = snippets.adapter(file, base.family == "sdxl", subject.text or "", scale)
     return Written(ask, code, notes, library="diffusers")
+
+
+def _is_guided(subject: Subject) -> bool:
+    """Whether the lines of a card guide by the null label."""
+    scale = subject.run.config["guidance"]["scale"]
+    return bool(subject.denoiser.num_classes) and subject.text is None and scale != 1
 
 
 def is_flow(denoiser: Denoiser) -> bool:

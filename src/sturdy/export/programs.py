@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sturdy.diffusion.denoiser import Denoiser
-from sturdy.diffusion.space import Space
 from sturdy.pretrained.borrowed import Borrowed
+from sturdy.pretrained.latents import Latents
+from sturdy.pretrained.write_pipeline import open_space
 
 MOST = 4096  # samples in one call
 MOST_OF_DIFFUSERS = 63  # its U-Nets take another way from 64 on
@@ -55,10 +56,9 @@ class Decoder(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, space: Any) -> None:
+    def __init__(self, space: Latents) -> None:
         super().__init__()
-        self.autoencoder = space._load(torch.device("cpu")).float()
-        self.autoencoder.use_tiling = False
+        self.autoencoder: Any = open_space(space).build("vae").requires_grad_(False)
         scale, shift = space._scale_and_shift(torch.zeros(()))
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
@@ -84,7 +84,7 @@ def trace(denoiser: Denoiser, inputs: Sequence[Tensor]) -> torch.export.Exported
     return _export(Program(denoiser), inputs, (free, free, tuple(free for _ in inputs[2:])))
 
 
-def trace_decoder(space: Space, latent: Tensor) -> torch.export.ExportedProgram:
+def trace_decoder(space: Latents, latent: Tensor) -> torch.export.ExportedProgram:
     """Return the program of the decoder of latents."""
     free = {0: torch.export.Dim("batch", min=1, max=MOST_OF_DIFFUSERS)}
     return _export(Decoder(space), [latent], (free,))
@@ -105,14 +105,15 @@ def _export(
 
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write a program as ``.pt2`` or ``.onnx``, by the suffix of ``path``.
-
-    Raises:
-        ValueError: the packages of ONNX are not installed.
-    """
+    """Write a program as ``.pt2`` or ``.onnx``, by the suffix of ``path``."""
     if path.suffix == ".pt2":
         torch.export.save(program, path)
-        return
+    else:
+        torch.onnx.export(program, (), path, dynamo=True, verbose=False)
+
+
+def check_onnx() -> None:
+    """Raise ValueError if a package that ONNX needs is not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -122,4 +123,3 @@ def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
             f"to=onnx needs a package that is not installed ({error}): "
             f"pip install 'sturdy-diffusion[onnx]'"
         ) from None
-    torch.onnx.export(program, (), path, dynamo=True, verbose=False)

@@ -12,10 +12,14 @@ x = how["sigma"][0] * torch.randn(n, *how["shape"])
 for i in range(len(how["t"]) - 1):
     t = torch.full((n,), how["t"][i])
     x0 = {estimate}
-{clip}    noise = (x - how["alpha"][i] * x0) / how["sigma"][i]
+{guide}{clip}    noise = (x - how["alpha"][i] * x0) / how["sigma"][i]
     x = how["alpha"][i + 1] * x0 + how["sigma"][i + 1] * noise
 image = {image}
 {png}"""
+
+GUIDE = """    weak = {weak}
+    x0 = weak + how["guidance"] * (x0 - weak)
+"""
 
 CLIP = """    if how["clip"]:
         x0 = x0.clamp(*how["clip"])
@@ -88,9 +92,9 @@ def network(kind: str) -> str:
 network = {kind}.from_pretrained(".")"""
 
 
-def own_network() -> str:
+def own_network(*, guided: bool) -> str:
     """Load a network of this project, which must be installed, and draw four images."""
-    loop = _loop("denoiser(x, t, label)", True, "x", [])
+    loop = _loop("denoiser(x, t, label)", "x", classes=True, guided=guided)
     return f"""import json
 import torch
 from hydra.utils import instantiate
@@ -107,13 +111,16 @@ torch.set_grad_enabled(False)
 {loop}"""
 
 
-def program(reader: str, *, classes: bool, text: Sequence[Sequence[int]], decoder: bool) -> str:
+def program(
+    reader: str, *, classes: bool, text: Sequence[Sequence[int]], guided: bool, decoder: bool
+) -> str:
     """Load programs and draw four images.
 
     Args:
         reader: ``torch_export`` or ``onnx``.
         classes: whether the network knows classes.
         text: the shapes of the inputs that a text becomes, without the number of samples.
+        guided: whether to guide by the null label.
         decoder: whether latents must be decoded.
     """
     if reader == "torch_export":
@@ -135,19 +142,36 @@ def program(reader: str, *, classes: bool, text: Sequence[Sequence[int]], decode
     loads = "\n".join(calls)
     arguments = "x, t"
     arguments += ", label" if classes else "".join(f", text[{i}]" for i in range(len(text)))
-    loop = _loop(f"denoiser({arguments})", classes, "decoder(x)" if decoder else "x", text)
+    image = "decoder(x)" if decoder else "x"
+    loop = _loop(f"denoiser({arguments})", image, classes=classes, guided=guided, text=text)
     return f"{imports}\n\n{load}\n\n\n{loads}\ntorch.set_grad_enabled(False)\n{loop}"
 
 
-def _loop(estimate: str, classes: bool, image: str, text: Sequence[Sequence[int]]) -> str:
+def _loop(
+    estimate: str,
+    image: str,
+    *,
+    classes: bool,
+    guided: bool,
+    text: Sequence[Sequence[int]] = (),
+) -> str:
     condition = ["n = 4"]
+    guide = ""
     if classes:
         condition.append('label = torch.arange(n) % max(1, len(how["classes"]))')
+    if guided:
+        condition.append('null = torch.full((n,), len(how["classes"]))')
+        guide = GUIDE.format(weak=estimate.replace("label", "null"))
     if text:
         shapes = ", ".join(f"torch.zeros(n, {', '.join(map(str, shape))})" for shape in text)
         condition.append(f"text = [{shapes}]  # put what the base's text encoders give")
     return OWN_LOOP.format(
-        condition="\n".join(condition), estimate=estimate, clip=CLIP, image=image, png=TO_PNG
+        condition="\n".join(condition),
+        estimate=estimate,
+        guide=guide,
+        clip=CLIP,
+        image=image,
+        png=TO_PNG,
     )
 
 
