@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NEEDS = {"gpu", "slurm", "network", "hours"}
 SHELL = ("export ", "source ", "make ", "pytest ", "diff ")
-SCRIPTS = ("train.py", "sample.py", "evaluate.py")
+SCRIPTS = ("train.py", "sample.py", "evaluate.py", "export.py")
 FENCE = re.compile(r"^(<!-- .*? -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\b(?:\.venv/bin/)?python ([^;]+)")
 
@@ -69,6 +69,7 @@ RUN = {
     "train.py experiment=cars": TINY_DIT,
     "sample.py run=cars sample.n=64": TINY_SAMPLE,
     "evaluate.py run=cars evaluate.n=1000": TINY_EVALUATE,
+    "export.py run=cars to=torch_export": ["preview=2", "threads=1"],
     "-m exact_resume status runs/cars": [],
     "-m exact_resume verify runs/cars": [],
     "train.py data=folder data.root=$HOME/photos name=mine data.image_size=64": TINY_UNET,

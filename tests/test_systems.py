@@ -84,7 +84,9 @@ def test_where_the_system_cannot_tell_all_cpus_are_counted(monkeypatch):
     assert available_cpus() == os.cpu_count()
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "prove.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "sample.py", "evaluate.py", "export.py", "prove.py"]
+)
 def test_windows_is_told_what_to_use(script, tmp_path):
     done = on(WINDOWS, tmp_path, [sys.executable, str(ROOT / script), "run=x"])
     assert (done.returncode, done.stdout) == (2, "")

@@ -27,9 +27,12 @@ def composed(script, *words):
 
 def value(word, script="train"):
     """What ``key=...`` comes to, ``run`` and a folder being given."""
-    given = {"train": ["data=folder", "data.root=/x"], "sample": ["run=x"], "evaluate": ["run=x"]}[
-        script
-    ]
+    given = {
+        "train": ["data=folder", "data.root=/x"],
+        "sample": ["run=x"],
+        "evaluate": ["run=x"],
+        "export": ["run=x", "to=lora"],
+    }[script]
     return OmegaConf.select(composed(script, *given, word), word.split("=")[0])
 
 
@@ -150,6 +153,7 @@ def test_what_is_quoted_filled_in_or_a_list_is_read_as_before(monkeypatch):
             ("evaluate", key)
             for key in ("evaluate.out", "data_root", "ckpt_path", "guidance.guide")
         ),
+        *(("export", key) for key in ("out", "base.path", "paths.runs")),
     ],
 )
 def test_the_home_directory_is_put_in_every_path(script, key):

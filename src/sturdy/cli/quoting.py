@@ -24,15 +24,15 @@ from sturdy.cli.usage import UsageError
 IMAGE_FOLDERS = ("*.root", "data_root")  # a list gives several
 PATHS = (
     *IMAGE_FOLDERS,
-    *("ckpt_path", "init_from", "guidance.guide"),
+    *("ckpt_path", "init_from", "guidance.guide", "out"),
     *("*.path", "*.directory", "*.out", "sample.image", "sample.mask"),
     *("paths.*", "data.cache"),
 )
 NAMES = ("name", "run")
 LABELS = ("sample.label",)  # a class by its name, or by its number
-PROMPTS = ("sample.prompt", "sample.negative")  # a list gives several
+PROMPTS = ("sample.prompt", "sample.negative", "prompt")  # a list gives several
 LOGGERS = ("logger.*.project", "logger.*.entity", "logger.*.run_name")
-TEXT = (*PATHS, *NAMES, *LABELS, *PROMPTS, *LOGGERS, "data.caption")
+TEXT = (*PATHS, *NAMES, *LABELS, *PROMPTS, *LOGGERS, "data.caption", "license")
 
 WORD = re.compile(r"(?P<sign>\+{0,2})(?P<key>[^=]+)=(?P<value>.*)", re.DOTALL)
 QUOTED = r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\""""

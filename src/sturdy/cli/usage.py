@@ -60,7 +60,7 @@ FOREIGN_KEYS = {
     "dataset": ("data",),
     "data_dir": ("data.root", "data_root"),
     "data_path": ("data.root", "data_root"),
-    "output_dir": ("paths.runs", "sample.out", "evaluate.out"),
+    "output_dir": ("paths.runs", "sample.out", "evaluate.out", "out"),
     "fp16": ("trainer.precision",),
     "bf16": ("trainer.precision",),
     "num_samples": ("sample.n", "evaluate.n"),

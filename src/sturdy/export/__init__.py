@@ -1,0 +1,1 @@
+"""A run in the formats of other programs, read back by these before it counts."""
