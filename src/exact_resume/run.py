@@ -86,7 +86,7 @@ class Run:
         """
         try:
             make_directory(self.home)
-            file = os.fdopen(os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "r+")
+            file = open(self.home / ".lock", "r+", opener=_open_or_create)  # noqa: SIM115
             self._wait_for_lock(file, timeout)
         except LockUnsupportedError as error:
             raise LockUnsupportedError(f"{self.home} cannot be used: {error}") from None
@@ -221,6 +221,10 @@ class Run:
                     flush=True,
                 )
             time.sleep(0.05)
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o644)
 
 
 def _next_number(directory: Path) -> str:

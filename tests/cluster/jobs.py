@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from host_training import Training
 from hosts import Host
 from record import Strike
 from slurm import CPUS, Slurm, documented_block, replace, wait
 from typing_extensions import override
 
 from runs import ROOT, start
-from training import Training
 
 TINY = [
     *("backbone.width=32", "backbone.depth=1", "backbone.heads=2"),

@@ -6,9 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from host_training import Training
 from hosts import Cluster, Host
-
-from training import Training
 
 pytestmark = pytest.mark.cluster
 TIMES = int(os.environ.get("CLUSTER_TIMES", "5"))  # how often each fault strikes

@@ -433,6 +433,7 @@ def test_a_source_of_ones_own_may_have_captions(tmp_path: Path) -> None:
 # --- a run
 
 
+@pytest.mark.slow
 def test_a_run_on_classes_from_a_column_is_killed_and_goes_on(tmp_path: Path) -> None:
     words = [word for word in COMMON if not word.startswith(("data.source", "backbone."))]
     root = tmp_path / "photos"

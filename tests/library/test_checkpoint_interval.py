@@ -252,6 +252,7 @@ def test_two_processes_save_together_and_no_bit_depends_on_it(tmp_path: Path) ->
     assert set(rarely[0][1:]) <= {8, 12}  # after the first step: a new best, and the end
 
 
+@pytest.mark.slow
 def test_control_if_rank_1_decided_it_would_save_every_step(tmp_path: Path) -> None:
     finish(
         tmp_path,

@@ -2,6 +2,7 @@
 used.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -293,9 +294,7 @@ def reseal(store, step, change=lambda manifest: None):
     manifest = json.loads(path.read_bytes())
     del manifest["sha256"]
     data = store.state(step).read_bytes()
-    manifest["files"] = {
-        STATE: {"bytes": len(data), "sha256": store_module.hashlib.sha256(data).hexdigest()}
-    }
+    manifest["files"] = {STATE: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     change(manifest)
     path.write_bytes(
         json.dumps(manifest | {"sha256": store_module.manifest_hash(manifest)}, indent=1).encode()

@@ -154,6 +154,7 @@ def test_a_lie_is_never_entered(where, server, undisturbed, prefix, tmp_path):
     check_copy(server, prefix, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_the_older_of_two_machines_stops(server, undisturbed, prefix, tmp_path, monkeypatch):
     monkeypatch.setenv("STEP_SECONDS", "0.03")
     older, newer = (Machine(tmp_path, name, f"s3://{BUCKET}/{prefix}") for name in "ab")

@@ -120,6 +120,7 @@ def test_images_are_drawn_for_a_prompt(tmp, adapter):
     assert len(list((tmp / "filled").glob("0*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_a_worse_network_guides_a_captioned_run(tmp, words, adapter):
     train(tmp, "worse", *LORA, "trainer.max_steps=2", base=words)
     guide = ["guidance.scale=1.5", f"guidance.guide={tmp / 'runs' / 'worse'}", "sampler.steps=2"]
@@ -183,6 +184,7 @@ def test_a_base_alone_chooses_the_experiment(tmp, words):
     assert "sturdy.pretrained.borrowed.Borrowed" in done.stdout
 
 
+@pytest.mark.slow
 def test_it_begins_from_the_weights_of_a_folder(tmp, words):
     other = tmp / "other"
     if not other.exists():

@@ -102,6 +102,7 @@ def test_a_whole_network_is_resumed_and_sampled_without_its_base(tmp):
     assert len(state(tmp, "whole")["state_dict"]) == 2 * whole
 
 
+@pytest.mark.slow
 def test_processes_agree_whatever_their_number(tmp):
     base = [*adapter_words(tmp / "base"), "data.shards=2", "reduction=tree", "trainer.max_steps=4"]
     finish(tmp, "one", 1, base=base)

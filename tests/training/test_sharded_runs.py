@@ -90,6 +90,7 @@ def test_many_kills_during_saves_change_no_bit(tmp: Path, seed: int) -> None:
     survive(tmp, f"killed-{seed}", seed, kills=4)
 
 
+@pytest.mark.slow
 def test_a_damaged_part_sends_the_run_to_the_checkpoint_before(tmp: Path) -> None:
     shutil.copytree(tmp / "runs" / "sharded", tmp / "runs" / "damaged")
     store = store_of(tmp, "damaged")
@@ -102,6 +103,7 @@ def test_a_damaged_part_sends_the_run_to_the_checkpoint_before(tmp: Path) -> Non
     assert len([*(store.directory / "quarantine").glob("*.reason.txt")]) == 2
 
 
+@pytest.mark.slow
 def test_a_preempted_run_saves_and_goes_on(tmp: Path) -> None:
     words = [*SHARDED, "trainer.max_steps=8", "callbacks.checkpoint.every_n_train_steps=3"]
     world = World(tmp, "preempted", 2, *words).until(4).kill(1, number=signal.SIGTERM)

@@ -182,6 +182,7 @@ def test_the_way_of_waiting_changes_no_bit(tmp_path):
     assert differences(tmp_path, "calm", "restless") == []
 
 
+@pytest.mark.slow
 def test_processes_change_the_way_together(tmp_path, monkeypatch):
     """Started and not forked: OpenMP hangs in the fork of a process that has used it."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=os.pathsep)
