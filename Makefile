@@ -21,7 +21,7 @@ test-unit: $(VENV)/ready ## the tests that start no process
 test-slow: $(VENV)/ready ## the slow tests; hours
 	$(BIN)/python -m pytest -m slow -n 2
 
-test-cluster: $(VENV)/ready ## machines that are lost, as root on Linux with iproute2 and iptables; an hour
+test-cluster: $(VENV)/ready ## lose machines, cables and jobs for real (torchrun, SLURM, NFS), as root on Linux; an hour
 	$(BIN)/python -m pytest -m cluster -rs
 
 bench: $(VENV)/ready ## measure what saving, restarting, shards and other programs cost
