@@ -5,15 +5,20 @@ Which tests start processes is found here, so that ``make test-unit`` can leave 
 
 import os
 import signal
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+
+from exact_resume.signals import SIGNALS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # inherited from nohup
     signal.signal(signal.SIGHUP, lambda *_: None)  # still lives; what it starts does not inherit it
+
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
 
 # A test module that imports one of these, or a function of runs.py, starts processes.
 STARTERS = {
@@ -38,6 +43,14 @@ def starts_processes(module: ModuleType) -> bool:
         if name in STARTERS or name.startswith("torch.multiprocessing") or is_helper:
             return True
     return False
+
+
+@pytest.fixture(autouse=True)
+def own_handlers() -> Iterator[None]:
+    """Take back the handlers of a training in this process: its children would ignore SIGTERM."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,8 @@ def test_pickles_as_its_path_and_opens_in_a_new_process(tmp_path):
     assert found.stdout.decode().strip() == f"{cache.image(5).sum()} noise 3 {cache.digest}"
     with fork.Pool(2) as pool:
         assert pool.map(cache.image, [1, 2])[1].tobytes() == cache.image(2).tobytes()
+        pool.close()
+        pool.join()  # without SIGTERM
 
 
 class FourFloats(Noise):
