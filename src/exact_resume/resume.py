@@ -21,7 +21,6 @@ all others: it changes nothing.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from exact_resume.checkpoint.retention import best_steps
 from exact_resume.checkpoint.store import (
     MANIFEST,
     STATE,
@@ -420,9 +420,8 @@ def _read_first(run: Path, store: Store, word: str) -> tuple[ResumePoint, dict[s
 
 
 def _steps_by_score(store: Store, scores: Mapping[int, float], mode: str) -> list[int]:
-    sign = 1 if mode == "min" else -1
-    scored = [step for step in store.steps() if math.isfinite(scores.get(step, math.nan))]
-    return sorted(scored, key=lambda step: sign * scores[step])
+    steps = store.steps()
+    return best_steps(steps, scores, mode=mode, n=len(steps))
 
 
 def _newest_config(store: Store) -> Mapping[str, Any]:
