@@ -47,7 +47,7 @@ def starts_processes(module: ModuleType) -> bool:
 
 @pytest.fixture(autouse=True)
 def own_handlers() -> Iterator[None]:
-    """Take back the handlers of a training in this process: its children would ignore SIGTERM."""
+    """Take back the handlers of a training in this process, so that Ctrl-C ends pytest."""
     yield
     for number, handler in HANDLERS.items():
         signal.signal(number, handler)

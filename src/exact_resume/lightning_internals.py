@@ -4,12 +4,17 @@ Each function says what it does and why there is no public way. Their tests
 (tests/library/test_lightning_internals.py) say what a new version of Lightning has changed.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch.utils.data import DataLoader
 from typing_extensions import override
+
+from exact_resume.signals import outlive_first_signal
 
 
 def disable_signal_handling(trainer: L.Trainer) -> None:
@@ -21,6 +26,30 @@ def disable_signal_handling(trainer: L.Trainer) -> None:
     trainer._signal_connector = _NoSignals(trainer)
     epoch_loop: Any = trainer.fit_loop.epoch_loop
     epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def keep_data_workers(trainer: L.Trainer) -> None:
+    """Have the workers of all data loaders of ``trainer`` outlive the signal of a process group.
+
+    They set handlers of their own when they start, so this must come after. A strategy sees every
+    loader before its workers start; a callback sees those for training only.
+    """
+    strategy: Any = trainer.strategy
+    process = strategy.process_dataloader
+
+    def process_dataloader(loader: Any) -> Any:
+        loader = process(loader)
+        if isinstance(loader, DataLoader):
+            loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
+        return loader
+
+    strategy.process_dataloader = process_dataloader
+
+
+def _start_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    outlive_first_signal()
+    if init:
+        init(worker)
 
 
 class _NoSignals(_SignalConnector):

@@ -8,6 +8,9 @@ A SIGINT after another signal exits at once, without saving. But torchrun sends 
 the terminal has sent to all: within ``COPY_S`` it is the same one. A signal that the process was
 started to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal
 handlers in the main thread only, so a run in another thread receives none.
+
+A child that is forked meanwhile has no handlers: a signal ends it. Only a data worker calls
+``outlive_first_signal``, because the step that its parent is to finish needs it.
 """
 
 import os
@@ -16,6 +19,7 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command will continue
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell reports a death by Ctrl-C
@@ -54,6 +58,20 @@ def _not_ignored() -> list[signal.Signals]:
     return [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
 
 
+def outlive_first_signal() -> None:
+    """Ignore each signal once: call it in a data worker.
+
+    The first is that of its process group, and the parent ends the worker. The next is for the
+    worker, and ends it.
+    """
+    for number in _not_ignored():
+        signal.signal(number, _end_at_next)
+
+
+def _end_at_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 class Preemption:
     """Notes the first signal that arrives after ``install``.
 
@@ -72,7 +90,7 @@ class Preemption:
         self.training = False
         self.in_main_thread = threading.current_thread() is threading.main_thread()
         self.handled = _not_ignored() if self.in_main_thread else []
-        self._process = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}  # the handlers that ``restore`` puts back
         self._received = 0.0  # when, by the monotonic clock
 
     def install(self, *, training: bool) -> None:
@@ -83,14 +101,19 @@ class Preemption:
         """
         self.training = training
         for number in self.handled:
-            signal.signal(number, self._on_signal)
+            handler = signal.signal(number, self._on_signal)
+            self._before.setdefault(number, handler)
+            _installed.add(number)
+
+    def restore(self) -> None:
+        """Put back the handlers that were there before the first ``install``."""
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+            _installed.discard(number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            # A data worker received the signal of its process group: ignore it once, as the
-            # parent ends the worker. The next signal is for the worker, and ends it.
-            signal.signal(number, signal.SIG_DFL)
-        elif self.signal is None:
+        if self.signal is None:
             self.signal = signal.Signals(number)
             self._received = time.monotonic()
             if not self.training:
@@ -103,3 +126,32 @@ class Preemption:
         """Return whether a signal that arrives now may be torchrun's copy of the first one."""
         is_torchrun = "TORCHELASTIC_USE_AGENT_STORE" in os.environ
         return is_torchrun and time.monotonic() - self._received < COPY_S
+
+
+# Python forgets a signal that a child receives before it is set up, and one with a handler does not
+# end it. So none arrives until the child has the handlers of the system.
+_installed: set[signal.Signals] = set()
+_fork = threading.local()
+
+
+def _before_fork() -> None:
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _installed)
+
+
+def _after_fork_in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+def _after_fork_in_child() -> None:
+    for number in _installed:
+        signal.signal(number, signal.SIG_DFL)
+    _installed.clear()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

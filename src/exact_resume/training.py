@@ -211,6 +211,7 @@ class ExactTraining:
             return EXIT_FAILED
         finally:
             distributed.destroy_process_group()
+            self.preemption.restore()
 
     def _fit(
         self,

@@ -5,6 +5,7 @@ arrives at PLACE.
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def strike():
     os.kill(os.getpid(), NUMBER)
+
+
+def strike_group():
+    """As a cluster's manager does: workers of torch tell it from a signal of their parent."""
+    words = ["kill", "-s", NUMBER.name.removeprefix("SIG"), "--", f"-{os.getpgrp()}"]
+    subprocess.run(words, check=True, start_new_session=True)
 
 
 def before(owner, name, action, when=lambda *args: True):
@@ -81,11 +88,10 @@ def arm():
                 lambda m, *_: m.global_step == 1,
             )
         elif PLACE == "step, group":
-            all_of_us = lambda: os.killpg(os.getpgrp(), NUMBER)  # noqa: E731
             before(
                 DiffusionModule,
                 "training_step",
-                all_of_us,
+                strike_group,
                 lambda module, *_: module.global_step == 1,
             )
 

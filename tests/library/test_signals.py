@@ -2,6 +2,7 @@
 on bit for bit.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from exact_resume.checkpoint.store import Store
 from exact_resume.signals import (
@@ -19,6 +21,7 @@ from exact_resume.signals import (
     SIGNALS,
     PreemptedError,
     Preemption,
+    outlive_first_signal,
 )
 from runs import command, differences, fork, train
 
@@ -187,16 +190,78 @@ def test_the_copy_that_torchrun_sends_changes_nothing(preemption, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_child_lives_through_the_first_and_dies_of_the_second(preemption):
+class Killed(Dataset):
+    """Sends its process signals while it reads an item."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        for number in [(), (signal.SIGTERM, signal.SIGHUP), (), (signal.SIGTERM,)][index]:
+            os.kill(os.getpid(), number)
+        return index
+
+
+def test_a_data_worker_lives_through_the_first_and_dies_of_the_second(preemption):
     preemption.install(training=False)
+    loader = DataLoader(
+        Killed(),
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=1,
+        worker_init_fn=lambda worker: outlive_first_signal(),
+    )
+    read = []
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        read.extend(loader)
+    assert read[:2] == [0, 1]
+    assert preemption.signal is None
+
+
+def test_a_child_is_ended_by_the_first(preemption):
+    preemption.install(training=True)
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGHUP)
-        os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_a_pool_of_processes_ends_when_it_is_told(preemption):
+    """Its processes inherit the handlers, and its end sends each of them one SIGTERM."""
+    preemption.install(training=True)
+    context = multiprocessing.get_context("fork")
+    for _ in range(20):
+        child = context.Process(target=time.sleep, args=(600,))
+        child.start()
+        child.terminate()
+        child.join(60)
+        assert child.exitcode == -signal.SIGTERM
+        with context.Pool(2) as pool:
+            assert pool.map(abs, [-1, -2]) == [1, 2]
     assert preemption.signal is None
+
+
+def test_the_handlers_are_given_back(preemption):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    preemption.install(training=False)
+    preemption.install(training=True)
+    assert [signal.getsignal(number) for number in SIGNALS] != before
+    preemption.restore()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_training_in_ones_own_process_gives_them_back(tmp_path):
+    """As in a notebook: Ctrl-C interrupts the next cell, and a pool that it starts ends."""
+    code = (
+        "import signal, copied_run\n"
+        "from exact_resume.signals import SIGNALS\n"
+        "before = [signal.getsignal(number) for number in SIGNALS]\n"
+        f"assert copied_run.main({str(tmp_path / 'run')!r}, 'none', '20') == 0\n"
+        "assert before == [signal.getsignal(number) for number in SIGNALS]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_was_ignored_stays_ignored():

@@ -11,7 +11,11 @@ from typing_extensions import override
 from exact_resume import distributed
 from exact_resume.callbacks.checkpoint import Checkpoint
 from exact_resume.failures import FATAL_ERRORS
-from exact_resume.lightning_internals import is_in_step, reset_batch_progress
+from exact_resume.lightning_internals import (
+    is_in_step,
+    keep_data_workers,
+    reset_batch_progress,
+)
 from exact_resume.signals import EXIT_INTERRUPTED, PreemptedError, Preemption
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,10 @@ class SaveOnSignal(Callback):
         self.preemption = preemption
         self.first_step = 0  # where this training began
         self.last_step = 0  # the last step that is done
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        keep_data_workers(trainer)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
