@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -320,15 +321,20 @@ def test_who_is_stopped_twice_without_a_step_in_between_is_told(tmp_path):
 
 
 def test_a_profiler_reports_and_changes_nothing(tmp_path):
-    """The second half is without it, and is the same trajectory."""
+    """The last part is without it, and is the same trajectory."""
     train(tmp_path, "whole")
-    assert (
-        "FIT Profiler Report"
-        in train(tmp_path, "watched", "trainer.max_steps=6", "trainer.profiler=simple").stdout
-    )
+    table = train(tmp_path, "watched", "trainer.max_steps=3", "trainer.profiler=simple").stdout
+    table = table[table.index("where the time went") : table.index("An action may contain")]
+    assert max(map(len, table.splitlines())) <= 80
+    assert re.search(r"^run_training_batch +3 ", table, re.MULTILINE), table
+    traced = train(tmp_path, "watched", "trainer.max_steps=8", "trainer.profiler=pytorch")
+    assert "warn" not in (traced.stdout + traced.stderr).lower()
+    files = [path.name for path in (tmp_path / "runs/watched/attempts/002").iterdir()]
+    assert "fit-profile.txt" in files
+    assert [name for name in files if name.endswith(".pt.trace.json")]
     done = train(tmp_path, "watched").stdout
-    assert "resumed from step 6, to step 12 (bitwise" in done
-    assert "Profiler" not in done
+    assert "resumed from step 8, to step 12 (bitwise" in done
+    assert "where the time" not in done
     assert differences(tmp_path, "whole", "watched") == []
 
 

@@ -184,9 +184,12 @@ def run_sweep(config: Path, words: list[str]) -> int:
     Raises:
         UsageError: if one of them is mistaken; none was started.
     """
+    from sturdy.cli.search import is_search, run_search
     from sturdy.cli.sweep import run_jobs
     from sturdy.cli.sweep_plan import plan_jobs
 
+    if is_search(words):
+        return run_search(config, sys.argv[0], words)
     jobs = plan_jobs(config, words)
     if not any(word.startswith(LAUNCHER) for word in words):
         return run_jobs(sys.argv[0], jobs)

@@ -40,10 +40,12 @@ class Child:
 
     Attributes:
         last_signal: the last signal that came; None while there was none.
+        killed: whether a signal ended the last job, one that did not come from here.
     """
 
     def __init__(self) -> None:
         self.last_signal: int | None = None
+        self.killed = False
         self.process: subprocess.Popen[bytes] | None = None
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -61,6 +63,7 @@ class Child:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         code = self.process.wait()
+        self.killed = code < 0
         if code < 0 and -code == self.last_signal:
             return EXIT_RESUMABLE  # it came before the job had a handler
         if code in OUTCOMES:
@@ -109,8 +112,16 @@ def make_summary_folder(jobs: Sequence[Job]) -> None:
         jobs[0].summary.parent.mkdir(parents=True, exist_ok=True)
 
 
-def report(outcomes: Mapping[str, int | None], jobs: Sequence[Job] = ()) -> int:
-    """Print how each job ended and what it reached; return the worst exit code."""
+def report(
+    outcomes: Mapping[str, int | None], jobs: Sequence[Job] = (), *, spread: bool = True
+) -> int:
+    """Print how each job ended and what it reached; return the worst exit code.
+
+    Args:
+        outcomes: exit code of each job; ``None`` for one that was not started.
+        jobs: to look up their results.
+        spread: whether to print mean and standard deviation of their scores.
+    """
     print_line(f"sweep of {len(outcomes)}:")
     scores = {job.name: score for job in jobs if (score := best_score(job.metrics))}
     rows = []
@@ -122,7 +133,7 @@ def report(outcomes: Mapping[str, int | None], jobs: Sequence[Job] = ()) -> int:
         rows.append(row)
     for line in align(rows):
         print_line(line)
-    if len(scores) > 1:
+    if spread and len(scores) > 1:
         losses = [loss for loss, _ in scores.values()]
         print_line(
             f"best val/loss of {len(losses)}: mean {mean(losses):.4f}, standard deviation "

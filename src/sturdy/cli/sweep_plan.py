@@ -115,7 +115,8 @@ def _values(key: str, override: Override) -> list[tuple[str | None, str]]:
         return [(None, override.input_line or "")]
     if not override.is_discrete_sweep():
         raise ValueError(
-            f"{override.input_line}: a sweep goes through values; give them, as in {key}=1,2,3"
+            f"{override.input_line}: a sweep goes through values; give them, as in {key}=1,2,3, or "
+            f"let Optuna choose those of 20 runs: sweep.trials=20"
         )
     pairs: list[tuple[str | None, str]] = []
     for value in override.sweep_iterator():

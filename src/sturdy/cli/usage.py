@@ -38,7 +38,12 @@ REFUSED = {
     "hydra.run.dir": "the run's directory is paths.runs/name",
     "hydra.job.chdir": "start it where it should be, or give paths.runs and paths.cache",
     "hydra.mode": "a sweep is asked for with -m",
-    "hydra/sweeper": "a sweep goes through every combination of the values given",
+    "hydra/sweeper": (
+        "a sweep goes through every combination of the values given; with sweep.trials=20, Optuna "
+        "chooses those of 20 runs"
+    ),
+    "sweep.trials": "it is for a sweep: add -m",
+    "sweep.seed": "it is for a sweep with sweep.trials=20",
     "hydra.sweeper.params": "give the values on the command line: key=1,2,3",
     "hydra.sweep.dir": "the runs of a sweep are in paths.runs, named after what is swept",
     "hydra.sweep.subdir": "the runs of a sweep are in paths.runs, named after what is swept",

@@ -57,6 +57,7 @@ class ImageData(L.LightningDataModule):
         split: ``"content"`` holds an image out because of its own content, so that no image changes
             sides when others are added or removed; ``"count"`` holds out the exact fraction. The
             default is the only split that older runs had.
+        overfit: to look for mistakes, train on so many images only, again and again.
         max_broken: most broken images to accept: a fraction, ``float``, or a number, ``int``.
         cache: the folder of all caches of decoded images.
         seed: the seed of the run.
@@ -99,6 +100,7 @@ class ImageData(L.LightningDataModule):
         fold: int | None = None,
         folds: int | None = None,
         split: SplitBy = "count",
+        overfit: int | None = None,
         max_broken: float = 0.01,
         cache: str | Path = ".cache",
         seed: int = 0,
@@ -125,6 +127,7 @@ class ImageData(L.LightningDataModule):
             )
         self.fold, self.folds = _check_fold(fold, folds)
         self.split_by = check_choice("split", split, get_args(SplitBy))
+        self.overfit = check_int("overfit", overfit) if overfit is not None else None
         self.max_broken = check_fraction_or_count("max_broken", max_broken)
         self.cache_root = Path(cache)
         self.seed = seed
@@ -362,6 +365,8 @@ class ImageData(L.LightningDataModule):
 
     def _order(self, n: int) -> Order:
         """Return the order of the ``n`` training images."""
+        if self.overfit:
+            return FeistelPermutation(min(n, self.overfit), self.seed)
         if not self.balance:
             return FeistelPermutation(n, self.seed)
         if not self.classes:

@@ -21,6 +21,7 @@ INTEGERS = {
 }
 INTEGERS_OR_NULL = ("data.shards", "trainer.threads")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+PROFILERS = (None, "simple", "advanced", "pytorch")
 PRECISIONS = ("32-true", "32", "bf16-mixed")
 LOSS_SCALE = (
     "16-bit floats need a loss scale, whose history a step is not a function of; use bf16-mixed, "
@@ -60,6 +61,11 @@ def check_settings(cfg: DictConfig) -> None:
     if cfg.trainer.accelerator not in ACCELERATORS:
         choices = ", ".join(ACCELERATORS)
         raise ConfigError(f"trainer.accelerator={cfg.trainer.accelerator} must be one of {choices}")
+    profiler = cfg.trainer.profiler
+    if profiler not in PROFILERS and not OmegaConf.is_config(profiler):
+        raise ConfigError(
+            f"trainer.profiler={profiler} must be one of {', '.join(PROFILERS[1:])}, or null"
+        )
     _check_validation(cfg.trainer.limit_val_batches)
     if cfg.reduction not in (None, "tree", "allreduce"):
         raise ConfigError(

@@ -44,6 +44,7 @@ from sturdy.training.callbacks.progress import Progress
 from sturdy.training.module import DiffusionModule
 from sturdy.training.optimizer_state import check_optimizer
 from sturdy.training.parts import steps_equally_in_parts
+from sturdy.training.profilers import build_profiler
 
 if TYPE_CHECKING:  # imported by those that are aligned
     from sturdy.encoders.encoder import Encoder
@@ -296,6 +297,8 @@ def build_trainer(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
     settings |= trainer_devices()
+    if isinstance(cfg.trainer.profiler, str):
+        settings["profiler"] = build_profiler(cfg.trainer.profiler, attempt)
     settings["limit_val_batches"] = 1.0  # the data module applies the limit
     trainer: L.Trainer = instantiate(
         settings,
