@@ -6,14 +6,20 @@ again. Every other logger can be filled from this file.
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from exact_resume.files import atomic_write, fsync
+
+Array = NDArray[np.float64]
 
 
 class MetricsCSV(Logger):
@@ -131,14 +137,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         OSError: the file cannot be read.
         ValueError: it is not a table of text.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    try:
-        rows = list(csv.DictReader(lines))
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    with _csv_errors(path):
+        rows = list(csv.DictReader(_complete_lines(path)))
     return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
 
 
@@ -153,9 +153,58 @@ def read_column(path: Path, name: str) -> dict[int, float]:
         return {}
 
 
+def read_series(path: Path) -> dict[str, tuple[Array, Array]]:
+    """Return the steps and the values of each column of a record, for curves.
+
+    Empty cells are left out, and so are empty columns. A cell that is no number is NaN.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table of text.
+    """
+    with _csv_errors(path):
+        names, *rows = list(csv.reader(_complete_lines(path))) or [[]]
+    if "step" not in names:
+        return {}
+    place = names.index("step")
+    rows = [row for row in rows if len(row) == len(names) and row[place].isdigit()]
+    steps = np.array([int(row[place]) for row in rows], dtype=np.float64)
+    found = {}
+    for i, name in enumerate(names):
+        values = np.array([_number(row[i]) for row in rows], dtype=np.float64)
+        filled = np.array([bool(row[i]) for row in rows], dtype=bool)
+        if i != place and filled.any():
+            found[name] = (steps[filled], values[filled])
+    return found
+
+
 def format_value(value: float) -> str:
     """Return ``value`` with nine digits, from which a float32 is read back exactly."""
     return f"{float(value):.9g}"
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Return the lines of a record; none if there is no file, and not the one that a kill cut."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+@contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    """Raise ValueError with the name of the file if it is no table."""
+    try:
+        yield
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell) if cell else math.nan
+    except ValueError:
+        return math.nan
 
 
 def _format_row(metrics: Mapping[str, float], step: int | None) -> dict[str, str]:
