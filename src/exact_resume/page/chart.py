@@ -108,7 +108,7 @@ def fit_scale(curves: Sequence[Curve], *, whole: bool = False) -> Scale:
     low = min(curve.low.min() for curve in curves if len(curve.x))
     high = max(curve.high.max() for curve in curves if len(curve.x))
     means = np.concatenate([curve.mean for curve in curves])
-    is_log = bool(not whole and low > 0 and high / low > LOG_FROM)
+    is_log = bool(not whole and low > 0 and high > LOG_FROM * low)
     if is_log:
         median = float(np.median(means))
         return Scale(max(low, median / DECADES), min(high, median * DECADES), is_log)
