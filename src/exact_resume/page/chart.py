@@ -153,7 +153,7 @@ def draw_chart(
         top = 100 * int(scale.place(np.array([value]))[0]) / SIZE
         labels.append(f'<span class="y" style="top:{top:.1f}%">{value:.4g}</span>')
     steps = []
-    for step in round_numbers(0, last):
+    for step in filter(float.is_integer, round_numbers(0, last)):
         steps.append(f'<span class="x" style="left:{100 * step / last:.2f}%">{short(step)}</span>')
     names = [f'<span class="key k{i}">{escape(c.name)}</span>' for i, c in enumerate(curves)]
     if curves[0].name == title:
@@ -194,15 +194,15 @@ def round_numbers(low: float, high: float, factors: Sequence[float] = (1, 2, 5, 
     size = next(factor * unit for factor in factors if factor * unit >= raw * 0.999)
     first = math.ceil(low / size - 1e-9)
     last = math.floor(high / size + 1e-9)
-    return [i * size for i in range(first, last + 1)]
+    return [float(f"{i * size:.12g}") for i in range(first, last + 1)]
 
 
 def short(number: float) -> str:
     """Return a number of steps in few characters."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
-        if number >= 10 * size or (number >= size and number % size == 0):
-            return f"{number / size:.4g}{unit}"
-    return f"{number:g}"
+        if number >= 10 * size:
+            return f"{number / size:g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _draw_curve(curve: Curve, number: int, last: int, scale: Scale, *, smooth: bool) -> list[str]:

@@ -79,12 +79,10 @@ def render(run: RunRecord, folder: Path, *, live: bool) -> str:
     """
     name = run.home.resolve().name
     main, others, data = sections.draw_charts(run)
-    pictures_card = sections.show_pictures(run)
-    columns = f"<div>{pictures_card}</div>" if pictures_card else ""
+    beside = sections.show_pictures(run) + sections.show_newest_start(run)
     body = [
         sections.list_problems(run),
-        sections.show_newest_start(run),
-        f'<div class="columns">{columns}<div>{main}</div></div>' if main or columns else "",
+        f'<div class="columns"><div>{beside}</div><div>{main}</div></div>',
         f'<div class="others">{others}</div>' if others else "",
         sections.list_left_out(run),
         sections.list_evaluations(run),
