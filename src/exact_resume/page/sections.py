@@ -146,7 +146,9 @@ def list_left_out(run: RunRecord) -> str:
             positions = f"{skip['position']:,} to {skip['position'] + skip['size'] - 1:,}"
             if not skip["size"]:
                 positions = "not known"
-            rows.append([f"{skip['step']:,}", positions, escape(str(skip["reason"])), names])
+            reason = escape(str(skip["reason"]))
+            wide = [f'<span class="why">{text}</span>' for text in (reason, names)]
+            rows.append([f"{skip['step']:,}", positions, *wide])
         body += "<h3>Batches that are left out</h3>"
         body += _table(["step", "positions", "why", "samples"], rows)
         body += _more(len(run.skips), "skips.jsonl")
