@@ -7,6 +7,7 @@ again. Every other logger can be filled from this file.
 import csv
 import io
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,19 +163,29 @@ def read_series(path: Path) -> dict[str, tuple[Array, Array]]:
         OSError: the file cannot be read.
         ValueError: it is not a table of text.
     """
+    steps: list[array[float]] = []  # by column; arrays, because a record may have a million rows
+    values: list[array[float]] = []
     with _csv_errors(path):
-        names, *rows = list(csv.reader(_complete_lines(path))) or [[]]
-    if "step" not in names:
-        return {}
-    place = names.index("step")
-    rows = [row for row in rows if len(row) == len(names) and row[place].isdigit()]
-    steps = np.array([int(row[place]) for row in rows], dtype=np.float64)
+        rows = csv.reader(_complete_lines(path))
+        names = next(rows, [])
+        for _ in names:
+            steps.append(array("d"))
+            values.append(array("d"))
+        if "step" not in names:
+            return {}
+        place = names.index("step")
+        for row in rows:
+            if len(row) != len(names) or not row[place].isdigit():
+                continue
+            step = float(row[place])
+            for i, cell in enumerate(row):
+                if cell:
+                    steps[i].append(step)
+                    values[i].append(_number(cell))
     found = {}
-    for i, name in enumerate(names):
-        values = np.array([_number(row[i]) for row in rows], dtype=np.float64)
-        filled = np.array([bool(row[i]) for row in rows], dtype=bool)
-        if i != place and filled.any():
-            found[name] = (steps[filled], values[filled])
+    for name, *column in zip(names, steps, values, strict=True):
+        if name != "step" and column[0]:
+            found[name] = (np.array(column[0]), np.array(column[1]))
     return found
 
 
@@ -183,12 +194,11 @@ def format_value(value: float) -> str:
     return f"{float(value):.9g}"
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Return the lines of a record; none if there is no file, and not the one that a kill cut."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [line for line in file if line.endswith("\n")]
+def _complete_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a record; none if there is no file, and not the one that a kill cut."""
+    if path.exists():
+        with path.open(newline="") as file:
+            yield from (line for line in file if line.endswith("\n"))
 
 
 @contextmanager
@@ -202,7 +212,7 @@ def _csv_errors(path: Path) -> Iterator[None]:
 
 def _number(cell: str) -> float:
     try:
-        return float(cell) if cell else math.nan
+        return float(cell)
     except ValueError:
         return math.nan
 

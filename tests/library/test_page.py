@@ -296,6 +296,8 @@ def test_the_fast_reader_reads_as_the_other(tmp_path):
     path.write_text("step,a\n1,0.5\n2,nan\n3,0.25\n")
     assert chart.thin("a", *read_series(path)["a"]).not_finite.tolist() == [2]
     assert read_series(tmp_path / "none.csv") == {}
+    path.write_text("a,b\n1,2\n")
+    assert read_series(path) == {}
 
 
 def test_any_values_are_drawn(show, tmp_path):
