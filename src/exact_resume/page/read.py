@@ -155,7 +155,7 @@ def read_run(home: Path, *, verify: bool = False) -> RunRecord:
         run.series = read_series(home / "metrics.csv")
     except (OSError, ValueError) as error:
         run.problems.append(f"metrics.csv cannot be read: {error}")
-    run.monitor = config.get("callbacks.checkpoint.monitor", DEFAULT_MONITOR)
+    run.monitor = config.get("callbacks.checkpoint.monitor") or DEFAULT_MONITOR
     steps, values = run.series.get(run.monitor, ((), ()))
     scores = dict(zip(map(int, steps), map(float, values), strict=True))
     scores |= store.scores(run.monitor)

@@ -12,6 +12,7 @@ from exact_resume.page.read import RunRecord, SavedStep, Start, format_time
 
 LOSSES = ("train/loss", "val/loss")
 MOST_CHARTS = 8  # small ones
+MOST_MARKS = 100  # restarts on a time line, the newest
 MOST_ROWS = 20  # of a table
 MOST_LINES = 40
 WORDS = {"": "not stored", "refused": "no guarantee"}
@@ -228,7 +229,7 @@ def _pill(word: str) -> str:
 def _marks(run: RunRecord, last: int) -> str:
     """Return the restarts and the skipped batches on the time line of a chart."""
     texts: dict[tuple[str, str], list[str]] = {}
-    for start in run.entries():
+    for start in run.entries()[-MOST_MARKS:]:
         if start.step:
             place = f"{100 * start.step / last:.1f}"
             text = f"start {start.number} at step {start.step:,}: {start.guarantee}"
