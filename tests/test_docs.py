@@ -71,6 +71,7 @@ RUN = {
     "evaluate.py run=cars evaluate.n=1000": TINY_EVALUATE,
     "export.py run=cars to=torch_export": ["preview=2", "threads=1"],
     "-m exact_resume status runs/cars": [],
+    "-m exact_resume status runs/cars --html": [],
     "-m exact_resume verify runs/cars": [],
     "train.py data=folder data.root=$HOME/photos name=mine data.image_size=64": TINY_UNET,
     "sample.py run=mine sample.n=64 sampler=heun sampler.steps=30 guidance.scale=2": TINY_SAMPLE,
@@ -194,9 +195,11 @@ def run_command(home, number, command, extra):
     """Run a command of ``RUN`` in ``home``; return what it printed."""
     script, *words = shlex.split(command.replace("$HOME", str(home)))
     if script == "-m":
-        module, action, run = words
+        module, action, run, *options = words
         done = subprocess.run(
-            [sys.executable, "-m", module, action, str(home / run)], capture_output=True, text=True
+            [sys.executable, "-m", module, action, str(home / run), *options],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -224,6 +227,7 @@ def test_the_commands_that_are_run(home, monkeypatch):
     for name in ("cars", "mine"):
         run = home / "runs" / name
         assert (run / "metrics.csv").exists()
+        assert (run / "index.html").exists()
         assert (run / "evaluation" / "report.md").exists()
         assert list(run.glob("*/grid.png"))
     again = run_command(home, "again", "train.py experiment=cars", TINY_DIT)

@@ -1,6 +1,7 @@
 """Look at a run from a terminal, or from the script of a cluster's job; no run is changed.
 
     python -m exact_resume status runs/NAME     a table, and what the run's command would do now
+    python -m exact_resume status runs/NAME --html [FILE]    a page to watch it: index.html there
     python -m exact_resume verify runs/NAME     only whether every checkpoint verifies
     python -m exact_resume show FILE            what a file of weights holds; nothing is executed
     python -m exact_resume consolidate runs/NAME    one full file from a sharded checkpoint
@@ -17,8 +18,8 @@ import sys
 from pathlib import Path
 
 USAGE = (
-    "usage: python -m exact_resume status|verify|consolidate runs/NAME, show FILE, "
-    "again runs/NAME --code N"
+    "usage: python -m exact_resume status|verify|consolidate runs/NAME, status runs/NAME "
+    "--html [FILE], show FILE, again runs/NAME --code N"
 )
 
 
@@ -30,6 +31,10 @@ def main(arguments: list[str]) -> int:
             from exact_resume.status import print_status
 
             return print_status(Path(run), table=command == "status")
+        case ["status", run, "--html", *file] if len(file) < 2:
+            from exact_resume.page.write import write_command
+
+            return write_command(Path(run), Path(file[0]) if file else None)
         case ["show", path]:
             from exact_resume.show import show
 

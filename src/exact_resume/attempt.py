@@ -1,4 +1,4 @@
-"""What each start of a run leaves in ``attempts/001/``: config, environment and log."""
+"""What each start of a run leaves in ``attempts/001/``: config, environment, banner and log."""
 
 import io
 import json
@@ -19,10 +19,13 @@ from typing import Any
 import torch
 import yaml
 
+from exact_resume.files import atomic_write
 from exact_resume.fingerprint import Fingerprint
+from exact_resume.resume import Guarantee
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+START = "start.json"
 
 # Warnings of libraries about settings that were chosen deliberately.
 IGNORED_WARNINGS = (
@@ -88,6 +91,38 @@ def describe_attempt(
         "packages": dict(versions),
     }
     (directory / ENVIRONMENT).write_text(json.dumps(environment, indent=1) + "\n")
+
+
+def record_start(
+    directory: Path,
+    banner: str,
+    *,
+    step: int,
+    max_steps: int,
+    guarantee: Guarantee | None,
+    data: Sequence[str] = (),
+) -> None:
+    """Write what a start has said, for people who look at the run later.
+
+    Args:
+        directory: of the attempt.
+        banner: as it was printed.
+        step: at which the run was entered; 0 for a fresh start.
+        max_steps: at which it is finished.
+        guarantee: of the resume; None for a fresh start.
+        data: lines about the data, such as what was left out.
+    """
+    start = {
+        "banner": banner,
+        "step": step,
+        "max_steps": max_steps,
+        "guarantee": guarantee.level if guarantee else "fresh",
+        "reasons": guarantee.reasons if guarantee else [],
+        "data": list(data),
+        "time": time.time(),
+    }
+    with atomic_write(directory / START) as file:
+        file.write(json.dumps(start, indent=1).encode() + b"\n")
 
 
 def _console_handler() -> logging.Handler:

@@ -6,14 +6,21 @@ again. Every other logger can be filled from this file.
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
 from typing_extensions import override
 
 from exact_resume.files import atomic_write, fsync
+
+Array = NDArray[np.float64]
 
 
 class MetricsCSV(Logger):
@@ -131,14 +138,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         OSError: the file cannot be read.
         ValueError: it is not a table of text.
     """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    try:
-        rows = list(csv.DictReader(lines))
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    with _csv_errors(path):
+        rows = list(csv.DictReader(_complete_lines(path)))
     return [row for row in rows if None not in row.values() and row.get("step", "").isdigit()]
 
 
@@ -153,9 +154,67 @@ def read_column(path: Path, name: str) -> dict[int, float]:
         return {}
 
 
+def read_series(path: Path) -> dict[str, tuple[Array, Array]]:
+    """Return the steps and the values of each column of a record, for curves.
+
+    Empty cells are left out, and so are empty columns. A cell that is no number is NaN.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a table of text.
+    """
+    steps: list[array[float]] = []  # by column; arrays, because a record may have a million rows
+    values: list[array[float]] = []
+    with _csv_errors(path):
+        rows = csv.reader(_complete_lines(path))
+        names = next(rows, [])
+        for _ in names:
+            steps.append(array("d"))
+            values.append(array("d"))
+        if "step" not in names:
+            return {}
+        place = names.index("step")
+        for row in rows:
+            if len(row) != len(names) or not row[place].isdigit():
+                continue
+            step = float(row[place])
+            for i, cell in enumerate(row):
+                if cell:
+                    steps[i].append(step)
+                    values[i].append(_number(cell))
+    found = {}
+    for name, *column in zip(names, steps, values, strict=True):
+        if name != "step" and column[0]:
+            found[name] = (np.array(column[0]), np.array(column[1]))
+    return found
+
+
 def format_value(value: float) -> str:
     """Return ``value`` with nine digits, from which a float32 is read back exactly."""
     return f"{float(value):.9g}"
+
+
+def _complete_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a record; none if there is no file, and not the one that a kill cut."""
+    if path.exists():
+        with path.open(newline="") as file:
+            yield from (line for line in file if line.endswith("\n"))
+
+
+@contextmanager
+def _csv_errors(path: Path) -> Iterator[None]:
+    """Raise ValueError with the name of the file if it is no table."""
+    try:
+        yield
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def _format_row(metrics: Mapping[str, float], step: int | None) -> dict[str, str]:

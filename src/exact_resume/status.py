@@ -88,7 +88,7 @@ def print_table(
         row = ROW.format(
             step,
             _format_age(time.time() - written) if written else "",
-            f"{_size(store.path(step)) / 1e6:,.1f} MB",
+            f"{size_on_disk(store.path(step)) / 1e6:,.1f} MB",
             "yes" if step in valid else "NO",
             f"{scores[step]:.5g}" if step in scores else "",
             ", ".join(mark for mark, marked in marks.items() if marked == step),
@@ -99,11 +99,8 @@ def print_table(
 def print_outlook(run: Path, valid: Mapping[int, dict[str, Any]]) -> None:
     """Print what was set aside, and what the run's command would do if nothing else changed."""
     quarantine = run / "checkpoints" / QUARANTINE
-    set_aside = {quarantine: "did not verify", run / "abandoned": "replaced by another branch"}
-    for directory, what in set_aside.items():
-        names = sorted(path.name for path in directory.glob("*") if path.is_dir())
-        if names:
-            print_wrapped(f"{directory} ({what}): {', '.join(names)}")
+    for line in describe_set_aside(run):
+        print_wrapped(line)
     skips = run / "skips.jsonl"
     if skips.is_file():
         print_wrapped(f"skipped batches: {len(skips.read_bytes().splitlines())}, in {skips}")
@@ -113,13 +110,25 @@ def print_outlook(run: Path, valid: Mapping[int, dict[str, Any]]) -> None:
         if config.get("callbacks.checkpoint.every", "auto") == "auto":
             if interval := describe_stored_interval(run / SAVE_COST):
                 print_wrapped(interval)
-        print_wrapped(_describe_resume(step, valid[step]))
+        print_wrapped(describe_resume(step, valid[step]))
     elif any((run / "checkpoints").glob("step-*")) or any(quarantine.glob("step-*")):
         print_wrapped(
             "no checkpoint verifies, so the run cannot continue; to start over, use a new directory"
         )
     else:
         print_wrapped(f"{run} has no checkpoint; the same command would start afresh")
+
+
+def describe_set_aside(run: Path) -> list[str]:
+    """Say which checkpoints were set aside, and why, a line for each directory."""
+    quarantine = run / "checkpoints" / QUARANTINE
+    set_aside = {quarantine: "did not verify", run / "abandoned": "replaced by another branch"}
+    lines = []
+    for directory, what in set_aside.items():
+        names = sorted(path.name for path in directory.glob("*") if path.is_dir())
+        if names:
+            lines.append(f"{directory} ({what}): {', '.join(names)}")
+    return lines
 
 
 def print_wrapped(text: str) -> None:
@@ -130,7 +139,7 @@ def print_wrapped(text: str) -> None:
     print("\n".join(lines))
 
 
-def _describe_resume(step: int, manifest: Mapping[str, Any]) -> str:
+def describe_resume(step: int, manifest: Mapping[str, Any]) -> str:
     """Return what the same command would do with the checkpoint of ``step``.
 
     Config and data are taken as unchanged; code, versions and machine are compared.
@@ -165,7 +174,7 @@ def _describe_resume(step: int, manifest: Mapping[str, Any]) -> str:
     )
 
 
-def _size(directory: Path) -> int:
+def size_on_disk(directory: Path) -> int:
     """Return the bytes of the files in ``directory``; 0 if a live run deletes it meanwhile."""
     try:
         return sum(path.stat().st_size for path in directory.glob("*") if path.is_file())

@@ -21,8 +21,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from exact_resume import distributed
-from exact_resume.attempt import configure_logging, describe_attempt
+from exact_resume.attempt import configure_logging, describe_attempt, record_start
 from exact_resume.callbacks.checkpoint import Checkpoint
+from exact_resume.callbacks.page import Page, last_page
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
 from exact_resume.callbacks.reduce_gradients import ReduceGradients
@@ -38,6 +39,7 @@ from exact_resume.data import PositionData
 from exact_resume.fingerprint import PACKAGES, Fingerprint, fingerprint
 from exact_resume.randomness import reseed
 from exact_resume.resume import (
+    Guarantee,
     LastStart,
     ResumePoint,
     ResumeRefusedError,
@@ -106,6 +108,7 @@ class ExactTraining:
         processes: how many ``fit`` starts, each of which runs the script from its beginning. It
             does not count under torchrun or srun, which start them.
         restarts: how often ``fit`` starts them again after one has died.
+        page: whether to keep ``index.html`` in ``home`` up to date, a page to watch the training.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class ExactTraining:
         packages: Sequence[str] = ("exact_resume",),
         processes: int = 1,
         restarts: int = 0,
+        page: bool = True,
     ) -> None:
         self.run = Run(home)
         self.seed = seed
@@ -128,6 +132,7 @@ class ExactTraining:
         self.packages = packages
         self.processes = processes
         self.restarts = restarts
+        self.page = page
         self.preemption = Preemption()
         self.now: Fingerprint | None = None
         self.second_copy: SecondCopy | None = None  # on rank 0, if the checkpoint has a ``remote``
@@ -157,6 +162,7 @@ class ExactTraining:
                 Reseed(self.seed),
                 Record(self.run.metrics),
                 SaveOnSignal(self.preemption),
+                *([Page()] if self.page else []),
                 self.checkpoint,
             ],
             "logger": self.run.metrics,
@@ -239,19 +245,27 @@ class ExactTraining:
                 self.second_copy.complete()
             return 0
         self.now = now = self._take_fingerprint(module, data)
-        banner = distributed.run_on_rank_zero(lambda: self._enter(point, now, trainer.max_steps))
+        guarantee = distributed.run_on_rank_zero(lambda: self._judge(point, now))
         attempt = distributed.run_on_rank_zero(self.run.next_attempt)
         configure_logging(attempt, distributed.rank(), self.packages)
         if distributed.rank() == 0:
             describe_attempt(attempt, self.config, sys.argv[1:], now)
-        self._say(banner)
+            banner = describe_entry(point, guarantee, trainer.max_steps)
+            record_start(
+                attempt,
+                banner,
+                step=point.step if point else 0,
+                max_steps=trainer.max_steps,
+                guarantee=guarantee,
+            )
+            self._say(banner)
         distributed.run_on_rank_zero(lambda: self._archive_newer(point))
         if word == ckpt_path and distributed.rank() == 0:
             LastStart.at(ckpt_path, point).write(self.run.home)
         # Several processes leave together or not at all.
         self.preemption.install(training=distributed.world_size() > 1)
         try:
-            with trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
+            with last_page(trainer), trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
                 path = point.state if point else None
                 trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
         except PreemptedError as stop:
@@ -295,18 +309,13 @@ class ExactTraining:
         if distributed.rank() == 0:
             print(f"{self.run.home}: {text}", flush=True)
 
-    def _enter(self, point: ResumePoint | None, now: Fingerprint, last: int) -> str:
-        """Judge a resume at ``point``; return the banner.
+    def _judge(self, point: ResumePoint | None, now: Fingerprint) -> Guarantee | None:
+        """Return what a resume at ``point`` promises; None for a fresh start.
 
         Raises:
             ResumeRefusedError: the trajectory changed.
         """
-        if point is None:
-            return f"fresh, to step {last}"
-        guarantee = check_compatibility(point, now, self.rules)
-        promise = describe_guarantee(guarantee)
-        lines = [f"resumed from step {point.step}, to step {last} ({promise})"]
-        return "\n    ".join(lines + guarantee.reasons)
+        return check_compatibility(point, now, self.rules) if point else None
 
     def _resolve(self, ckpt_path: str | None) -> tuple[str | None, ResumePoint | None]:
         """Return the word to resolve, which a repeated command changes, and what it means."""
@@ -340,6 +349,15 @@ class ExactTraining:
         assert self.now is not None
         position = checkpoint["PositionData"]["position"]
         return {"position": position, "fingerprint": self.now.as_dict()}
+
+
+def describe_entry(point: ResumePoint | None, guarantee: Guarantee | None, last: int) -> str:
+    """Return the banner of a training that goes from ``point`` to step ``last``."""
+    if point is None or guarantee is None:
+        return f"fresh, to step {last}"
+    promise = describe_guarantee(guarantee)
+    lines = [f"resumed from step {point.step}, to step {last} ({promise})"]
+    return "\n    ".join(lines + guarantee.reasons)
 
 
 def hash_code(classes: Sequence[type]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from exact_resume import distributed
@@ -23,6 +25,7 @@ class Record(Callback):
     """Records ``train/*`` of every step and ``val/*`` of every validation, by steps done.
 
     A training step returns its loss, or a mapping of scalars. A validation logs with ``self.log``.
+    ``train/lr`` is the learning rate of the first group of parameters.
 
     Args:
         file: ``metrics.csv``; other loggers get its rows as they would be read from it.
@@ -32,7 +35,8 @@ class Record(Callback):
     def __init__(self, file: MetricsCSV, *, metric: str = "val/loss") -> None:
         self.file = file
         self.metric = metric
-        self.pending: list[tuple[int, Any]] = []
+        self.pending: list[tuple[int, Any, Any]] = []  # step, outputs, learning rate
+        self.rate: Any = None  # of the newest step
         self.samples = 0  # since the last row with a throughput
         self.since = 0.0
 
@@ -56,6 +60,15 @@ class Record(Callback):
         self.since = time.perf_counter()
 
     @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note the learning rate of this step: afterwards a schedule has set that of the next."""
+        if optimizer is trainer.optimizers[0]:
+            rate = optimizer.param_groups[0].get("lr")
+            self.rate = rate.clone() if isinstance(rate, Tensor) else rate
+
+    @override
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -64,7 +77,7 @@ class Record(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.pending.append((trainer.global_step, outputs))
+        self.pending.append((trainer.global_step, outputs, self.rate))
         self.samples += _batch_size(batch) * trainer.world_size
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.flush(trainer)
@@ -95,9 +108,11 @@ class Record(Callback):
         if not self.pending:
             return
         last = self.pending[-1][0]
-        for step, outputs in self.pending:
+        for step, outputs, rate in self.pending:
             scalars = outputs if isinstance(outputs, Mapping) else {"loss": outputs}
             values = {f"train/{name}": float(value) for name, value in scalars.items()}
+            if rate is not None:
+                values.setdefault("train/lr", float(rate))
             if step == last:
                 seconds = time.perf_counter() - self.since
                 values["train/images_per_second"] = self.samples / seconds

@@ -18,8 +18,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from exact_resume import distributed
-from exact_resume.attempt import configure_logging, describe_attempt
+from exact_resume.attempt import configure_logging, describe_attempt, record_start
 from exact_resume.callbacks.checkpoint import Checkpoint
+from exact_resume.callbacks.page import last_page
 from exact_resume.callbacks.watchdog import arm_start_watchdog, disarm_start_watchdog
 from exact_resume.checkpoint.remote import LostOwnershipError
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS, SaveError
@@ -200,7 +201,16 @@ class Session:
         configure_logging(attempt, distributed.rank(), PACKAGES)
         if distributed.rank() == 0:
             describe_attempt(attempt, config, self.overrides, now)
-            self._announce(guarantee)
+            banner = self._banner(guarantee)
+            self._announce(banner)
+            record_start(
+                attempt,
+                banner,
+                step=self.point.step if self.point else 0,
+                max_steps=self.cfg.trainer.max_steps,
+                guarantee=guarantee,
+                data=self._describe_data(),
+            )
         self._build_trainer(now, attempt)
         distributed.run_on_rank_zero(self._archive_newer)
         # A resume by another word than the given one happened before, and is not recorded again.
@@ -219,7 +229,8 @@ class Session:
             FloatingPointError: too many batches were skipped.
         """
         try:
-            with self.trainer.strategy.checkpoint_io:  # type: ignore[attr-defined]
+            writer: Any = self.trainer.strategy.checkpoint_io
+            with last_page(self.trainer), writer:
                 yield  # left when the last save is durable
         except NonFiniteLossError as error:
             skip = error.skip
@@ -433,7 +444,7 @@ class Session:
         )
         return [line for line in (classes, weights) if line]
 
-    def _announce(self, guarantee: Guarantee | None) -> None:
+    def _announce(self, banner: str) -> None:
         """Say what was understood of the data, and whether the run is fresh or resumed."""
         for line in self.base_lines:
             log.info(line)
@@ -445,7 +456,7 @@ class Session:
             log.warning(report)
         for line in self.encoding_lines:
             log.info(line)
-        log.info(self._banner(guarantee))
+        log.info(banner)
         for line in self.restored:
             log.warning(f"the configuration was edited: {line}")
         for line in self.data.notes:
@@ -453,6 +464,12 @@ class Session:
         if option := caption_option(self.module):
             for line in option.notes:
                 log.warning(line)
+
+    def _describe_data(self) -> list[str]:
+        """Return what was understood of the data, and what was left out, as it was announced."""
+        lines = [*self.data.summary_lines(), *self.data.notes]
+        named = [add_key(line, "data", self.cfg.data) for line in lines]
+        return [*named, self.data.cache.report() or "no image is left out"]
 
     def _banner(self, guarantee: Guarantee | None) -> str:
         cfg = self.cfg
