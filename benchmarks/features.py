@@ -1,4 +1,4 @@
-"""Measure what features notice: python benchmarks/features.py [FOLDER] [--n 800] [--size 32]
+"""Measure what features notice: python benchmarks/features.py [FOLDER] [--n 800]
 
 Puts damaged real images in the place of samples, and prints their KID against the held-out images,
 in the features ``embedded`` and ``efficientnet``. *Above the floor* is the difference from the KID
@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.cars.source import Cars
 from exact_resume.randomness import generator
+from examples.cars.source import Cars
 from sturdy.data.datamodule import ImageData, folder_data
 from sturdy.encoders.images import ImageSet
 from sturdy.evaluation.distances import kid, manifold
@@ -43,13 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="images, a folder a class")
     parser.add_argument("--n", type=int, default=800, help="images in the place of samples")
+    parser.add_argument(
+        "--pool", type=int, help="undamaged images to choose from; 2 n if not given"
+    )
     parser.add_argument("--size", type=int, default=32, help="height and width")
     parser.add_argument("--cache", type=Path, default=Path("cache"))
     args = parser.parse_args()
     data = open_data(args.folder, args.size, str(args.cache))
     reference = load_reference_images(data, Embedded(), 20_000, args.cache)
     order = torch.randperm(len(reference.train), generator=generator("stand-ins"))
-    pool = reference.train[order[: 2 * args.n]]
+    pool = reference.train[order[: args.pool or 2 * args.n]]
     columns = []
     for features in (Embedded(), EfficientNet()):
         features.prepare(
