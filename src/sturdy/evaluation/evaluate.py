@@ -50,7 +50,7 @@ MINIMUMS = {
 OUTPUT = "evaluation"  # in the run's directory
 NOT_IN_REPORT = ("out", "batch_size", "summary", "also")  # options that change no other number
 NO_SECOND_FEATURES = (
-    f"For the same numbers in features of ImageNet, which see more, install the weights of "
+    f"For a second table, in features that see blur and faint noise, install the weights of "
     f"features=efficientnet, 17 MB: {HOW_TO_GET}"
 )
 WALKS = 4
