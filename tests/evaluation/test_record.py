@@ -62,6 +62,15 @@ def test_main_numbers_are_those_of_the_report():
     }
 
 
+def test_a_column_is_always_in_the_same_features():
+    efficientnet = {"held_out_samples": {"kid": 0.25}, "held_out_floor": {"kid": 9.0}}
+    second = main_numbers({**NUMBERS, "features": "embedded", "quality_efficientnet": efficientnet})
+    assert second == {**MAIN, "evaluation/efficientnet_kid": 0.25}
+    first = main_numbers({**NUMBERS, "features": "efficientnet", "quality": efficientnet})
+    assert first["evaluation/efficientnet_kid"] == 0.25
+    assert "evaluation/kid" not in first
+
+
 def test_a_report_becomes_a_row(tmp_path):
     run = make_run(tmp_path)
     assert f"its figures are in {run / 'evaluations.csv'}" in record(run, point(run, 4), NUMBERS)

@@ -15,13 +15,14 @@ from torch import Tensor
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.sampler import Estimator, sample
 from sturdy.encoders.cached import cached
+from sturdy.encoders.efficientnet import HOW_TO_GET, find_weights
 from sturdy.encoders.images import ImageSet
 from sturdy.evaluation.attention import attention_section
 from sturdy.evaluation.audit import audit_section, train_classifiers
-from sturdy.evaluation.features import Features
+from sturdy.evaluation.features import EfficientNet, Features
 from sturdy.evaluation.levels import Denoising, denoising_error_section
 from sturdy.evaluation.memorisation import memorisation_section
-from sturdy.evaluation.quality import quality_section, samples_section
+from sturdy.evaluation.quality import quality_section, samples_section, second_quality_section
 from sturdy.evaluation.record import record
 from sturdy.evaluation.reference import ReferenceImages, load_reference_images, open_data
 from sturdy.evaluation.report import Report, write_json
@@ -47,7 +48,11 @@ MINIMUMS = {
     "seed": None,
 }
 OUTPUT = "evaluation"  # in the run's directory
-NOT_IN_REPORT = ("out", "batch_size", "summary")  # options that change nothing in a report
+NOT_IN_REPORT = ("out", "batch_size", "summary", "also")  # options that change no other number
+NO_SECOND_FEATURES = (
+    f"For a second table, in features that see blur and faint noise, install the weights of "
+    f"features=efficientnet, 17 MB: {HOW_TO_GET}"
+)
 WALKS = 4
 
 
@@ -66,6 +71,7 @@ def write_report(cfg: DictConfig) -> None:
     options = cfg.evaluate
     check_options(options)
     features: Features = instantiate({"features": cfg.features})["features"]
+    second = _second_features(options, features)
     run = open_run(cfg)
     data = open_data(cfg, run)
     reference = load_reference_images(data, features, options.most, Path(cfg.paths.cache))
@@ -84,6 +90,8 @@ def write_report(cfg: DictConfig) -> None:
     used = {str(name): value for name, value in options.items() if name not in NOT_IN_REPORT}
     how = provenance(run, sampling.sampler) | sampling.primitives(labels) | used
     how |= {"data": data.digest, "features": OmegaConf.to_container(cfg.features, resolve=True)}
+    if second:
+        how["also"] = second.name
     default = run.directory / OUTPUT
     out = claim_folder("evaluate.out", options.out, default, how, ["report.*"])
     print(sampling.describe(labels), flush=True)
@@ -114,7 +122,7 @@ def write_report(cfg: DictConfig) -> None:
             sampling, network, labels, guided_by_network=guide is not None
         ),
     }
-    table = _compare_with_real_images(report, samples, reference, data, features, options)
+    tables = _compare_with_real_images(report, samples, reference, data, features, second, options)
     denoising = Denoising(network, run.module.space, device=run.device)
     few = min(options.levels, len(reference.train), len(reference.held_out))
     denoising_error_section(report, denoising, reference.train[:few], reference.held_out[:few])
@@ -122,10 +130,16 @@ def write_report(cfg: DictConfig) -> None:
     walk_section(report, _walk(run, sampling, denoiser, labels, options), run.module.space.decode)
 
     path = report.write()
-    print(table, *report.verdicts, f"the whole report is {path}", sep="\n")
+    print(*tables, *report.verdicts, f"the whole report is {path}", sep="\n")
     print(record(run.directory, run.point, report.numbers))
     if options.summary is not None:
         write_json(Path(options.summary), summary_row(report.numbers))
+
+
+def _second_features(options: DictConfig, features: Features) -> EfficientNet | None:
+    """Return features for a second table; None if they are not wanted or not installed."""
+    wanted = options.also is not None and features.name != EfficientNet.name
+    return EfficientNet() if wanted and find_weights() else None
 
 
 def _describe_labels(labels: Tensor | None, how: str, option: Captions | None) -> str:
@@ -143,6 +157,8 @@ def check_options(options: DictConfig) -> None:
     check_integers(options, MINIMUMS, "evaluate.")
     if options.labels not in LABELS:
         raise ValueError(f"evaluate.labels={options.labels} must be one of {', '.join(LABELS)}")
+    if options.also not in (None, EfficientNet.name):
+        raise ValueError(f"evaluate.also={options.also} must be {EfficientNet.name} or null")
 
 
 def draw_images(
@@ -196,19 +212,25 @@ def _compare_with_real_images(
     reference: ReferenceImages,
     data: Any,
     features: Features,
+    second: EfficientNet | None,
     options: DictConfig,
-) -> str:
-    """Add the sections on quality, memorisation and attributes; return the table of quality."""
+) -> list[str]:
+    """Add the sections on quality, memorisation and attributes; return the tables of quality."""
     samples = reference.with_classes(samples)
     train = reference.with_classes(reference.train)
     held_out = reference.with_classes(reference.held_out)
     samples_section(report, samples)
-    table = quality_section(report, features.distance, samples, train, held_out, data.classes)
+    tables = [quality_section(report, features, samples, train, held_out, data.classes)]
+    if second:
+        tables.append(second_quality_section(report, second, samples.pixels, reference))
+    elif options.also and features.name != EfficientNet.name:
+        report.text(NO_SECOND_FEATURES)
+        tables.append(NO_SECOND_FEATURES)
     mirrored = data.flip or getattr(data, "augment", None) is not None
     memorisation_section(report, samples, train, held_out, mirrored=mirrored)
     if reference.options and options.audit_seen:
         _audit(report, samples, reference, options)
-    return table
+    return tables
 
 
 def _audit(

@@ -1,15 +1,18 @@
 """Features that images are compared in: uint8 ``(b, 3, h, w)`` -> float32 ``(b, d)``.
 
-``Embedded`` needs no download. The others need a file of weights, and say how to get it.
+``Embedded`` needs no download. The others need a file of weights, and say how to get it:
+``EfficientNet`` from a package, the others from a file.
 Distances in different features cannot be compared. Only those in Inception's are called FID.
 """
 
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from sturdy.encoders import efficientnet
 from sturdy.encoders.cached import cached
 from sturdy.encoders.network import VERSION, Network, Tell, embed, fit
 from sturdy.encoders.weights import file_digest, for_imagenet, load_torchscript, require_file
@@ -21,11 +24,15 @@ class Features(ABC):
     Attributes:
         name: the option, as chosen in the config.
         distance: the name of a Fréchet distance in them.
+        sees: sentences that a report has beside every table of distances in them.
+        batch: images at a time.
         key: primitives that they are a function of, beside the data of ``prepare``.
     """
 
     name: str
     distance = "fd"
+    sees = ""
+    batch = 250
     key: tuple[object, ...]
 
     @abstractmethod
@@ -54,16 +61,29 @@ class Features(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """Return the features ``(b, d)`` of uint8 images ``(b, 3, h, w)``."""
 
-    def extract(self, images: Tensor) -> Tensor:
+    def extract(self, images: Tensor, *, tell: Tell = lambda done, total: None) -> Tensor:
         """Return the features ``(n, d)`` of any number of images, on the CPU."""
-        return embed(self, images)
+        parts = []
+        done = 0
+        for part in images.split(self.batch):
+            parts.append(embed(self, part, batch=self.batch))
+            done += len(part)
+            tell(done, len(images))
+        return torch.cat(parts)
 
-    def extract_cached(self, images: Tensor, *, data: tuple[object, ...], folder: Path) -> Tensor:
+    def extract_cached(
+        self,
+        images: Tensor,
+        *,
+        data: tuple[object, ...],
+        folder: Path,
+        tell: Tell = lambda done, total: None,
+    ) -> Tensor:
         """Extract features, or read them from ``folder``; ``data`` identifies the images."""
         depends = (self.name, *self.key, *data)
 
         def compute() -> dict[str, Tensor]:
-            return {"features": self.extract(images)}
+            return {"features": self.extract(images, tell=tell)}
 
         return cached(folder, f"{self.name}-features", depends, compute)["features"]
 
@@ -82,6 +102,11 @@ class Embedded(Features):
     """
 
     name = "embedded"
+    sees = (
+        "They are those of a small network that was trained on these training images. They see "
+        "large structure: colours, light, place and shape. Faint noise and small textures go "
+        "unnoticed."
+    )
 
     def __init__(self, *, seen: int = 20_000) -> None:
         if seen < 1:
@@ -116,6 +141,44 @@ class Embedded(Features):
         return self.network(images)
 
 
+class EfficientNet(Features):
+    """Features of EfficientNet-Lite0 (Tan & Le 2019), trained on ImageNet, ``(b, 1280)``.
+
+    They are the layer before its classes. Images are scaled to 224 x 224 pixels.
+
+    Raises:
+        ValueError: if the package of weights is not installed, with how to get it.
+    """
+
+    name = "efficientnet"
+    sees = (
+        "They are those of a classifier of ImageNet's photographs (EfficientNet-Lite0), for which "
+        "each image is scaled to 224 x 224 pixels. They see objects, textures, blur and faint "
+        "noise. Images that are mirrored, a little shifted or tinted go almost unnoticed."
+    )
+    batch = 8  # a larger one is slower on a CPU: its maps do not fit the caches
+
+    def __init__(self) -> None:
+        file = efficientnet.find_weights()
+        if file is None:
+            raise ValueError(
+                f"features={self.name} needs the weights of EfficientNet-Lite0, 17 MB: "
+                f"{efficientnet.HOW_TO_GET}. Or use features=embedded, which needs no download"
+            )
+        self.file = file
+        self.key = (efficientnet.VERSION, file_digest(file))
+
+    @override
+    def prepare(self, *args: object, **options: object) -> None:
+        self.network = efficientnet.load_efficientnet(self.file)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the features ``(b, 1280)`` of uint8 images ``(b, 3, h, w)``."""
+        x = efficientnet.prepare_images(images)
+        x = x.contiguous(memory_format=torch.channels_last)  # faster on a CPU
+        return self.network.features(x)
+
+
 class Inception(Features):
     """Features of FID: the last pool of Inception v3 as in Heusel et al. 2017, ``(b, 2048)``.
 
@@ -129,6 +192,7 @@ class Inception(Features):
 
     name = "inception"
     distance = "fid"
+    sees = "They are those of FID: Inception v3, a classifier of ImageNet's photographs."
     source = (
         "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
         "inception-2015-12-05.pt"
@@ -162,6 +226,7 @@ class DINOv2(Features):
     """
 
     name = "dinov2"
+    sees = "They are those of DINOv2, which was trained on photographs without labels."
     how_to_get = (
         'make it once, on a machine with a network, by python -c "import torch; net = '
         "torch.hub.load('facebookresearch/dinov2', 'dinov2_vits14').eval(); "

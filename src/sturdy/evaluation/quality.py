@@ -1,6 +1,6 @@
 """The first sections of a report: samples to look at, and their distance to real images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from exact_resume.randomness import generator
 from sturdy.encoders.images import ImageSet, scaled
 from sturdy.evaluation.audit import share_by_class
 from sturdy.evaluation.distances import frechet, kid, manifold
+from sturdy.evaluation.features import EfficientNet, Features
+from sturdy.evaluation.reference import ReferenceImages
 from sturdy.evaluation.report import Report, percent
+from sturdy.progress import ProgressPrinter
 from sturdy.sampling.grids import grid
 
 MEANING = {
@@ -40,7 +43,7 @@ def samples_section(report: Report, samples: ImageSet) -> None:
 
 def quality_section(
     report: Report,
-    fd: str,
+    features: Features,
     samples: ImageSet,
     train: ImageSet,
     held_out: ImageSet,
@@ -53,16 +56,14 @@ def quality_section(
 
     Args:
         report: gets the section.
-        fd: the name of the Fréchet distance in these features.
+        features: those that the images have.
         samples: the images that were drawn.
         train: the training images.
         held_out: the held-out images.
         classes: their names; empty for none.
     """
-    n = min(len(samples), len(train) // 2)
-    order = torch.randperm(len(train), generator=generator("stand-ins"))
-    stand_ins = train[order[:n]]
-    rest = train[order[n:]]
+    stand_ins, rest = _stand_ins(samples, train)
+    n = len(stand_ins)
     samples = samples[:n]
     report.heading("Quality")
     report.text(
@@ -76,15 +77,12 @@ def quality_section(
     for name, fakes in (("samples", samples), ("floor", stand_ins)):
         for against, real in (("training", rest), ("held_out", held_out)):
             column = f"{against}_{name}"
-            numbers[column], inside[column] = _measure(fd, real.features, fakes.features)
+            numbers[column], inside[column] = _measure(
+                features.distance, real.features, fakes.features
+            )
     sizes = {"n": n, "training": len(rest), "held_out": len(held_out)}
     report.numbers["quality"] = {**sizes, **numbers}
-    rows = []
-    for template, meaning in MEANING.items():
-        measure = template.format(fd=fd)
-        values = [_format(numbers[column], measure) for column in COLUMNS]
-        rows.append([measure, *values, meaning])
-    table = report.table([f"n = {n:,}", *COLUMNS.values(), "what it means"], rows)
+    table = _add_table(report, features, n, numbers)
     if classes and samples.labels is not None and stand_ins.labels is not None:
         precision = share_by_class(inside["training_samples"], samples.labels, len(classes))
         floor = share_by_class(inside["training_floor"], stand_ins.labels, len(classes))
@@ -96,6 +94,65 @@ def quality_section(
             rows.append([name, str(count), percent(share), percent(limit)])
         report.table(["class", "n", "precision", "floor"], rows)
     return table
+
+
+def second_quality_section(
+    report: Report, features: EfficientNet, samples: Tensor, reference: ReferenceImages
+) -> str:
+    """Add the distances to the held-out images in features of ImageNet; return the table.
+
+    The other training images are not compared with: features of so many take minutes.
+
+    Args:
+        report: gets the table.
+        features: are prepared here.
+        samples: the images that were drawn, uint8 ``(n, 3, h, w)``.
+        reference: the real images.
+    """
+    key = reference.cache_key
+    folder = reference.cache_folder
+    features.prepare()
+    stand_ins, _ = _stand_ins(samples, reference.train)
+    n = len(stand_ins)
+
+    def extract_cached(images: ImageSet, which: str) -> Tensor:
+        tell = ProgressPrinter(f"{features.name} features of {which} images")
+        return features.extract_cached(images.pixels, data=(*key, which), folder=folder, tell=tell)
+
+    real = extract_cached(reference.held_out, "held-out")
+    floor = extract_cached(stand_ins, f"{n} stand-in")
+    tell = ProgressPrinter(f"{features.name} features of samples")
+    numbers = {
+        "held_out_samples": _measure(
+            features.distance, real, features.extract(samples[:n], tell=tell)
+        )[0],
+        "held_out_floor": _measure(features.distance, real, floor)[0],
+    }
+    report.numbers[f"quality_{features.name}"] = {"n": n, "held_out": len(real), **numbers}
+    return _add_table(report, features, n, numbers)
+
+
+def _stand_ins(samples: Sized, train: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Split ``train`` into images in the place of samples, as many as these, and the others."""
+    n = min(len(samples), len(train) // 2)
+    order = torch.randperm(len(train), generator=generator("stand-ins"))
+    return train[order[:n]], train[order[n:]]
+
+
+def _add_table(
+    report: Report, features: Features, n: int, numbers: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Add what ``features`` see, and ``numbers`` by column; return both."""
+    columns = {name: title for name, title in COLUMNS.items() if name in numbers}
+    rows = []
+    for template, meaning in MEANING.items():
+        measure = template.format(fd=features.distance)
+        values = [_format(numbers[name], measure) for name in columns]
+        rows.append([measure, *values, meaning])
+    sees = f"In the features `{features.name}`. {features.sees}".strip()
+    report.text(sees)
+    table = report.table([f"n = {n:,}", *columns.values(), "what it means"], rows)
+    return f"{sees}\n{table}"
 
 
 def _measure(fd: str, real: Tensor, fakes: Tensor) -> tuple[dict[str, float], Tensor]:

@@ -15,11 +15,13 @@ from exact_resume.files import lock_file
 from exact_resume.metrics import MetricsCSV
 from exact_resume.replay import EVALUATIONS
 from exact_resume.resume import ResumePoint
+from sturdy.evaluation.features import EfficientNet
 
 log = logging.getLogger(__name__)
 
 # With the step, these columns tell one row from another.
 IDENTITY = ("evaluation/n", "evaluation/seed")
+SECOND = EfficientNet.name
 
 
 def record(run: Path, point: ResumePoint, numbers: Mapping[str, Any]) -> str:
@@ -68,11 +70,15 @@ def write_row(run: Path, step: int, numbers: Mapping[str, float]) -> Path:
 def main_numbers(numbers: Mapping[str, Any]) -> dict[str, float]:
     """Return the most important of a report's numbers, as ``evaluation/kid`` and so on.
 
-    Distances and fractions are relative to the held-out images. ``worst_difference`` is in
-    percentage points.
+    Distances and fractions are relative to the held-out images. Those in EfficientNet's features
+    are named ``evaluation/efficientnet_kid`` and so on, whether they are the first or the second
+    ones of the report. ``worst_difference`` is in percentage points.
     """
     found = {name: numbers[name] for name in ("n", "seed") if name in numbers}
-    found |= numbers["quality"]["held_out_samples"]
+    prefix = f"{SECOND}_" if numbers.get("features") == SECOND else ""
+    found |= _renamed(numbers["quality"]["held_out_samples"], prefix)
+    if f"quality_{SECOND}" in numbers:
+        found |= _renamed(numbers[f"quality_{SECOND}"]["held_out_samples"], f"{SECOND}_")
     for space in ("pixels", "features"):
         found[f"copies_{space}"] = numbers[f"memorisation_{space}"]["copies"]
     if "class_accuracy" in numbers:
@@ -82,3 +88,7 @@ def main_numbers(numbers: Mapping[str, Any]) -> dict[str, float]:
         found["worst_difference"] = 100 * max(differences)
     finite = {name: float(value) for name, value in found.items() if math.isfinite(value)}
     return {f"evaluation/{name}": value for name, value in finite.items()}
+
+
+def _renamed(numbers: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in numbers.items()}

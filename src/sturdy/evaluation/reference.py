@@ -117,7 +117,12 @@ def load_reference_images(data: Any, features: Features, most: int, cache: Path)
     )
 
     def with_features(images: ImageSet, which: str) -> ImageSet:
-        found = features.extract_cached(images.pixels, data=(*key, which), folder=folder)
+        found = features.extract_cached(
+            images.pixels,
+            data=(*key, which),
+            folder=folder,
+            tell=ProgressPrinter(f"features of {which} images"),
+        )
         labels = images.labels if reference.conditions else None
         return replace(images, features=found, labels=labels)
 

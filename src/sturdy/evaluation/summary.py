@@ -9,6 +9,7 @@ from torch import Tensor
 from exact_resume.randomness import Draws
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.sampler import Estimator, sample
+from sturdy.evaluation.features import EfficientNet
 from sturdy.evaluation.report import percent
 from sturdy.sampling.config import SamplingConfig
 
@@ -49,10 +50,17 @@ def summary_row(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns of a sweep's table, against the held-out images, from a report."""
     found = numbers["quality"]["held_out_samples"]
     accuracy = numbers.get("class_accuracy")
+    row = {"network calls": numbers["network_calls"], f"KID, {numbers['features']}": _kid(found)}
+    second = numbers.get(f"quality_{EfficientNet.name}")
+    if second:
+        row[f"KID, {EfficientNet.name}"] = _kid(second["held_out_samples"])
     return {
-        "network calls": numbers["network_calls"],
-        "KID": f"{found['kid']:.4f} ± {found['kid_error']:.4f}",
+        **row,
         "recall": percent(found["recall"]),
         "coverage": percent(found["coverage"]),
         "class accuracy": None if accuracy is None else percent(accuracy["all"]),
     }
+
+
+def _kid(found: Mapping[str, float]) -> str:
+    return f"{found['kid']:.4f} ± {found['kid_error']:.4f}"
