@@ -125,7 +125,7 @@ def test_few_images(tmp_path, n, held):
 def test_what_cannot_be_trained_on(tmp_path):
     with pytest.raises(ValueError, match="one image only"):
         opened(tmp_path, Noise(1))
-    with pytest.raises(ValueError, match="image_size=16 is more than the 8 pixels"):
+    with pytest.raises(ValueError, match="image_size=16 is more than the 8 x 8 pixels of noise"):
         opened(tmp_path, Noise(4, key="four"), image_size=16)
 
 

@@ -25,12 +25,19 @@ from exact_resume.reduction import own_shards
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache, find_cache, open_cache
 from sturdy.data.changes import describe_changes, describe_unused
-from sturdy.data.checks import check_choice, check_fraction, check_fraction_or_count, check_int
+from sturdy.data.checks import (
+    check_choice,
+    check_fraction,
+    check_fraction_or_count,
+    check_image_size,
+    check_int,
+)
 from sturdy.data.encoded import EncodedImages, ImageEncoder
 from sturdy.data.folder import Folder
 from sturdy.data.images import AugmentedBatch, Batch, ImageDataset, as_float
 from sturdy.data.source import Source
 from sturdy.data.split import BalancedPermutation, Order, Split
+from sturdy.image_size import ImageSize, describe_size, height_and_width
 from sturdy.progress import ProgressPrinter
 
 SplitBy = Literal["count", "content"]
@@ -41,7 +48,7 @@ class ImageData(L.LightningDataModule):
 
     Args:
         source: the images, or a function that returns them, which ``open`` calls.
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, in pixels; one number for squares.
         batch_size: B, of the *global* batch.
         shards: V, the number of equal parts in which a batch is computed; divides ``batch_size``.
         num_workers: processes that read batches ahead; 0 is fastest, because of the cache.
@@ -86,7 +93,7 @@ class ImageData(L.LightningDataModule):
         self,
         source: Source | Callable[[], Source],
         *,
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int = 64,
         shards: int = 1,
         num_workers: int = 0,
@@ -105,7 +112,7 @@ class ImageData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source_or_function = source
-        self.image_size = check_int("image_size", image_size)
+        self.image_size = check_image_size("image_size", image_size)
         self.batch_size = check_int("batch_size", batch_size)
         self.shards = check_int("shards", shards)
         if batch_size % shards:
@@ -115,6 +122,8 @@ class ImageData(L.LightningDataModule):
         self.num_workers = check_int("num_workers", num_workers, least=0)
         self.flip = check_choice("flip", flip, (True, False))
         augmentation = Augment(augment, translate=translate, rotate=rotate)
+        if augment and rotate and not isinstance(self.image_size, int):
+            raise ValueError(f"rotate={rotate} turns by quarters, which only squares can be")
         self.augment = augmentation if augment else None
         self.augmentation_size = augmentation.size if augment else 0
         self.balance = check_fraction("balance", balance)
@@ -169,11 +178,12 @@ class ImageData(L.LightningDataModule):
                 f"there is one image only: at least two are needed, one to train on and one held "
                 f"out{found}"
             )
-        smallest = self.cache.shapes.min()
-        if smallest < self.image_size:
+        too_small = (self.cache.shapes < height_and_width(self.image_size)).any(axis=1)
+        if too_small.any():
+            i = int(too_small.argmax())
             raise ValueError(
-                f"image_size={self.image_size} is more than the {smallest} pixels of an image of "
-                f"the source"
+                f"image_size={self.image_size} is more than the "
+                f"{describe_size(self.cache.shapes[i].tolist())} pixels of {self.cache.names[i]}"
             )
         self.split, self.digest = self._split()
         self.held_out = len(self.split.held_out)
@@ -219,7 +229,7 @@ class ImageData(L.LightningDataModule):
             raise ValueError(
                 f"augment={self.augment.probability} must be 0 where images are {remedy}"
             )
-        if (self.cache.shapes != self.image_size).any():
+        if (self.cache.shapes != height_and_width(self.image_size)).any():
             raise ValueError(
                 f"crop=random must be center where images are {remedy}: some images are larger "
                 f"than image_size={self.image_size}"

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from sturdy.data.cache import Cache
 from sturdy.data.images import as_float
+from sturdy.image_size import ImageSize
 
 
 class ImageEncoder(Protocol):
     """What encodes images, such as ``sturdy.pretrained.latents.Latents``."""
 
-    def shape(self, size: int) -> tuple[int, int, int]:
-        """Return the shape ``(c, h, w)`` of the latent of an image of ``size x size`` pixels."""
+    def shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of the latent of an image of ``size``."""
 
     def moments(self, image: Tensor) -> Tensor:
-        """Return mean and standard deviation ``(1, 2 c, h, w)`` of an image ``(1, 3, size, size)``.
+        """Return mean and standard deviation ``(1, 2 c, h, w)`` of an image ``(1, 3, h, w)``.
 
         They are float32.
         """
@@ -38,9 +39,9 @@ class EncodedImages:
     """A ``Source`` of the moments of the n images of a cache, float32.
 
     Args:
-        images: the decoded images, all of ``size x size`` pixels.
+        images: the decoded images, all of one size.
         encoder: called with one image at a time.
-        size: height and width of the images.
+        size: height and width of the images; one number for squares.
         mirrored: whether the n mirrored images follow: the latent of a mirrored image is not the
             mirrored latent.
         device: where images are encoded.
@@ -59,7 +60,7 @@ class EncodedImages:
         images: Cache,
         encoder: ImageEncoder,
         *,
-        size: int,
+        size: ImageSize,
         mirrored: bool,
         device: str | torch.device = "cpu",
     ) -> None:

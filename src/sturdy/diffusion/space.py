@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from exact_resume.randomness import Draws
+from sturdy.image_size import ImageSize, height_and_width
 
 
 class Space(ABC):
@@ -22,31 +23,38 @@ class Space(ABC):
         clip: the range of x_0, to which samplers clip their estimates; None if it has no bounds.
         smallest: the side of the smallest images that it encodes, in pixels. With it a start tries
             ``encode`` and ``decode``; None for the size of the run.
+        image_channels: channels of the images that it encodes.
         cached: whether each image is encoded once, before training. Such a space has ``moments``,
             too (see ``sturdy.pretrained.latents.Latents``).
     """
 
     clip: tuple[float, float] | None
     smallest: int | None = None
+    image_channels: int = 3
     cached: bool = False
 
     @abstractmethod
-    def shape(self, size: int) -> tuple[int, int, int]:
-        """Return the shape ``(c, h, w)`` of x_0 for images of ``size x size`` pixels."""
+    def shape(self, size: ImageSize) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of x_0 for images of ``size``.
+
+        Args:
+            size: the side of squares, else height and width, in pixels. A space that knows squares
+                only may take ``int`` alone.
+        """
 
     @abstractmethod
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         """Return x_0 ``(b, c, h, w)``.
 
         Args:
-            image: a batch as the data module yields it, such as ``(b, 3, size, size)`` in [-1, 1].
+            image: a batch as the data module yields it, such as ``(b, 3, h, w)`` in [-1, 1].
             draws: randomness of the ``b`` samples, for spaces that sample x_0; None for the mean of
                 x_0, from which an image is edited.
         """
 
     @abstractmethod
     def decode(self, x0: Tensor) -> Tensor:
-        """Return the images ``(b, 3, size, size)`` in [-1, 1] of ``x0``."""
+        """Return the images ``(b, 3, h, w)`` in [-1, 1] of ``x0``."""
 
     @abstractmethod
     def key(self) -> str:
@@ -66,11 +74,11 @@ class Pixels(Space):
     clip = (-1.0, 1.0)
 
     def __init__(self, *, channels: int = 3) -> None:
-        self.channels = channels
+        self.channels = self.image_channels = channels
 
     @override
-    def shape(self, size: int) -> tuple[int, int, int]:
-        return self.channels, size, size
+    def shape(self, size: ImageSize) -> tuple[int, int, int]:
+        return self.channels, *height_and_width(size)
 
     @override
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:

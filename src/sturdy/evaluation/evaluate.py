@@ -27,6 +27,7 @@ from sturdy.evaluation.reference import ReferenceImages, load_reference_images, 
 from sturdy.evaluation.report import Report, write_json
 from sturdy.evaluation.summary import count_network_calls, summary_row
 from sturdy.evaluation.walk import walk_section
+from sturdy.image_size import describe_size
 from sturdy.pretrained.captions import Captions
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import SamplingConfig, resolve_sampling
@@ -94,7 +95,7 @@ def write_report(cfg: DictConfig) -> None:
 
     report = Report(out, f"{cfg.run} at step {run.point.step:,}")
     report.introduction = (
-        f"{options.n:,} images of {data.image_size} x {data.image_size} pixels, "
+        f"{options.n:,} images of {describe_size(data.image_size)} pixels, "
         f"{_describe_labels(labels, options.labels, option)}, seed {options.seed}, "
         f"{sampling.describe(labels)}. Trained on {len(data.cache) - data.held_out:,} images. "
         f"Features: {features.name}."
@@ -153,7 +154,7 @@ def draw_images(
     options: DictConfig,
     folder: Path,
 ) -> Tensor:
-    """Draw ``options.n`` images, uint8 ``(n, 3, h, w)``, or read them from ``folder``.
+    """Draw ``options.n`` images, uint8 ``(n, c, h, w)``, or read them from ``folder``.
 
     Args:
         run: the run and its checkpoint.

@@ -1,4 +1,4 @@
-"""Features that images are compared in: uint8 ``(b, 3, h, w)`` -> float32 ``(b, d)``.
+"""Features that images are compared in: uint8 ``(b, c, h, w)`` -> float32 ``(b, d)``.
 
 ``Embedded`` needs no download. The others need a file of weights, and say how to get it.
 Distances in different features cannot be compared. Only those in Inception's are called FID.
@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sturdy.encoders.cached import cached
+from sturdy.encoders.images import as_rgb
 from sturdy.encoders.network import VERSION, Network, Tell, embed, fit
 from sturdy.encoders.weights import file_digest, for_imagenet, load_torchscript, require_file
 
@@ -42,7 +43,7 @@ class Features(ABC):
         """Prepare for a set of training images.
 
         Args:
-            images: uint8 ``(n, 3, h, w)``.
+            images: uint8 ``(n, c, h, w)``.
             labels: their classes ``(n,)``.
             classes: how many there are; 0 for none.
             data: primitives that identify the images.
@@ -55,8 +56,8 @@ class Features(ABC):
         """Return the features ``(b, d)`` of uint8 images ``(b, 3, h, w)``."""
 
     def extract(self, images: Tensor) -> Tensor:
-        """Return the features ``(n, d)`` of any number of images, on the CPU."""
-        return embed(self, images)
+        """Return the features ``(n, d)`` of any number of images, grey or RGB, on the CPU."""
+        return embed(self, as_rgb(images))
 
     def extract_cached(self, images: Tensor, *, data: tuple[object, ...], folder: Path) -> Tensor:
         """Extract features, or read them from ``folder``; ``data`` identifies the images."""
@@ -107,7 +108,7 @@ class Embedded(Features):
             return network.state_dict()
 
         counts = {name: count for name, (_, count) in questions.items()}
-        self.network = Network(images.shape[-1], counts).eval()
+        self.network = Network(min(images.shape[2:]), counts).eval()
         state = cached(folder, "embedded-network", (*self.key, *data), compute)
         self.network.load_state_dict(state)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sturdy.diffusion.condition import Condition
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.pretrained.text_encoders import TextEncoders
 from sturdy.pretrained.text_table import TextTable, open_table
 
@@ -30,13 +31,14 @@ class CaptionCondition(Condition):
     Args:
         label: ``(b,)`` int64 in [0, rows]; the label ``rows`` is the null caption.
         table: the embeddings.
-        image_size: height and width of the images, in pixels; they count as not cropped.
+        image_size: height and width of the images, in pixels; one number for squares. They count as
+            not cropped.
 
     Raises:
         ValueError: a label is out of range (checked on the CPU only).
     """
 
-    def __init__(self, label: Tensor, table: TextTable, image_size: int) -> None:
+    def __init__(self, label: Tensor, table: TextTable, image_size: ImageSize) -> None:
         super().__init__(label)
         self.table = table
         self.image_size = image_size
@@ -62,8 +64,8 @@ class CaptionCondition(Condition):
         embeddings, pooled = self.table.rows(label)
         if pooled is None:
             return (embeddings,)
-        side = float(self.image_size)
-        sizes = torch.tensor([side, side, 0.0, 0.0, side, side], device=label.device)
+        height, width = map(float, height_and_width(self.image_size))
+        sizes = torch.tensor([height, width, 0.0, 0.0, height, width], device=label.device)
         return embeddings, pooled, sizes.expand(len(label), 6)
 
 
@@ -75,7 +77,7 @@ class Captions:
 
     Args:
         path: where the text encoders are: a folder of diffusers, or a single file.
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, in pixels; one number for squares.
         sha256: hash of the text encoders' weights (two are joined by ``+``); None accepts any.
 
     Attributes:
@@ -83,7 +85,9 @@ class Captions:
         notes: lines about the captions that the user should see.
     """
 
-    def __init__(self, path: str | Path, *, image_size: int, sha256: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, image_size: ImageSize, sha256: str | None = None
+    ) -> None:
         self.path = Path(path).expanduser()
         self.image_size = image_size
         self.sha256 = sha256

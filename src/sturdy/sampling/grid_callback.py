@@ -17,6 +17,7 @@ from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
+from sturdy.image_size import ImageSize
 from sturdy.sampling.grids import class_columns, grid, save_png
 from sturdy.training.captions import caption_option
 
@@ -31,7 +32,7 @@ class SampleGrids(Callback):
         directory: ``runs/<name>/samples``.
         sampler: draws the images.
         guidance: arguments of ``Guided``; without classes there is no guidance.
-        image_size: height and width.
+        image_size: height and width, in pixels; one number for squares.
         every_n_steps: None for never.
         n: number of images. Classes take turns, so a column of the grid is a class. Captions do,
             too; of more than ``n``, it draws ``n`` that are spread evenly over all.
@@ -43,7 +44,7 @@ class SampleGrids(Callback):
         *,
         directory: str | Path,
         sampler: Sampler,
-        image_size: int,
+        image_size: ImageSize,
         guidance: Mapping[str, Any] | None = None,
         every_n_steps: int | None = 500,
         n: int = 48,

@@ -1,6 +1,7 @@
 """What sampling starts from: noise, or an image that is drawn anew, all of it or a part."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
 from sturdy.diffusion.space import Space
 from sturdy.encoders.images import scaled
+from sturdy.image_size import ImageSize, describe_size, height_and_width
 
 DEFAULT_STRENGTH = 0.6  # if all of the image may change
 
@@ -25,7 +27,8 @@ class InitialState:
     Args:
         options: ``image``, ``mask`` and ``strength``, each of which may be None, and ``decode``,
             which reads the files.
-        size: height and width of the images, to which the files are resized and cropped.
+        size: height and width of the images, to which the files are resized and cropped; one number
+            for squares.
         space: in which the diffusion happens.
 
     Attributes:
@@ -35,8 +38,9 @@ class InitialState:
         ValueError: naming the key.
     """
 
-    def __init__(self, options: DictConfig, size: int, space: Space) -> None:
+    def __init__(self, options: DictConfig, size: ImageSize, space: Space) -> None:
         self.space = space
+        height_width = height_and_width(size)
         self.image: Tensor | None = None
         self.mask: Tensor | None = None
         self.strength = _strength(options)
@@ -48,12 +52,12 @@ class InitialState:
                         f"sample.{name}={options[name]} needs an image to change: sample.image=FILE"
                     )
             return
-        pixels = _read_file(options, "image", size)
-        self.image = scaled(_center_crop(pixels, size))
+        pixels = _read_file(options, "image", height_width)
+        self.image = _as_channels(scaled(_center_crop(pixels, height_width)), space.image_channels)
         self.primitives |= {"image": _digest(pixels), "strength": self.strength}
         if options.mask is not None:
-            mask = _read_file(options, "mask", size)
-            self.mask = _mask(mask, pixels, size, options)
+            mask = _read_file(options, "mask", height_width)
+            self.mask = _mask(mask, pixels, height_width, options)
             self.primitives["mask"] = _digest(mask)
 
     def draw(
@@ -64,7 +68,7 @@ class InitialState:
         cond: Condition | Tensor | None,
         draws: Draws,
     ) -> Tensor:
-        """Draw images ``(b, 3, h, w)`` in [-1, 1]; arguments are those of ``sample``."""
+        """Draw images ``(b, c, h, w)`` in [-1, 1]; arguments are those of ``sample``."""
         clip = self.space.clip
         if self.image is None:
             x0 = sample(sampler, denoiser, noise, cond, draws, clip=clip)
@@ -104,22 +108,31 @@ def _strength(options: DictConfig) -> float:
     return float(strength)
 
 
-def _read_file(options: DictConfig, name: str, size: int) -> Tensor:
-    """Read an image upright and not cropped, its short side ``size``: uint8 ``(3, h, w)``."""
+def _read_file(options: DictConfig, name: str, size: tuple[int, int]) -> Tensor:
+    """Read an image upright and not cropped, just as large as covers ``size``: uint8 ``(3, h, w)``.
+
+    A square is covered when the short side is its side.
+    """
     file = Path(str(options[name])).expanduser()
+    decode = instantiate(options.decode)
     try:
-        return torch.from_numpy(instantiate(options.decode)(file, size=size, crop="random"))
+        short = min(size)
+        pixels = decode(file, size=short, crop="random")
+        missing = max(side / got for side, got in zip(size, pixels.shape[1:], strict=True))
+        if missing > 1:
+            pixels = decode(file, size=math.ceil(short * missing), crop="random")
+        return torch.from_numpy(pixels)
     except Exception as error:  # of our decoder, Pillow or the disk: all say what is wrong
         raise ValueError(f"sample.{name}={file}: {error}") from None
 
 
-def _mask(mask: Tensor, pixels: Tensor, size: int, options: DictConfig) -> Tensor:
-    """Return where the mask is white, ``(size, size)`` bool; True is drawn anew."""
+def _mask(mask: Tensor, pixels: Tensor, size: tuple[int, int], options: DictConfig) -> Tensor:
+    """Return where the mask is white, ``(h, w)`` bool; True is drawn anew."""
     if mask.shape != pixels.shape:
         raise ValueError(
             f"sample.mask={options.mask} is {_dimensions(mask)} where "
-            f"sample.image={options.image} is {_dimensions(pixels)}, its short side being {size}: "
-            f"make it as large as the image"
+            f"sample.image={options.image} is {_dimensions(pixels)}, both resized to cover "
+            f"{describe_size(size)}: make it as large as the image"
         )
     white = _center_crop(mask, size).float().mean(0) > 127.5
     if not white.any():
@@ -129,11 +142,24 @@ def _mask(mask: Tensor, pixels: Tensor, size: int, options: DictConfig) -> Tenso
     return white
 
 
-def _center_crop(pixels: Tensor, size: int) -> Tensor:
-    _, height, width = pixels.shape
-    top = (height - size) // 2
-    left = (width - size) // 2
-    return pixels[:, top : top + size, left : left + size]
+def _center_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    top = (pixels.shape[1] - height) // 2
+    left = (pixels.shape[2] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _as_channels(image: Tensor, channels: int) -> Tensor:
+    """Return an RGB image with the channels of the run's images.
+
+    Raises:
+        ValueError: they are neither RGB nor grey.
+    """
+    if channels == 3:
+        return image
+    if channels != 1:
+        raise ValueError(f"sample.image: the images of this run have {channels} channels")
+    return image.mean(0, keepdim=True)
 
 
 def _digest(pixels: Tensor) -> str:

@@ -18,9 +18,10 @@ from torch import Tensor
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import resolve_sampling
-from sturdy.sampling.grids import class_columns, grid, save_png, to_uint8
+from sturdy.sampling.grids import as_image, class_columns, grid, save_png, to_uint8
 from sturdy.sampling.initial_state import InitialState
 from sturdy.sampling.labels import select_labels
 from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
@@ -92,7 +93,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
             # All of the batch: the rounding of kernels may depend on the size of the batch.
             images = draw(batch)
             for k in missing:
-                save_png(Image.fromarray(images[k - first].numpy()), image_path(out, k))
+                save_png(as_image(images[k - first]), image_path(out, k))
         drawn += len(missing)
         progress(batch.stop - numbers.start, len(numbers))
 
@@ -129,12 +130,13 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def is_complete(path: Path, size: int) -> bool:
-    """Whether ``path`` is a PNG of ``size`` x ``size`` whose checksums are right."""
+def is_complete(path: Path, size: ImageSize) -> bool:
+    """Whether ``path`` is a PNG of ``size``, as of ``as_image``, whose checksums are right."""
+    height, width = height_and_width(size)
     try:
         with Image.open(path) as image:
             image.verify()
-            return image.format == "PNG" and image.size == (size, size)
+            return image.format == "PNG" and image.height == height and not image.width % width
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -144,7 +146,8 @@ def save_grid(folder: Path, numbers: range, classes: int) -> str:
     images = []
     for k in numbers:
         with Image.open(image_path(folder, k)) as image:
-            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            pixels = np.array(image)
+        images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
     name = f"grid-{numbers.start:06d}.png" if numbers.start else "grid.png"
     columns = class_columns(len(numbers), classes)
     save_png(grid(scaled(torch.stack(images)), columns=columns), folder / name)

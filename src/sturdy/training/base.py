@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
 from sturdy.errors import ConfigError
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.training.module import DiffusionModule
 
 if TYPE_CHECKING:  # diffusers is imported by runs that have a base
@@ -97,7 +98,7 @@ def resolve_target(cfg: DictConfig, base: "Base") -> None:
         )
 
 
-def check_image_size(base: "Base", size: int) -> None:
+def check_image_size(base: "Base", size: ImageSize) -> None:
     """Check that network and autoencoder can halve images of ``size`` as often as they do.
 
     Raises:
@@ -106,12 +107,14 @@ def check_image_size(base: "Base", size: int) -> None:
     levels = len(base.config("unet").get("block_out_channels", ())) or 1
     reductions = len(base.config("vae").get("block_out_channels", ())) or 1
     unit = 2 ** (levels - 1 + reductions - 1)
-    if size % unit:
-        below = size // unit * unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        raise ValueError(
-            f"data.image_size={size} is no multiple of {unit}, as this base needs: choose {nearest}"
-        )
+    for side in height_and_width(size):
+        if side % unit:
+            below = side // unit * unit
+            nearest = f"{below} or {below + unit}" if below else str(unit)
+            raise ValueError(
+                f"data.image_size={side} is no multiple of {unit}, as this base needs: choose "
+                f"{nearest}"
+            )
 
 
 def describe_trained(module: DiffusionModule) -> str:

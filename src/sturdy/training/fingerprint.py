@@ -42,6 +42,7 @@ COMPUTES = (
     "sturdy.diffusion.*",
     "sturdy.encoders.encoder",
     "sturdy.encoders.network",
+    "sturdy.image_size",
     "sturdy.pretrained.borrowed",
     "sturdy.pretrained.captions",
     "sturdy.pretrained.latents",

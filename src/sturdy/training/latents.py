@@ -14,6 +14,7 @@ from exact_resume import distributed
 from exact_resume.randomness import Draws
 from sturdy.diffusion.space import Space
 from sturdy.errors import ConfigError, as_config_error
+from sturdy.image_size import ImageSize
 from sturdy.training.module import DiffusionModule
 
 SAMPLE = 64  # images, of which the spread of the latents is measured
@@ -39,7 +40,7 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
         ConfigError: something does; the message says what to choose.
     """
     with as_config_error("data", cfg.data):
-        module.space.shape(data.image_size)  # refuses sizes that it cannot encode
+        check_shape(module.space, data.image_size)
     if not module.space.cached:
         return
     if module.alignment:
@@ -52,6 +53,19 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
             data.check_encodable()
     except ConfigError as error:
         raise ConfigError(f"{error}. Or encode at every step: space.cached=false") from None
+
+
+def check_shape(space: Space, size: ImageSize) -> None:
+    """Raise ValueError if ``space`` cannot encode images of ``size``."""
+    try:
+        space.shape(size)
+    except TypeError:
+        if isinstance(size, int):
+            raise
+        raise ValueError(
+            f"image_size={size} is no square, and {type(space).__name__} takes squares only: give "
+            f"one number"
+        ) from None
 
 
 def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> str:
@@ -86,11 +100,12 @@ def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list
         data: its images are encoded.
     """
     lines = []
-    side = module.space.shape(data.image_size)[1]
-    if cfg.schedule.get("image_size") == data.image_size != side:
+    _, *sides = module.space.shape(data.image_size)
+    positions = sides[0] if sides[0] == sides[1] else sides
+    if cfg.schedule.get("image_size") == data.image_size != positions:
         lines.append(
-            f"schedule.image_size={data.image_size} counts pixels, and latents have {side} "
-            f"positions a side: schedule.image_size={side} counts those"
+            f"schedule.image_size={data.image_size} counts pixels, and latents have {positions} "
+            f"positions a side: schedule.image_size={positions} counts those"
         )
     sigma_data = getattr(module.denoiser.target, "sigma_data", None)
     if sigma_data is not None:
