@@ -69,7 +69,11 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
     """
     settings = {**run.config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
-        settings["root"] = cfg.data_root
+        source = settings.get("source")
+        if isinstance(source, dict) and "root" in source:
+            settings["source"] = {**source, "root": cfg.data_root}
+        else:
+            settings["root"] = cfg.data_root
     if settings.get("labels") == "auto" and run.config.get("classes") is not None:
         settings["labels"] = bool(run.config["classes"])  # as it was decided in training
     run.trust.check(run.point.state, run.config, ["data"])
