@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from exact_resume.files import atomic_write
 from examples.spectrograms.mel import HOP, LOWEST, RATE, to_sound
 from examples.spectrograms.wav import write_wav
-from exact_resume.files import atomic_write
 
 SHOWN = 16  # sounds in the figure
 COLUMNS = 4
@@ -65,7 +65,8 @@ def draw_figure(pictures: list[Path], out: Path) -> None:
     for axes, path in zip(grid.flat, pictures, strict=False):
         spectrogram = read_picture(path)
         extent = (0, spectrogram.shape[1] * HOP / RATE, low, high)
-        axes.imshow(spectrogram.numpy(), extent=extent, aspect="auto", cmap="magma", vmin=-1, vmax=1)
+        levels = spectrogram.numpy()
+        axes.imshow(levels, extent=extent, aspect="auto", cmap="magma", vmin=-1, vmax=1)
         axes.set_yticks([_mel(hertz) for hertz in FREQUENCIES], [f"{f} Hz" for f in FREQUENCIES])
         axes.set_title(path.stem, fontsize=8)
         axes.tick_params(labelsize=7)

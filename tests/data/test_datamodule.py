@@ -180,7 +180,7 @@ def test_a_pair_of_equal_sides_is_one_number(tmp_path):
 
 @pytest.mark.parametrize("size", [[8], [8, 0], [8, 8, 8], "88", [8.0, 8], True])
 def test_other_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="image_size=.* must be a whole number of at least 1, or"):
+    with pytest.raises(ValueError, match=r"image_size=.* must be a whole number of at least 1, or"):
         ImageData(Noise(), image_size=size)
 
 
