@@ -7,7 +7,7 @@ ImageSize = int | Sequence[int]
 
 def height_and_width(size: ImageSize) -> tuple[int, int]:
     """Return the height and the width of images of ``size``, in pixels."""
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = size if isinstance(size, Sequence) else (size, size)
     return height, width
 
 

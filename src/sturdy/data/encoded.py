@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sturdy.data.cache import Cache
 from sturdy.data.images import as_float
-from sturdy.image_size import ImageSize
+from sturdy.image_size import ImageSize, height_and_width
 
 
 class ImageEncoder(Protocol):
     """What encodes images, such as ``sturdy.pretrained.latents.Latents``."""
 
-    def shape(self, size: ImageSize) -> tuple[int, int, int]:
-        """Return the shape ``(c, h, w)`` of the latent of an image of ``size``."""
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of the latent of an image of ``size x size`` pixels."""
 
     def moments(self, image: Tensor) -> Tensor:
         """Return mean and standard deviation ``(1, 2 c, h, w)`` of an image ``(1, 3, h, w)``.
@@ -68,7 +68,7 @@ class EncodedImages:
         self.encoder = encoder
         self.mirrored = mirrored
         self.device = device
-        self.channels = 2 * encoder.shape(size)[0]
+        self.channels = 2 * encoder.shape(height_and_width(size)[0])[0]
         self.encoded = 0
         parts = ["moments", images.digest_of_images, size, encoder.key(), mirrored]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

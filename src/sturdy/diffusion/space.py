@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from exact_resume.randomness import Draws
-from sturdy.image_size import ImageSize, height_and_width
 
 
 class Space(ABC):
@@ -34,13 +33,13 @@ class Space(ABC):
     cached: bool = False
 
     @abstractmethod
-    def shape(self, size: ImageSize) -> tuple[int, int, int]:
-        """Return the shape ``(c, h, w)`` of x_0 for images of ``size``.
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of x_0 for images of ``size x size`` pixels."""
 
-        Args:
-            size: the side of squares, else height and width, in pixels. A space that knows squares
-                only may take ``int`` alone.
-        """
+    def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of x_0 for images of ``height x width`` pixels."""
+        channels, rows, _ = self.shape(height)
+        return channels, rows, self.shape(width)[2]
 
     @abstractmethod
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
@@ -77,8 +76,8 @@ class Pixels(Space):
         self.channels = self.image_channels = channels
 
     @override
-    def shape(self, size: ImageSize) -> tuple[int, int, int]:
-        return self.channels, *height_and_width(size)
+    def shape(self, size: int) -> tuple[int, int, int]:
+        return self.channels, size, size
 
     @override
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:

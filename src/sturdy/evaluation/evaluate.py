@@ -27,7 +27,7 @@ from sturdy.evaluation.reference import ReferenceImages, load_reference_images, 
 from sturdy.evaluation.report import Report, write_json
 from sturdy.evaluation.summary import count_network_calls, summary_row
 from sturdy.evaluation.walk import walk_section
-from sturdy.image_size import describe_size
+from sturdy.image_size import describe_size, height_and_width
 from sturdy.pretrained.captions import Captions
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import SamplingConfig, resolve_sampling
@@ -166,7 +166,7 @@ def draw_images(
     """
     sampler = sampling.make_sampler()
     space = run.module.space
-    shape = space.shape(run.config["data"]["image_size"])
+    shape = space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     how = (provenance(run, sampling.sampler), sampling.primitives(labels), options.seed)
     progress = ProgressPrinter("images")
 
@@ -245,7 +245,7 @@ def _walk(
     """Return the steps of the sampler for the first images."""
     space = run.module.space
     draws = Draws(key(options.seed, "sample"), range(WALKS))
-    shape = space.shape(run.config["data"]["image_size"])
+    shape = space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     noise = draws.normal("start", shape).to(run.device)
     label = None if labels is None else labels[:WALKS].to(run.device)
     return list(sampling.make_sampler()(denoiser, noise, label, draws, clip=space.clip))

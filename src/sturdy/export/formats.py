@@ -15,7 +15,7 @@ from sturdy.export import snippets
 from sturdy.export.hashes import tensor_hashes
 from sturdy.export.path import sampling_times
 from sturdy.export.programs import check_onnx, trace, trace_decoder, write_program
-from sturdy.image_size import ImageSize
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.pretrained.base import open_base
 from sturdy.pretrained.borrowed import Borrowed
 from sturdy.pretrained.latents import Latents
@@ -76,6 +76,11 @@ class Subject:
         size: ImageSize = self.run.config["data"]["image_size"]
         return size
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape ``(c, h, w)`` of x_0."""
+        return self.run.module.space.shape_of(*height_and_width(self.size))
+
 
 @dataclass(frozen=True)
 class Written:
@@ -114,7 +119,7 @@ def write_diffusers(subject: Subject, folder: Path, check: Path, expected: Expec
         )
     scheduler = _scheduler(subject)
     network = merge_adapter(backbone)
-    _, height, width = module.space.shape(subject.size)
+    _, height, width = subject.shape
     network.register_to_config(sample_size=height if height == width else (height, width))
     captions = caption_option(module)
     ask: dict[str, Any] = {"reader": "pipeline", "text": subject.text}
@@ -208,7 +213,7 @@ def describe(subject: Subject, folder: Path) -> None:
             "backbone": config["backbone"],
             "schedule": config["schedule"],
             "target": config["target"],
-            "shape": list(module.space.shape(subject.size)),
+            "shape": list(subject.shape),
             "clip": None if clip is None else list(clip),
             "classes": list(config["classes"]),
             "guidance": config["guidance"]["scale"],

@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from exact_resume.randomness import Draws
 from sturdy.diffusion.space import Space
-from sturdy.image_size import ImageSize, height_and_width
 from sturdy.pretrained.base import open_autoencoder
 from sturdy.pretrained.parts import Base
 
@@ -91,22 +90,20 @@ class Latents(Space):
         self._sha256: str | None = None  # of the weights that were found first
 
     @override
-    def shape(self, size: ImageSize) -> tuple[int, int, int]:
-        """Return ``(c, h / factor, w / factor)``.
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """Return ``(c, size / factor, size / factor)``.
 
         Raises:
             ValueError: the factor does not divide ``size``.
         """
-        sides = height_and_width(size)
-        if any(side % self.factor or not side for side in sides):
-            near = [max(1, round(side / self.factor)) * self.factor for side in sides]
-            typed = near[0] if isinstance(size, int) else near
+        side, rest = divmod(size, self.factor)
+        if rest or not side:
+            near = max(1, round(size / self.factor)) * self.factor
             raise ValueError(
                 f"image_size={size} must be a multiple of {self.factor}, by which the autoencoder "
-                f"makes images smaller: image_size={typed}"
+                f"makes images smaller: image_size={near}"
             )
-        height, width = (side // self.factor for side in sides)
-        return self.channels, height, width
+        return self.channels, side, side
 
     @override
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:

@@ -17,7 +17,7 @@ from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
-from sturdy.image_size import ImageSize
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.sampling.grids import class_columns, grid, save_png
 from sturdy.training.captions import caption_option
 
@@ -53,7 +53,7 @@ class SampleGrids(Callback):
         self.directory = Path(directory)
         self.sampler = sampler
         self.guidance = guidance
-        self.image_size = image_size
+        self.size = height_and_width(image_size)
         self.every_n_steps = every_n_steps
         self.n = n
         self.seed = seed
@@ -102,7 +102,7 @@ class SampleGrids(Callback):
         denoiser = average
         classes = average.num_classes
         draws = Draws(key(self.seed, "samples"), range(self.n))
-        noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
+        noise = draws.normal("start", module.space.shape_of(*self.size)).to(module.device)
         labels = None
         if classes:
             labels = self._labels(module, classes).to(module.device)

@@ -16,7 +16,7 @@ from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
 from sturdy.diffusion.space import Space
 from sturdy.encoders.images import scaled
-from sturdy.image_size import ImageSize, describe_size, height_and_width
+from sturdy.image_size import describe_size
 
 DEFAULT_STRENGTH = 0.6  # if all of the image may change
 
@@ -27,8 +27,7 @@ class InitialState:
     Args:
         options: ``image``, ``mask`` and ``strength``, each of which may be None, and ``decode``,
             which reads the files.
-        size: height and width of the images, to which the files are resized and cropped; one number
-            for squares.
+        size: height and width of the images, to which the files are resized and cropped.
         space: in which the diffusion happens.
 
     Attributes:
@@ -38,9 +37,8 @@ class InitialState:
         ValueError: naming the key.
     """
 
-    def __init__(self, options: DictConfig, size: ImageSize, space: Space) -> None:
+    def __init__(self, options: DictConfig, size: tuple[int, int], space: Space) -> None:
         self.space = space
-        height_width = height_and_width(size)
         self.image: Tensor | None = None
         self.mask: Tensor | None = None
         self.strength = _strength(options)
@@ -52,12 +50,12 @@ class InitialState:
                         f"sample.{name}={options[name]} needs an image to change: sample.image=FILE"
                     )
             return
-        pixels = _read_file(options, "image", height_width)
-        self.image = _as_channels(scaled(_center_crop(pixels, height_width)), space.image_channels)
+        pixels = _read_file(options, "image", size)
+        self.image = _as_channels(scaled(_center_crop(pixels, size)), space.image_channels)
         self.primitives |= {"image": _digest(pixels), "strength": self.strength}
         if options.mask is not None:
-            mask = _read_file(options, "mask", height_width)
-            self.mask = _mask(mask, pixels, height_width, options)
+            mask = _read_file(options, "mask", size)
+            self.mask = _mask(mask, pixels, size, options)
             self.primitives["mask"] = _digest(mask)
 
     def draw(

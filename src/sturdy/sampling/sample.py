@@ -18,7 +18,7 @@ from torch import Tensor
 from exact_resume.randomness import Draws, key
 from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
-from sturdy.image_size import ImageSize, height_and_width
+from sturdy.image_size import height_and_width
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import resolve_sampling
 from sturdy.sampling.grids import as_image, class_columns, grid, save_png, to_uint8
@@ -49,7 +49,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     options = cfg.sample
     check_integers(options, MINIMUMS, "sample.")
     run = open_run(cfg)
-    size = run.config["data"]["image_size"]
+    size = height_and_width(run.config["data"]["image_size"])
     classes = list(run.config["classes"])
     numbers = range(options.first, options.first + options.n)
     if label == "null" and label not in classes:
@@ -70,6 +70,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     network = sampling.load_network(run)
     denoiser = sampling.add_guidance(network, cond, sampling.load_guide(run))
     start = InitialState(options, size, run.module.space)
+    shape = run.module.space.shape_of(*size)
 
     how = provenance(run, sampling.sampler) | sampling.primitives(cond) | start.primitives
     how |= {"seed": options.seed, **chosen}
@@ -78,7 +79,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
 
     def draw(batch: range) -> Tensor:
         draws = Draws(key(options.seed, "sample"), batch)
-        noise = draws.normal("start", run.module.space.shape(size)).to(run.device)
+        noise = draws.normal("start", shape).to(run.device)
         batch_cond = None
         if cond is not None:
             batch_cond = cond[batch.start : batch.stop].to(run.device)
@@ -130,9 +131,9 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def is_complete(path: Path, size: ImageSize) -> bool:
+def is_complete(path: Path, size: tuple[int, int]) -> bool:
     """Whether ``path`` is a PNG of ``size``, as of ``as_image``, whose checksums are right."""
-    height, width = height_and_width(size)
+    height, width = size
     try:
         with Image.open(path) as image:
             image.verify()

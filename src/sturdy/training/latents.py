@@ -14,7 +14,7 @@ from exact_resume import distributed
 from exact_resume.randomness import Draws
 from sturdy.diffusion.space import Space
 from sturdy.errors import ConfigError, as_config_error
-from sturdy.image_size import ImageSize
+from sturdy.image_size import height_and_width
 from sturdy.training.module import DiffusionModule
 
 SAMPLE = 64  # images, of which the spread of the latents is measured
@@ -40,7 +40,7 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
         ConfigError: something does; the message says what to choose.
     """
     with as_config_error("data", cfg.data):
-        check_shape(module.space, data.image_size)
+        module.space.shape_of(*height_and_width(data.image_size))  # refuses what it cannot encode
     if not module.space.cached:
         return
     if module.alignment:
@@ -53,19 +53,6 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
             data.check_encodable()
     except ConfigError as error:
         raise ConfigError(f"{error}. Or encode at every step: space.cached=false") from None
-
-
-def check_shape(space: Space, size: ImageSize) -> None:
-    """Raise ValueError if ``space`` cannot encode images of ``size``."""
-    try:
-        space.shape(size)
-    except TypeError:
-        if isinstance(size, int):
-            raise
-        raise ValueError(
-            f"image_size={size} is no square, and {type(space).__name__} takes squares only: give "
-            f"one number"
-        ) from None
 
 
 def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> str:
@@ -84,7 +71,7 @@ def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> s
     with distributed.rank_zero_first(), as_config_error():
         was_made = data.encode_with(space, device)
     space.release()
-    shape = " x ".join(map(str, space.shape(data.image_size)))
+    shape = " x ".join(map(str, space.shape_of(*height_and_width(data.image_size))))
     seconds = time.monotonic() - start
     if not was_made:
         return ""
@@ -100,7 +87,7 @@ def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list
         data: its images are encoded.
     """
     lines = []
-    _, *sides = module.space.shape(data.image_size)
+    _, *sides = module.space.shape_of(*height_and_width(data.image_size))
     positions = sides[0] if sides[0] == sides[1] else sides
     if cfg.schedule.get("image_size") == data.image_size != positions:
         lines.append(

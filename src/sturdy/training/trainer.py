@@ -191,7 +191,7 @@ def dry_run_forward(module: DiffusionModule, size: ImageSize, channels: int = 3)
     """
     check_space(module.space, module.space.smallest or size, channels)
     check_optimizer(module.make_optimizer, module)
-    x = torch.zeros(1, *module.space.shape(size))
+    x = torch.zeros(1, *module.space.shape_of(*height_and_width(size)))
     try:
         with torch.no_grad():
             module.ema.model(x, torch.full((1,), 0.5), None)
@@ -218,7 +218,7 @@ def check_space(space: Space, size: ImageSize, channels: int) -> None:
     with torch.no_grad():
         x0 = space.encode(image, Draws(0, [0]))
         decoded = space.decode(x0)
-    shape = (1, *space.shape(size))
+    shape = (1, *space.shape_of(*image.shape[2:]))
     if tuple(x0.shape) != shape:
         raise ValueError(
             f"space: {name}.encode gives {tuple(x0.shape)} where its shape() says {shape}"
@@ -257,7 +257,7 @@ def load_alignment_encoder(
     weights = distributed.run_on_rank_zero(state)
     with distributed.rank_zero_first(), as_config_error(), torch.no_grad():
         encoder.load_state_dict(weights)
-        x0 = torch.zeros(1, *module.space.shape(data.image_size))
+        x0 = torch.zeros(1, *module.space.shape_of(*height_and_width(data.image_size)))
         with alignment.observe(module.denoiser.backbone) as features:
             module.denoiser(x0, torch.full((1,), 0.5), None)
         alignment(features, module.space.decode(x0))
