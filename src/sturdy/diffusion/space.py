@@ -34,6 +34,11 @@ class Space(ABC):
     def shape(self, size: int) -> tuple[int, int, int]:
         """Return the shape ``(c, h, w)`` of x_0 for images of ``size x size`` pixels."""
 
+    def shape_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape ``(c, h, w)`` of x_0 for images of ``height x width`` pixels."""
+        channels, rows, _ = self.shape(height)
+        return channels, rows, self.shape(width)[2]
+
     @abstractmethod
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         """Return x_0 ``(b, c, h, w)``.

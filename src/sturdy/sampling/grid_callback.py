@@ -15,6 +15,7 @@ from exact_resume import distributed
 from exact_resume.callbacks import before_evaluation
 from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
+from sturdy.data.buckets import Size, parse_size
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
 from sturdy.sampling.grids import class_columns, grid, save_png
@@ -31,7 +32,7 @@ class SampleGrids(Callback):
         directory: ``runs/<name>/samples``.
         sampler: draws the images.
         guidance: arguments of ``Guided``; without classes there is no guidance.
-        image_size: height and width.
+        image_size: height and width, or a text such as ``48x80``.
         every_n_steps: None for never.
         n: number of images. Classes take turns, so a column of the grid is a class. Captions do,
             too; of more than ``n``, it draws ``n`` that are spread evenly over all.
@@ -43,7 +44,7 @@ class SampleGrids(Callback):
         *,
         directory: str | Path,
         sampler: Sampler,
-        image_size: int,
+        image_size: int | str,
         guidance: Mapping[str, Any] | None = None,
         every_n_steps: int | None = 500,
         n: int = 48,
@@ -52,7 +53,8 @@ class SampleGrids(Callback):
         self.directory = Path(directory)
         self.sampler = sampler
         self.guidance = guidance
-        self.image_size = image_size
+        square = image_size if isinstance(image_size, int) else 0
+        self.size: Size = (square, square) if square else parse_size("image_size", image_size)
         self.every_n_steps = every_n_steps
         self.n = n
         self.seed = seed
@@ -101,7 +103,7 @@ class SampleGrids(Callback):
         denoiser = average
         classes = average.num_classes
         draws = Draws(key(self.seed, "samples"), range(self.n))
-        noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
+        noise = draws.normal("start", module.space.shape_of(*self.size)).to(module.device)
         labels = None
         if classes:
             labels = self._labels(module, classes).to(module.device)

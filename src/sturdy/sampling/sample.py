@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from exact_resume.randomness import Draws, key
+from sturdy.data.buckets import Size, parse_size, size_text
 from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
 from sturdy.progress import ProgressPrinter
@@ -48,7 +49,10 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     options = cfg.sample
     check_integers(options, MINIMUMS, "sample.")
     run = open_run(cfg)
-    size = run.config["data"]["image_size"]
+    side = run.config["data"]["image_size"]
+    size = (side, side)
+    if options.size is not None:
+        size = parse_size("sample.size", options.size)
     classes = list(run.config["classes"])
     numbers = range(options.first, options.first + options.n)
     if label == "null" and label not in classes:
@@ -69,15 +73,18 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     network = sampling.load_network(run)
     denoiser = sampling.add_guidance(network, cond, sampling.load_guide(run))
     start = InitialState(options, size, run.module.space)
+    shape = run.module.space.shape_of(*size)
 
     how = provenance(run, sampling.sampler) | sampling.primitives(cond) | start.primitives
     how |= {"seed": options.seed, **chosen}
+    if size != (side, side):
+        how["size"] = size_text(size)
     out = claim_folder("sample.out", options.out, run.directory / OUTPUT, how, ["*.png"])
     print(sampling.describe(cond), flush=True)
 
     def draw(batch: range) -> Tensor:
         draws = Draws(key(options.seed, "sample"), batch)
-        noise = draws.normal("start", run.module.space.shape(size)).to(run.device)
+        noise = draws.normal("start", shape).to(run.device)
         batch_cond = None
         if cond is not None:
             batch_cond = cond[batch.start : batch.stop].to(run.device)
@@ -129,12 +136,12 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def is_complete(path: Path, size: int) -> bool:
-    """Whether ``path`` is a PNG of ``size`` x ``size`` whose checksums are right."""
+def is_complete(path: Path, size: Size) -> bool:
+    """Whether ``path`` is a PNG of this height and width whose checksums are right."""
     try:
         with Image.open(path) as image:
             image.verify()
-            return image.format == "PNG" and image.size == (size, size)
+            return image.format == "PNG" and image.size == size[::-1]
     except (OSError, SyntaxError, ValueError):
         return False
 

@@ -1,6 +1,6 @@
 """The parts of one start, built from its config: data, gradient reduction, and the Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +181,19 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     return data
 
 
-def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> None:
+def dry_run_forward(
+    module: DiffusionModule,
+    size: int,
+    channels: int = 3,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> None:
     """Send one image ``(channels, size, size)`` through everything, and build the optimizer.
+
+    Args:
+        module: of the run.
+        size: height and width of the image.
+        channels: of the image.
+        sizes: heights and widths for the backbone, where these are others.
 
     Raises:
         ValueError: the parts do not go together, or the optimizer refuses.
@@ -190,10 +201,11 @@ def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> No
     side = module.space.smallest or size
     check_space(module.space, torch.zeros(1, channels, side, side))
     check_optimizer(module.make_optimizer, module)
-    x = torch.zeros(1, *module.space.shape(size))
     try:
         with torch.no_grad():
-            module.ema.model(x, torch.full((1,), 0.5), None)
+            for height, width in sizes or [(size, size)]:
+                x = torch.zeros(1, *module.space.shape_of(height, width))
+                module.ema.model(x, torch.full((1,), 0.5), None)
     except (TypeError, RuntimeError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
