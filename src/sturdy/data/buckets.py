@@ -13,7 +13,7 @@ around k, which takes as long as to go through the n images once and does not de
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from exact_resume.permutation import FeistelPermutation
-from sturdy.data.checks import check_strings
 
 Size = tuple[int, int]
 """Height and width, in pixels."""
@@ -54,7 +53,8 @@ def parse_buckets(buckets: str | Sequence[str], image_size: int) -> list[Size]:
         ValueError: a text is not such a size, or ``image_size`` cannot be divided so.
     """
     if buckets != "auto":
-        sizes = [parse_size("buckets", text) for text in check_strings("buckets", buckets)]
+        is_one = isinstance(buckets, str) or not isinstance(buckets, Iterable)
+        sizes = [parse_size("buckets", text) for text in ([buckets] if is_one else buckets)]
         if not sizes:
             raise ValueError("buckets=[] has no size: give some, such as [64x64,48x80], or auto")
         return list(dict.fromkeys(sizes))
@@ -188,10 +188,10 @@ def describe_buckets(order: BucketOrder, held_out: NDArray[np.int64]) -> list[st
         found[height, width] = found.get((height, width), 0) + 1
     sizes = sorted(order.counts.keys() | found.keys())
     parts = [
-        f"{size_text(size)}: {order.counts.get(size, 0):,} + {found.get(size, 0):,}"
+        f"{size_text(size)} ({order.counts.get(size, 0):,} + {found.get(size, 0):,})"
         for size in sizes
     ]
-    lines = [f"buckets, height x width: images to train on + held out: {', '.join(parts)}"]
+    lines = [f"buckets, height x width (images to train on + held out): {', '.join(parts)}"]
     small = [
         f"{size_text(size)} ({count})"
         for size, count in order.counts.items()

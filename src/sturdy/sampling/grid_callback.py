@@ -15,7 +15,7 @@ from exact_resume import distributed
 from exact_resume.callbacks import before_evaluation
 from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
-from sturdy.data.buckets import Size, parse_size
+from sturdy.data.buckets import parse_size
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
 from sturdy.sampling.grids import class_columns, grid, save_png
@@ -32,7 +32,8 @@ class SampleGrids(Callback):
         directory: ``runs/<name>/samples``.
         sampler: draws the images.
         guidance: arguments of ``Guided``; without classes there is no guidance.
-        image_size: height and width, or a text such as ``48x80``.
+        image_size: height and width.
+        size: other height and width, a text such as ``48x80``; None for ``image_size``.
         every_n_steps: None for never.
         n: number of images. Classes take turns, so a column of the grid is a class. Captions do,
             too; of more than ``n``, it draws ``n`` that are spread evenly over all.
@@ -44,7 +45,8 @@ class SampleGrids(Callback):
         *,
         directory: str | Path,
         sampler: Sampler,
-        image_size: int | str,
+        image_size: int,
+        size: str | None = None,
         guidance: Mapping[str, Any] | None = None,
         every_n_steps: int | None = 500,
         n: int = 48,
@@ -53,8 +55,7 @@ class SampleGrids(Callback):
         self.directory = Path(directory)
         self.sampler = sampler
         self.guidance = guidance
-        square = image_size if isinstance(image_size, int) else 0
-        self.size: Size = (square, square) if square else parse_size("image_size", image_size)
+        self.size = parse_size("size", size) if size is not None else (image_size, image_size)
         self.every_n_steps = every_n_steps
         self.n = n
         self.seed = seed
@@ -106,7 +107,8 @@ class SampleGrids(Callback):
         noise = draws.normal("start", module.space.shape_of(*self.size)).to(module.device)
         labels = None
         if classes:
-            labels = self._labels(module, classes).to(module.device)
+            numbers = self._labels(module, classes).to(module.device)
+            labels = average.condition(noise, numbers).sized(*self.size)
             denoiser = Guided(denoiser, **(self.guidance or {"scale": 1.0}))
         # Between two calls of the network, a signal is honoured.
         hook = average.register_forward_pre_hook(lambda *_: before_evaluation(module.trainer))

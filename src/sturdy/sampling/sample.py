@@ -65,6 +65,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
         turns = 0 if label is not None else len(classes)  # conditions that come in turn
     else:
         cond, chosen = select_captions(run, options, numbers.stop, Path(cfg.paths.cache))
+        cond = cond.sized(*size)
         turns = min(len(cond.table), numbers.stop)
     sampling = resolve_sampling(
         cfg, run.config, options.ema, state=run.point.state, trust=run.trust
