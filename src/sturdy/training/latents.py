@@ -40,8 +40,9 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
         ConfigError: something does; the message says what to choose.
     """
     with as_config_error("data", cfg.data):
+        module.space.shape(data.image_size)  # refuses sizes that it cannot encode
         for size in data.sizes():
-            _check_size(module.space, size, in_buckets=data.buckets)
+            _check_size(module.space, size)
     if not module.space.cached:
         return
     if module.alignment:
@@ -56,13 +57,11 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
         raise ConfigError(f"{error}. Or encode at every step: space.cached=false") from None
 
 
-def _check_size(space: Space, size: Size, *, in_buckets: bool) -> None:
-    """Raise ValueError if the space cannot encode images of this height and width."""
+def _check_size(space: Space, size: Size) -> None:
+    """Raise ValueError if the space cannot encode images of this bucket."""
     try:
         space.shape_of(*size)
     except ValueError as error:
-        if not in_buckets:
-            raise
         raise ValueError(f"the bucket {size_text(size)}: {error}") from None
 
 

@@ -188,7 +188,7 @@ class Session:
             prepare_captions(self.module, self.data, self.cfg)
             check_encodable(self.cfg, self.module, self.data)
             # A base is checked by its config: its forward passes would take minutes on a CPU.
-            sizes = None if self.base_lines else self.data.sizes()
+            sizes = [] if self.base_lines else self.data.sizes()
             dry_run_forward(self.module, self.data.image_size, self.data.cache.channels, sizes)
         self._arm_watchdog()
         now = self._take_fingerprint(config)

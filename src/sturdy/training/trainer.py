@@ -107,8 +107,9 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
         if gradients.startswith("fsdp2 over"):  # whatever an older version noted
             kept = "allreduce"
         cfg.reduction = kept or default
+    known = {name.removesuffix(".0") for name in stored}  # a list is stored by its items
     for key, older_value in cfg.resume.added.items():
-        if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
+        if stored and key not in known and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, older_value)
     if cfg.trainer.threads is None:
         share = max(1, available_cpus() // distributed.local_world_size())
@@ -185,7 +186,7 @@ def dry_run_forward(
     module: DiffusionModule,
     size: int,
     channels: int = 3,
-    sizes: Sequence[tuple[int, int]] | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> None:
     """Send one image ``(channels, size, size)`` through everything, and build the optimizer.
 
@@ -193,7 +194,7 @@ def dry_run_forward(
         module: of the run.
         size: height and width of the image.
         channels: of the image.
-        sizes: heights and widths for the backbone, where these are others.
+        sizes: other heights and widths that the backbone must take.
 
     Raises:
         ValueError: the parts do not go together, or the optimizer refuses.
@@ -203,7 +204,7 @@ def dry_run_forward(
     check_optimizer(module.make_optimizer, module)
     try:
         with torch.no_grad():
-            for height, width in sizes or [(size, size)]:
+            for height, width in dict.fromkeys([(size, size), *sizes]):
                 x = torch.zeros(1, *module.space.shape_of(height, width))
                 module.ema.model(x, torch.full((1,), 0.5), None)
     except (TypeError, RuntimeError, IndexError) as error:
