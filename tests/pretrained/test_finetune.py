@@ -221,7 +221,8 @@ def test_it_is_proved(world, way, latents, tmp, words):
     assert "PROVED: the killed run ended in the same bits" in done.stdout
 
 
-@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd1"])
 def test_on_buckets_it_ends_in_the_same_bits(family, tmp_path):
     words = prepare(tmp_path, family)
     for k in range(0, 20, 3):
