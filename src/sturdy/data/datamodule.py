@@ -23,6 +23,7 @@ from typing_extensions import override
 from exact_resume.permutation import FeistelPermutation, InfiniteBatchSampler
 from exact_resume.reduction import own_shards
 from sturdy.data.augment import Augment
+from sturdy.data.buckets import BucketOrder, Size, batches_of_one_size, describe_buckets
 from sturdy.data.cache import Cache, find_cache, open_cache
 from sturdy.data.changes import describe_changes, describe_unused
 from sturdy.data.checks import (
@@ -49,6 +50,8 @@ class ImageData(L.LightningDataModule):
     Args:
         source: the images, or a function that returns them, which ``open`` calls.
         image_size: height and width of the images, in pixels; one number for squares.
+        buckets: whether the images have several sizes, of which each batch has one. They are not
+            cropped, and ``image_size`` is what the network is configured for.
         batch_size: B, of the *global* batch.
         shards: V, the number of equal parts in which a batch is computed; divides ``batch_size``.
         num_workers: processes that read batches ahead; 0 is fastest, because of the cache.
@@ -94,6 +97,7 @@ class ImageData(L.LightningDataModule):
         source: Source | Callable[[], Source],
         *,
         image_size: ImageSize,
+        buckets: bool = False,
         batch_size: int = 64,
         shards: int = 1,
         num_workers: int = 0,
@@ -127,6 +131,10 @@ class ImageData(L.LightningDataModule):
         self.augment = augmentation if augment else None
         self.augmentation_size = augmentation.size if augment else 0
         self.balance = check_fraction("balance", balance)
+        self.buckets = check_choice("buckets", buckets, (True, False))
+        for name, value in (("augment", augment), ("balance", balance)):
+            if buckets and value:
+                raise ValueError(f"{name}={value} must be 0 with buckets")
         self.holdout = check_fraction("holdout", holdout)
         if holdout in (0, 1):
             raise ValueError(
@@ -179,7 +187,7 @@ class ImageData(L.LightningDataModule):
                 f"out{found}"
             )
         too_small = (self.cache.shapes < height_and_width(self.image_size)).any(axis=1)
-        if too_small.any():
+        if too_small.any() and not self.buckets:
             i = int(too_small.argmax())
             raise ValueError(
                 f"image_size={self.image_size} is more than the "
@@ -229,7 +237,8 @@ class ImageData(L.LightningDataModule):
             raise ValueError(
                 f"augment={self.augment.probability} must be 0 where images are {remedy}"
             )
-        if (self.cache.shapes != height_and_width(self.image_size)).any():
+        is_other = self.cache.shapes != height_and_width(self.image_size)
+        if is_other.any() and not self.buckets:
             raise ValueError(
                 f"crop=random must be center where images are {remedy}: some images are larger "
                 f"than image_size={self.image_size}"
@@ -238,7 +247,15 @@ class ImageData(L.LightningDataModule):
     def summary_lines(self) -> list[str]:
         """Say which images the source found, and what is unusual about them, a line each."""
         lines: list[str] = getattr(self.source, "summary_lines", list)()
+        if isinstance(self.order, BucketOrder):
+            lines = lines + describe_buckets(self.order, self._held_out_sizes())
         return lines + self.cache.unusual
+
+    def sizes(self) -> list[Size]:
+        """Return the heights and widths that batches have."""
+        if not self.buckets:
+            return [height_and_width(self.image_size)]
+        return [(height, width) for height, width in np.unique(self.cache.shapes, axis=0).tolist()]
 
     def changes_since(self, digest: str) -> list[str]:
         """Say by name how the images differ from those of ``digest``, if these are in the cache."""
@@ -265,7 +282,7 @@ class ImageData(L.LightningDataModule):
             self.split,
             self.order,
             first=self.held_out,
-            size=self.image_size,
+            size=self._crop_size,
             seed=self.seed,
             flip=self.flip,
             augment=self.augment,
@@ -288,11 +305,14 @@ class ImageData(L.LightningDataModule):
         size = self.batch_size // self.shards
         unit = self.batch_size if isinstance(self.limit_val, int) else self.held_out
         end = min(self.held_out, max(1, round(self.limit_val * unit)))
-        batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
+        if self.buckets:
+            batches = batches_of_one_size(self._held_out_sizes(), size, end=end)
+        else:
+            batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
         last = len(batches) - 1
         turns = range(0, len(batches), self.processes)
         of_this_process = [batches[min(i + self.rank, last)] for i in turns]
-        images = ImageDataset(self.cache, self.split, size=self.image_size, moments=self.moments)
+        images = ImageDataset(self.cache, self.split, size=self._crop_size, moments=self.moments)
         return self._loader(images, of_this_process)
 
     @override
@@ -372,6 +392,10 @@ class ImageData(L.LightningDataModule):
 
     def _order(self, n: int) -> Order:
         """Return the order of the ``n`` training images."""
+        if self.buckets:
+            places = np.arange(self.held_out, len(self.cache))
+            sizes = self.cache.shapes[self.split.indices(places)]
+            return BucketOrder(sizes, self.seed, batch_size=self.batch_size)
         if not self.balance:
             return FeistelPermutation(n, self.seed)
         if not self.classes:
@@ -380,6 +404,15 @@ class ImageData(L.LightningDataModule):
             )
         training = self.split.indices(np.arange(self.held_out, len(self.cache)))
         return BalancedPermutation(self.cache.labels[training], self.seed, balance=self.balance)
+
+    @property
+    def _crop_size(self) -> ImageSize | None:
+        """Height and width of the crops; None where images are taken whole."""
+        return None if self.buckets else self.image_size
+
+    def _held_out_sizes(self) -> NDArray[np.int64]:
+        """Return height and width of each held-out image, ``(m, 2)``."""
+        return self.cache.shapes[self.split.indices(np.arange(self.held_out))]
 
     def _loader(self, images: ImageDataset, batches: Any) -> DataLoader[Batch | AugmentedBatch]:
         return DataLoader(
@@ -406,16 +439,23 @@ def _check_fold(fold: int | None, folds: int | None) -> tuple[int | None, int | 
     return fold, folds
 
 
-def folder_data(*, root: str | Sequence[str], image_size: int = 64, **others: Any) -> ImageData:
+def folder_data(
+    *,
+    root: str | Sequence[str],
+    image_size: int = 64,
+    buckets: Sequence[str] | str | None = None,
+    **others: Any,
+) -> ImageData:
     """Return ``ImageData`` of a ``Folder``, with the arguments of both side by side.
 
     Args:
         root: the folder of the images, or several.
         image_size: height and width of the images, in pixels.
+        buckets: several heights and widths in place of ``image_size``, as of ``Folder``.
         **others: further arguments of ``Folder`` and of ``ImageData``.
     """
     names = signature(Folder).parameters
     of_folder = {name: value for name, value in others.items() if name in names}
     of_data = {name: value for name, value in others.items() if name not in names}
-    list_folder = partial(Folder, root=root, image_size=image_size, **of_folder)
-    return ImageData(list_folder, image_size=image_size, **of_data)
+    list_folder = partial(Folder, root=root, image_size=image_size, buckets=buckets, **of_folder)
+    return ImageData(list_folder, image_size=image_size, buckets=buckets is not None, **of_data)

@@ -41,6 +41,10 @@ class Space(ABC):
         channels, rows, _ = self.shape(height)
         return channels, rows, self.shape(width)[2]
 
+    def image_size(self, image: Tensor) -> tuple[int, int] | None:
+        """Return height and width in pixels of what ``encode`` takes; None if they are unknown."""
+        return None if self.cached else (image.shape[2], image.shape[3])
+
     @abstractmethod
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         """Return x_0 ``(b, c, h, w)``.

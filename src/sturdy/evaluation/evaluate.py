@@ -68,6 +68,11 @@ def write_report(cfg: DictConfig) -> None:
     check_options(options)
     features: Features = instantiate({"features": cfg.features})["features"]
     run = open_run(cfg)
+    if run.config["data"].get("buckets"):
+        raise ValueError(
+            f"run={cfg.run} was trained with data.buckets: a report compares images of one size, "
+            f"and its images have several. Look at samples instead: sample.size=..."
+        )
     data = open_data(cfg, run)
     reference = load_reference_images(data, features, options.most, Path(cfg.paths.cache))
     option = caption_option(run.module)

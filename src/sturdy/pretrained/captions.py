@@ -7,6 +7,7 @@ The text encoders are not trained, so each caption is encoded once, and they are
 """
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,7 @@ class CaptionCondition(Condition):
         label: ``(b,)`` int64 in [0, rows]; the label ``rows`` is the null caption.
         table: the embeddings.
         image_size: height and width of the images, in pixels; one number for squares. They count as
-            not cropped.
+            not cropped. ``sized`` is for images of another size.
 
     Raises:
         ValueError: a label is out of range (checked on the CPU only).
@@ -41,7 +42,7 @@ class CaptionCondition(Condition):
     def __init__(self, label: Tensor, table: TextTable, image_size: ImageSize) -> None:
         super().__init__(label)
         self.table = table
-        self.image_size = image_size
+        self.size = height_and_width(image_size)
         if not label.is_cpu:
             return
         wrong = label[(label < 0) | (label > len(table))]
@@ -58,13 +59,19 @@ class CaptionCondition(Condition):
         return self.with_rows(label.masked_fill(mask.to(label.device), len(self.table)))
 
     @override
+    def sized(self, height: int, width: int) -> Self:
+        changed = copy(self)
+        changed.size = (height, width)
+        return changed
+
+    @override
     def arguments(self) -> tuple[Tensor | None, ...]:
         (label,) = self.rows
         assert label is not None
         embeddings, pooled = self.table.rows(label)
         if pooled is None:
             return (embeddings,)
-        height, width = map(float, height_and_width(self.image_size))
+        height, width = map(float, self.size)
         sizes = torch.tensor([height, width, 0.0, 0.0, height, width], device=label.device)
         return embeddings, pooled, sizes.expand(len(label), 6)
 

@@ -1,7 +1,6 @@
 """What sampling starts from: noise, or an image that is drawn anew, all of it or a part."""
 
 import hashlib
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from exact_resume.randomness import Draws
+from sturdy.data.buckets import Size, size_text
 from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
 from sturdy.diffusion.space import Space
 from sturdy.encoders.images import scaled
-from sturdy.image_size import describe_size
 
 DEFAULT_STRENGTH = 0.6  # if all of the image may change
 
@@ -37,7 +36,7 @@ class InitialState:
         ValueError: naming the key.
     """
 
-    def __init__(self, options: DictConfig, size: tuple[int, int], space: Space) -> None:
+    def __init__(self, options: DictConfig, size: Size, space: Space) -> None:
         self.space = space
         self.image: Tensor | None = None
         self.mask: Tensor | None = None
@@ -106,31 +105,24 @@ def _strength(options: DictConfig) -> float:
     return float(strength)
 
 
-def _read_file(options: DictConfig, name: str, size: tuple[int, int]) -> Tensor:
-    """Read an image upright and not cropped, just as large as covers ``size``: uint8 ``(3, h, w)``.
-
-    A square is covered when the short side is its side.
-    """
+def _read_file(options: DictConfig, name: str, size: Size) -> Tensor:
+    """Read an image upright and not cropped, as it covers ``size``: uint8 ``(3, h, w)``."""
     file = Path(str(options[name])).expanduser()
-    decode = instantiate(options.decode)
+    cover = {} if size[0] == size[1] else {"buckets": [size]}
     try:
-        short = min(size)
-        pixels = decode(file, size=short, crop="random")
-        missing = max(side / got for side, got in zip(size, pixels.shape[1:], strict=True))
-        if missing > 1:
-            pixels = decode(file, size=math.ceil(short * missing), crop="random")
-        return torch.from_numpy(pixels)
+        decode = instantiate(options.decode)
+        return torch.from_numpy(decode(file, size=min(size), crop="random", **cover))
     except Exception as error:  # of our decoder, Pillow or the disk: all say what is wrong
         raise ValueError(f"sample.{name}={file}: {error}") from None
 
 
-def _mask(mask: Tensor, pixels: Tensor, size: tuple[int, int], options: DictConfig) -> Tensor:
+def _mask(mask: Tensor, pixels: Tensor, size: Size, options: DictConfig) -> Tensor:
     """Return where the mask is white, ``(h, w)`` bool; True is drawn anew."""
     if mask.shape != pixels.shape:
         raise ValueError(
             f"sample.mask={options.mask} is {_dimensions(mask)} where "
-            f"sample.image={options.image} is {_dimensions(pixels)}, both resized to cover "
-            f"{describe_size(size)}: make it as large as the image"
+            f"sample.image={options.image} is {_dimensions(pixels)}, resized to cover "
+            f"{size_text(size)}: make it as large as the image"
         )
     white = _center_crop(mask, size).float().mean(0) > 127.5
     if not white.any():
@@ -140,7 +132,7 @@ def _mask(mask: Tensor, pixels: Tensor, size: tuple[int, int], options: DictConf
     return white
 
 
-def _center_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def _center_crop(pixels: Tensor, size: Size) -> Tensor:
     height, width = size
     top = (pixels.shape[1] - height) // 2
     left = (pixels.shape[2] - width) // 2

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from exact_resume.randomness import Draws, key
+from sturdy.data.buckets import Size, parse_size, size_text
 from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
 from sturdy.image_size import height_and_width
@@ -49,7 +50,10 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     options = cfg.sample
     check_integers(options, MINIMUMS, "sample.")
     run = open_run(cfg)
-    size = height_and_width(run.config["data"]["image_size"])
+    run_size = height_and_width(run.config["data"]["image_size"])
+    size = run_size
+    if options.size is not None:
+        size = parse_size("sample.size", options.size)
     classes = list(run.config["classes"])
     numbers = range(options.first, options.first + options.n)
     if label == "null" and label not in classes:
@@ -62,6 +66,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
         turns = 0 if label is not None else len(classes)  # conditions that come in turn
     else:
         cond, chosen = select_captions(run, options, numbers.stop, Path(cfg.paths.cache))
+        cond = cond.sized(*size)
         turns = min(len(cond.table), numbers.stop)
     sampling = resolve_sampling(
         cfg, run.config, options.ema, state=run.point.state, trust=run.trust
@@ -74,6 +79,8 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
 
     how = provenance(run, sampling.sampler) | sampling.primitives(cond) | start.primitives
     how |= {"seed": options.seed, **chosen}
+    if size != run_size:
+        how["size"] = size_text(size)
     out = claim_folder("sample.out", options.out, run.directory / OUTPUT, how, ["*.png"])
     print(sampling.describe(cond), flush=True)
 
@@ -131,7 +138,7 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def is_complete(path: Path, size: tuple[int, int]) -> bool:
+def is_complete(path: Path, size: Size) -> bool:
     """Whether ``path`` is a PNG of ``size``, as of ``as_image``, whose checksums are right."""
     height, width = size
     try:

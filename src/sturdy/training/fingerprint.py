@@ -35,6 +35,7 @@ COMPUTES = (
     "examples.cars.backbone",
     "sturdy.backbone.*",
     "sturdy.data.augment",
+    "sturdy.data.buckets",
     "sturdy.data.datamodule",
     "sturdy.data.encoded",
     "sturdy.data.images",

@@ -1,6 +1,6 @@
 """The parts of one start, built from its config: data, gradient reduction, and the Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +109,9 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
         if gradients.startswith("fsdp2 over"):  # whatever an older version noted
             kept = "allreduce"
         cfg.reduction = kept or default
+    known = {name.removesuffix(".0") for name in stored}  # a list is stored by its items
     for key, older_value in cfg.resume.added.items():
-        if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
+        if stored and key not in known and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, older_value)
     if cfg.trainer.threads is None:
         share = max(1, available_cpus() // distributed.local_world_size())
@@ -183,18 +184,30 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     return data
 
 
-def dry_run_forward(module: DiffusionModule, size: ImageSize, channels: int = 3) -> None:
+def dry_run_forward(
+    module: DiffusionModule,
+    size: ImageSize,
+    channels: int = 3,
+    sizes: Sequence[tuple[int, int]] = (),
+) -> None:
     """Send one image of ``channels`` and ``size`` through everything, and build the optimizer.
+
+    Args:
+        module: of the run.
+        size: height and width of the image.
+        channels: of the image.
+        sizes: other heights and widths that the backbone must take.
 
     Raises:
         ValueError: the parts do not go together, or the optimizer refuses.
     """
     check_space(module.space, module.space.smallest or size, channels)
     check_optimizer(module.make_optimizer, module)
-    x = torch.zeros(1, *module.space.shape_of(*height_and_width(size)))
     try:
         with torch.no_grad():
-            module.ema.model(x, torch.full((1,), 0.5), None)
+            for height, width in dict.fromkeys([height_and_width(size), *sizes]):
+                x = torch.zeros(1, *module.space.shape_of(height, width))
+                module.ema.model(x, torch.full((1,), 0.5), None)
     except (TypeError, RuntimeError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
