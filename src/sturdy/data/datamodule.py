@@ -156,6 +156,7 @@ class ImageData(L.LightningDataModule):
         self.source: Source | None = None
         self.moments: Cache | None = None
         self.notes: list[str] = []
+        self.bucket_lines: list[str] = []
 
     def open(self, expected_digest: str | None = None) -> Cache:
         """Decode the images that are not in the cache yet, and report progress if it takes long.
@@ -202,6 +203,8 @@ class ImageData(L.LightningDataModule):
             counts = np.bincount(self.cache.labels, minlength=len(self.classes))
             self.prior = (counts / n).tolist()
         self.order = self._order(n - self.held_out)
+        if isinstance(self.order, BucketOrder):
+            self.bucket_lines = describe_buckets(self.order, self._held_out_sizes())
         return self.cache
 
     def encode_with(self, encoder: ImageEncoder, device: str | torch.device = "cpu") -> bool:
@@ -247,9 +250,7 @@ class ImageData(L.LightningDataModule):
     def summary_lines(self) -> list[str]:
         """Say which images the source found, and what is unusual about them, a line each."""
         lines: list[str] = getattr(self.source, "summary_lines", list)()
-        if isinstance(self.order, BucketOrder):
-            lines = lines + describe_buckets(self.order, self._held_out_sizes())
-        return lines + self.cache.unusual
+        return lines + self.bucket_lines + self.cache.unusual
 
     def sizes(self) -> list[Size]:
         """Return the heights and widths that batches have."""
