@@ -22,7 +22,7 @@ CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # From the ground up: a room imports itself and rooms of lower layers only.
 LAYERS = [
     {"exact_resume"},
-    {"sturdy.errors", "sturdy.keys", "sturdy.renames", "sturdy.progress"},
+    {"sturdy.errors", "sturdy.image_size", "sturdy.keys", "sturdy.renames", "sturdy.progress"},
     {"sturdy.diffusion", "sturdy.backbone", "sturdy.data", "sturdy.encoders"},
     {"sturdy.pretrained"},
     {"sturdy.trust", "sturdy.training"},

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sturdy.backbone.dit import DiT
 from sturdy.backbone.embed import zero_init
+from sturdy.image_size import ImageSize, height_and_width
 
 # Numbers that each token gets. As many as a token has channels would be most of the weights.
 RANK = 32
@@ -22,7 +23,7 @@ class AlignedDiT(DiT):
     """A DiT whose tokens also get features of the whole image; for images of one size.
 
     Args:
-        image_size: height and width of the images, a multiple of ``patch``.
+        image_size: height and width of the images, multiples of ``patch``; one number for squares.
         global_units: hidden units of the ``GlobalMixer``.
 
     The other arguments are as of ``DiT``.
@@ -34,7 +35,7 @@ class AlignedDiT(DiT):
     def __init__(
         self,
         *,
-        image_size: int,
+        image_size: ImageSize,
         global_units: int = 256,
         image_channels: int = 3,
         num_classes: int = 0,
@@ -46,10 +47,11 @@ class AlignedDiT(DiT):
         dropout: float = 0.0,
         checkpoint: bool = False,
     ) -> None:
-        if image_size % patch:
+        height, width_in_pixels = height_and_width(image_size)
+        if height % patch or width_in_pixels % patch:
             raise ValueError(f"image_size={image_size} must be a multiple of patch={patch}")
-        image_shape = (image_channels, image_size, image_size)
-        tokens = (image_size // patch) ** 2
+        image_shape = (image_channels, height, width_in_pixels)
+        tokens = (height // patch) * (width_in_pixels // patch)
 
         def mixer(width: int) -> GlobalMixer:
             return GlobalMixer(image_shape, tokens, width, units=global_units)

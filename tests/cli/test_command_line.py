@@ -251,9 +251,8 @@ MISTAKES = {
     "data.root": "write data.root=VALUE",
     "mine": "write key=value, such as name=mine",
     "é=1": "'é' is no key",
-    "data.image_size=[16,24]": (
-        "data.image_size is a whole number like 32, not a list; images are square"
-    ),
+    "data.image_size=[16,24]": "data.image_size=[16, 24] must be a whole number",
+    "data.image_size=wide": "data.image_size is a whole number like 32, not a word",
     "data.batch_size=true": "data.batch_size is a whole number like 64, not true",
     "trainer.compile=yes": "trainer.compile is true or false",
     "optimizer.lr=nan": "optimizer.lr is a number like 0.001, not nan",

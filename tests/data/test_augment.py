@@ -116,3 +116,21 @@ def test_training_batches_carry_the_condition_and_validation_is_plain(tmp_path):
 def test_options_out_of_range_name_their_key(options, message):
     with pytest.raises(ValueError, match=message):
         ImageData(Noise(), image_size=8, **options)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_are_not_square_are_moved_pixel_by_pixel(channels):
+    image = torch.arange(channels * 6 * 15).reshape(channels, 6, 15).to(torch.uint8)
+    moved, condition = Augment(0.5, translate=0.34)(
+        image.expand(500, -1, -1, -1), Draws(0, range(500))
+    )
+    for x, (mirrored, down, right) in zip(moved, condition.tolist(), strict=True):
+        rows = reflect(torch.arange(6) - round(down * 2), 6)
+        columns = reflect(torch.arange(15) - round(right * 5), 15)
+        expected = image[:, rows][:, :, columns]
+        assert torch.equal(x, image_mirrored(image, rows, columns) if mirrored else expected)
+
+
+def image_mirrored(image, rows, columns):
+    """The mirror image, moved."""
+    return image.flip(-1)[:, rows][:, :, columns]

@@ -125,7 +125,7 @@ def test_few_images(tmp_path, n, held):
 def test_what_cannot_be_trained_on(tmp_path):
     with pytest.raises(ValueError, match="one image only"):
         opened(tmp_path, Noise(1))
-    with pytest.raises(ValueError, match="image_size=16 is more than the 8 pixels"):
+    with pytest.raises(ValueError, match="image_size=16 is more than the 8 x 8 pixels of noise"):
         opened(tmp_path, Noise(4, key="four"), image_size=16)
 
 
@@ -146,3 +146,44 @@ def test_what_cannot_be_trained_on(tmp_path):
 def test_options_out_of_range_name_their_key(options, message):
     with pytest.raises(ValueError, match=message):
         ImageData(Noise(), **{"image_size": 8, **options})
+
+
+class Grey(Noise):
+    """Images of one channel that are not square."""
+
+    channels = 1
+
+    def decode(self, index):
+        return super().decode(index)[:1]
+
+
+@pytest.mark.parametrize("size", [(8, 12), (12, 8)])
+def test_images_that_are_not_square_and_of_one_channel(tmp_path, size):
+    source = Grey(9, shape=(3, 12, 14), key="grey")
+    data = opened(tmp_path, source, image_size=size, batch_size=4, flip=True)
+    [batch] = batches(data, 1)
+    assert batch.image.shape == (4, 1, *size)
+    names = [source.name(index) for index in range(9)]
+    for image, name in zip(batch.image, data.names(batch.positions), strict=True):
+        whole = torch.from_numpy(source.decode(names.index(name)))
+        parts = whole.unfold(1, size[0], 1).unfold(2, size[1], 1)  # (1, tops, lefts, h, w)
+        upright = (parts == image).all((-1, -2)).any()
+        mirrored = (parts == image.flip(-1)).all((-1, -2)).any()
+        assert upright ^ mirrored
+    again = opened(tmp_path, source, image_size=list(size), batch_size=4, flip=True)
+    assert equal([batch], batches(again, 1))
+
+
+def test_a_pair_of_equal_sides_is_one_number(tmp_path):
+    assert opened(tmp_path, Noise(4, key="pair"), image_size=[8, 8]).image_size == 8
+
+
+@pytest.mark.parametrize("size", [[8], [8, 0], [8, 8, 8], "88", [8.0, 8], True])
+def test_other_sizes_are_refused(size):
+    with pytest.raises(ValueError, match=r"image_size=.* must be a whole number of at least 1, or"):
+        ImageData(Noise(), image_size=size)
+
+
+def test_only_squares_are_turned():
+    with pytest.raises(ValueError, match="rotate=True turns by quarters, which only squares"):
+        ImageData(Noise(), image_size=[8, 12], augment=0.1, rotate=True)

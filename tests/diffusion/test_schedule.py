@@ -162,6 +162,14 @@ def test_shift_of_the_papers(factor):
         assert torch.allclose(shift, torch.full_like(t, 2 * math.log(factor)))
 
 
+def test_shift_of_images_that_are_not_square():
+    t = torch.linspace(0.01, 1, 34)
+    square = Shifted(RectifiedFlow(), image_size=48)(t)
+    for pair in ([48, 48], [32, 72]):  # as many pixels
+        shifted = Shifted(RectifiedFlow(), image_size=pair)(t)
+        assert all(torch.equal(a, b) for a, b in zip(square, shifted, strict=True))
+
+
 def test_shift_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)

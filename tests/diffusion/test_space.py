@@ -50,6 +50,7 @@ def test_pixels_are_the_images_themselves():
     image = torch.rand(2, 3, 8, 8)
     assert Pixels().encode(image, Draws(0, range(2))) is image
     assert Pixels(channels=1).shape(16) == (1, 16, 16)
+    assert Pixels(channels=1).shape_of(16, 24) == (1, 16, 24)
     assert Pixels().key() == ""
 
 

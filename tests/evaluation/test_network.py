@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exact_resume.randomness import generator
-from sturdy.encoders.images import scaled
+from sturdy.encoders.images import scaled, unscaled
 from sturdy.encoders.network import answer, embed, fit, nt_xent, view
 
 
@@ -63,3 +63,18 @@ def test_contrast_tells_pictures_apart():
         with torch.no_grad():
             losses.append(nt_xent(network.project(network.trunk(torch.cat(views)).relu())))
     assert losses[1] < losses[0] / 2
+
+
+def test_grey_images_are_seen_as_rgb_and_others_refused():
+    grey = torch.randint(0, 256, (6, 1, 8, 12), generator=torch.Generator().manual_seed(0))
+    grey = grey.to(torch.uint8)
+    networks = [fit(x, {}, contrast=True, seen=12) for x in (grey, grey.repeat(1, 3, 1, 1))]
+    assert torch.equal(networks[0](grey), networks[1](grey.repeat(1, 3, 1, 1)))
+    with pytest.raises(ValueError, match="images of 2 channels are neither grey nor RGB"):
+        networks[0](grey.repeat(1, 2, 1, 1))
+
+
+def test_float_images_become_pixels_and_pixels_stay():
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(unscaled(scaled(levels)), levels)
+    assert unscaled(levels) is levels

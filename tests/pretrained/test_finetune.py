@@ -219,3 +219,27 @@ def test_it_is_proved(world, way, latents, tmp, words):
     done = subprocess.run(job, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PROVED: the killed run ended in the same bits" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd1"])
+def test_on_buckets_it_ends_in_the_same_bits(family, tmp_path):
+    words = prepare(tmp_path, family)
+    for k in range(0, 20, 3):
+        path = tmp_path / "images" / f"{k:02}.png"
+        with Image.open(path) as image:
+            image.resize((60, 120)).save(path)
+    words += [*LORA, "data.buckets=[64x64,96x32]"]
+    if family == "sd1":
+        said = train(tmp_path, "wrong", "data.buckets=[64x64,90x32]", base=words, code=2).stderr
+        assert "the sides of 90x32 must be multiples of" in said
+    said = train(tmp_path, "whole", base=words).stdout
+    assert "cut off to fit the buckets" in said
+    kill_at(tmp_path, "killed", 3, base=words, saved=True)
+    assert "bitwise" in train(tmp_path, "killed", base=words).stdout
+    assert differences(tmp_path, "whole", "killed") == []
+    out = tmp_path / "drawn"
+    prompt = ["run=whole", "sample.n=1", "sample.prompt=a car", "sample.size=96x32"]
+    run_script(tmp_path, "sample", *prompt, f"sample.out={out}")
+    with Image.open(out / "000000.png") as image:
+        assert image.size == (32, 96)

@@ -83,6 +83,9 @@ def test_sdxl_gets_two_encoders_the_pooled_text_and_six_sizes(bases, tmp_path):
     assert torch.equal(vector, torch.cat([pooled, null_pooled]))
     assert not null.any(), "SDXL was trained with zeros where the caption was left out"
     assert sizes.tolist() == [[SIZE, SIZE, 0, 0, SIZE, SIZE]] * 2
+    wide = option(torch.tensor([1, 3]), 3).sized(48, 80)
+    for cond in (wide, wide.null(), wide.cat(wide)[:2]):
+        assert cond.arguments()[2].tolist() == [[48, 80, 0, 0, 48, 80]] * 2
 
 
 def test_an_empty_prompt_of_sdxl_is_no_null_caption(bases, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sturdy.sampling.grids import class_columns, grid, save_png, to_uint8
+from sturdy.sampling.grids import as_image, class_columns, grid, save_png, to_uint8
 
 
 def test_levels_are_rounded_and_clipped():
@@ -43,3 +43,22 @@ def test_a_picture_is_written_whole(tmp_path):
     save_png(Image.new("RGB", (3, 2), "red"), path)
     assert np.asarray(Image.open(path)).tolist() == [[[255, 0, 0]] * 3] * 2
     assert [p.name for p in path.parent.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_an_image_of_any_number_of_channels(channels):
+    pixels = torch.arange(4 * 6 * channels, dtype=torch.uint8).reshape(4, 6, channels)
+    image = as_image(pixels)
+    shown = np.asarray(image)
+    if channels == 3:
+        assert np.array_equal(shown, pixels)
+    else:
+        assert image.mode == "L"
+        assert np.array_equal(shown, np.concatenate([*pixels.numpy().transpose(2, 0, 1)], axis=1))
+
+
+def test_a_grid_of_grey_images_that_are_not_square():
+    shades = torch.linspace(-1, 1, 4)[:, None, None, None].expand(4, 1, 8, 12)
+    sheet = np.asarray(grid(shades, columns=2, tile=24, gap=1))
+    assert sheet.shape == (2 * 17 + 1, 2 * 25 + 1, 3)
+    assert sheet[[9, 26]][:, [13, 38], 0].flatten().tolist() == [0, 85, 170, 255]

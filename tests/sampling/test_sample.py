@@ -74,7 +74,7 @@ def test_what_is_complete_is_not_drawn_again(drawn, tmp_path):
     before, then = images(tmp_path), times(tmp_path)
     (tmp_path / "000001.png").unlink()
     os.truncate(tmp_path / "000004.png", 200)
-    assert not is_complete(tmp_path / "000004.png", 16)
+    assert not is_complete(tmp_path / "000004.png", (16, 16))
     code, said = drawn("sample.n=8", *words)
     assert code == 0
     assert "8 images from step 2" in said

@@ -315,10 +315,9 @@ def _resolve_value(override: Override, base: DictConfig, keys: dict[str, Any]) -
     wants_whole = isinstance(old, int) and not isinstance(old, bool)
     if wants_whole and isinstance(value, float) and value.is_integer():
         return f"{key}={int(value)}"
-    if key != "trainer.devices" and (kind := _expected_kind(old, value)):
-        square = key.endswith("image_size") and isinstance(value, list)
-        hint = "; images are square" if square else ""
-        raise UsageError(f"{word}: {key} is {kind}, not {_describe_value(value)}{hint}")
+    is_size = key.endswith("image_size") and isinstance(value, int | list)  # the data checks it
+    if key != "trainer.devices" and not is_size and (kind := _expected_kind(old, value)):
+        raise UsageError(f"{word}: {key} is {kind}, not {_describe_value(value)}")
     if is_part and not isinstance(value, dict) and "${" not in str(value):
         inner = ", ".join(f"{key}.{name}" for name in old)
         raise UsageError(f"{word}: {key} is no value of its own; its keys are {inner}")

@@ -24,7 +24,7 @@ class Augment:
         probability: of each of them.
         translate: the largest shift, as a fraction of the side. Pixels from outside the image are
             its reflection.
-        rotate: whether to turn, too.
+        rotate: whether to turn, too; only squares can be turned.
 
     Attributes:
         size: length of the vector that describes the augmentation of an image.
@@ -42,30 +42,33 @@ class Augment:
         self.size = len(FIELDS) if rotate else 3
 
     def __call__(self, image: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Augment images and describe how, ``(b, c, h, h) -> (b, c, h, h), (b, size)``.
+        """Augment images and describe how, ``(b, c, h, w) -> (b, c, h, w), (b, size)``.
 
         The fields of a description are ``FIELDS``: 0 or 1 for mirrors and turns, and from -1 to 1
         for shifts, in units of the largest. All are 0 where the image was left as it is.
         """
         u = draws.uniform("augment", (6,))
-        side = image.shape[-1]
+        height, width = sides = image.shape[2:]
         mirrored, shifted, turned = (u[:, :3] < self.probability).unbind(1)
-        largest = int(self.translate * side)
+        largest = torch.tensor([int(self.translate * side) for side in sides])
         shifts = ((u[:, 3:5] * (2 * largest + 1)).long() - largest) * shifted[:, None]
         quarters = (1 + (u[:, 5] * 3).long()) * turned * self.rotate
 
-        # (b, h, h): the row and the column that each pixel comes from
-        rows, columns = (reflect(torch.arange(side) - shift[:, None], side) for shift in shifts.T)
+        # (b, h, w): the row and the column that each pixel comes from
+        rows, columns = (
+            reflect(torch.arange(side) - shift[:, None], side)
+            for shift, side in zip(shifts.T, sides, strict=True)
+        )
         y, x = torch.broadcast_tensors(rows[:, :, None], columns[:, None, :])
         for turn in range(3):
             turn_again = (quarters > turn)[:, None, None]
-            y, x = torch.where(turn_again, x, y), torch.where(turn_again, side - 1 - y, x)
-        x = torch.where(mirrored[:, None, None], side - 1 - x, x)
+            y, x = torch.where(turn_again, x, y), torch.where(turn_again, height - 1 - y, x)
+        x = torch.where(mirrored[:, None, None], width - 1 - x, x)
 
-        pixels = (y * side + x).flatten(1)[:, None].expand(-1, image.shape[1], -1)
+        pixels = (y * width + x).flatten(1)[:, None].expand(-1, image.shape[1], -1)
         moved = image.flatten(2).gather(2, pixels).view_as(image)
         turns = torch.nn.functional.one_hot(quarters, 4)[:, 1:]
-        fields = torch.cat([mirrored[:, None], shifts / max(1, largest), turns], dim=1).float()
+        fields = torch.cat([mirrored[:, None], shifts / largest.clamp(min=1), turns], dim=1).float()
         return moved, fields[:, : self.size]
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from exact_resume.files import fsync_directory, open_durable
 from exact_resume.system import available_cpus
+from sturdy.data.buckets import describe_cut
 from sturdy.data.source import (
     BadImageError,
     ImageTooSmallError,
@@ -288,7 +289,7 @@ def hash_pixels(image: np.ndarray) -> int:
 def describe_unusual(
     source: Source, entries: Sequence[Entry], too_small: Sequence[int]
 ) -> list[str]:
-    """Report small images, images of one colour, and copies, a line for each kind that there is.
+    """Report what was cut off, small images, images of one colour, and copies, a line for each.
 
     Args:
         source: all of its images are decoded.
@@ -302,6 +303,12 @@ def describe_unusual(
     copies = [(kept[i], kept[k]) for i, k in _find_copies(entries)]
     in_other_class = sum(source.label(i) != source.label(k) for i, k in copies)
     side = min((min(entry.shape) for entry in entries), default=0)
+    cut_by_index: dict[int, float] = getattr(source, "cut", {})
+    cut: dict[tuple[int, int], list[float]] = {}
+    for entry in entries:
+        if entry.source_index in cut_by_index:
+            height, width = entry.shape
+            cut.setdefault((height, width), []).append(cut_by_index[entry.source_index])
 
     def names(indices: Sequence[int]) -> list[str]:
         return [source.name(index) for index in indices]
@@ -316,13 +323,15 @@ def describe_unusual(
     )
     classes_differ = f"; {in_other_class:,} of them are in another class"
     equal_names = [f"{source.name(i)} = {source.name(k)}" for i, k in copies]
+    too_large = "their bucket" if cut else "image_size"
     return [
+        *describe_cut(cut),
         *line("smaller than min_side, left out", names(too_small), len(source)),
         *line(
-            "smaller than image_size, scaled up",
+            f"smaller than {too_large}, scaled up",
             names(scaled_up),
             len(kept),
-            f"; min_side={side} leaves them out",
+            "" if cut else f"; min_side={side} leaves them out",
         ),
         *line("nearly of one colour", names(one_colour), len(kept), few_values if deep else ""),
         *line("exact copies", equal_names, len(kept), classes_differ if in_other_class else ""),

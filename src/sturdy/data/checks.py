@@ -1,9 +1,11 @@
 """Checks of arguments. An error names the argument and says which values it takes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from PIL import ImageColor
+
+from sturdy.image_size import ImageSize
 
 
 def is_int(value: Any) -> bool:
@@ -16,6 +18,18 @@ def check_int(name: str, value: Any, *, least: int = 1) -> int:
     if not is_int(value) or value < least:
         raise ValueError(f"{name}={value} must be a whole number of at least {least}")
     return value
+
+
+def check_image_size(name: str, value: Any) -> ImageSize:
+    """Return ``value`` if it is a whole number of at least 1, or two of them; a square as one."""
+    pair = [value, value] if is_int(value) else value
+    is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+    if not is_pair or not all(is_int(side) and side >= 1 for side in pair):
+        raise ValueError(
+            f"{name}={value} must be a whole number of at least 1, or height and width: [64,96]"
+        )
+    height, width = pair
+    return height if height == width else [height, width]
 
 
 def check_fraction(name: str, value: Any) -> float:

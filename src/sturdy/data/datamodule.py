@@ -23,14 +23,22 @@ from typing_extensions import override
 from exact_resume.permutation import FeistelPermutation, InfiniteBatchSampler
 from exact_resume.reduction import own_shards
 from sturdy.data.augment import Augment
+from sturdy.data.buckets import BucketOrder, Size, batches_of_one_size, describe_buckets
 from sturdy.data.cache import Cache, find_cache, open_cache
 from sturdy.data.changes import describe_changes, describe_unused
-from sturdy.data.checks import check_choice, check_fraction, check_fraction_or_count, check_int
+from sturdy.data.checks import (
+    check_choice,
+    check_fraction,
+    check_fraction_or_count,
+    check_image_size,
+    check_int,
+)
 from sturdy.data.encoded import EncodedImages, ImageEncoder
 from sturdy.data.folder import Folder
 from sturdy.data.images import AugmentedBatch, Batch, ImageDataset, as_float
 from sturdy.data.source import Source
 from sturdy.data.split import BalancedPermutation, Order, Split
+from sturdy.image_size import ImageSize, describe_size, height_and_width
 from sturdy.progress import ProgressPrinter
 
 SplitBy = Literal["count", "content"]
@@ -41,7 +49,9 @@ class ImageData(L.LightningDataModule):
 
     Args:
         source: the images, or a function that returns them, which ``open`` calls.
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, in pixels; one number for squares.
+        buckets: whether the images have several sizes, of which each batch has one. They are not
+            cropped, and ``image_size`` is what the network is configured for.
         batch_size: B, of the *global* batch.
         shards: V, the number of equal parts in which a batch is computed; divides ``batch_size``.
         num_workers: processes that read batches ahead; 0 is fastest, because of the cache.
@@ -87,7 +97,8 @@ class ImageData(L.LightningDataModule):
         self,
         source: Source | Callable[[], Source],
         *,
-        image_size: int,
+        image_size: ImageSize,
+        buckets: bool = False,
         batch_size: int = 64,
         shards: int = 1,
         num_workers: int = 0,
@@ -107,7 +118,7 @@ class ImageData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source_or_function = source
-        self.image_size = check_int("image_size", image_size)
+        self.image_size = check_image_size("image_size", image_size)
         self.batch_size = check_int("batch_size", batch_size)
         self.shards = check_int("shards", shards)
         if batch_size % shards:
@@ -117,9 +128,15 @@ class ImageData(L.LightningDataModule):
         self.num_workers = check_int("num_workers", num_workers, least=0)
         self.flip = check_choice("flip", flip, (True, False))
         augmentation = Augment(augment, translate=translate, rotate=rotate)
+        if augment and rotate and not isinstance(self.image_size, int):
+            raise ValueError(f"rotate={rotate} turns by quarters, which only squares can be")
         self.augment = augmentation if augment else None
         self.augmentation_size = augmentation.size if augment else 0
         self.balance = check_fraction("balance", balance)
+        self.buckets = check_choice("buckets", buckets, (True, False))
+        for name, value in (("augment", augment), ("balance", balance)):
+            if buckets and value:
+                raise ValueError(f"{name}={value} must be 0 with buckets")
         self.holdout = check_fraction("holdout", holdout)
         if holdout in (0, 1):
             raise ValueError(
@@ -142,6 +159,7 @@ class ImageData(L.LightningDataModule):
         self.source: Source | None = None
         self.moments: Cache | None = None
         self.notes: list[str] = []
+        self.bucket_lines: list[str] = []
 
     def open(self, expected_digest: str | None = None) -> Cache:
         """Decode the images that are not in the cache yet, and report progress if it takes long.
@@ -172,11 +190,12 @@ class ImageData(L.LightningDataModule):
                 f"there is one image only: at least two are needed, one to train on and one held "
                 f"out{found}"
             )
-        smallest = self.cache.shapes.min()
-        if smallest < self.image_size:
+        too_small = (self.cache.shapes < height_and_width(self.image_size)).any(axis=1)
+        if too_small.any() and not self.buckets:
+            i = int(too_small.argmax())
             raise ValueError(
-                f"image_size={self.image_size} is more than the {smallest} pixels of an image of "
-                f"the source"
+                f"image_size={self.image_size} is more than the "
+                f"{describe_size(self.cache.shapes[i].tolist())} pixels of {self.cache.names[i]}"
             )
         self.split, self.digest = self._split()
         self.held_out = len(self.split.held_out)
@@ -187,6 +206,8 @@ class ImageData(L.LightningDataModule):
             counts = np.bincount(self.cache.labels, minlength=len(self.classes))
             self.prior = (counts / n).tolist()
         self.order = self._order(n - self.held_out)
+        if isinstance(self.order, BucketOrder):
+            self.bucket_lines = describe_buckets(self.order, self._held_out_sizes())
         return self.cache
 
     def encode_with(self, encoder: ImageEncoder, device: str | torch.device = "cpu") -> bool:
@@ -222,7 +243,8 @@ class ImageData(L.LightningDataModule):
             raise ValueError(
                 f"augment={self.augment.probability} must be 0 where images are {remedy}"
             )
-        if (self.cache.shapes != self.image_size).any():
+        is_other = self.cache.shapes != height_and_width(self.image_size)
+        if is_other.any() and not self.buckets:
             raise ValueError(
                 f"crop=random must be center where images are {remedy}: some images are larger "
                 f"than image_size={self.image_size}"
@@ -231,7 +253,13 @@ class ImageData(L.LightningDataModule):
     def summary_lines(self) -> list[str]:
         """Say which images the source found, and what is unusual about them, a line each."""
         lines: list[str] = getattr(self.source, "summary_lines", list)()
-        return lines + self.cache.unusual
+        return lines + self.bucket_lines + self.cache.unusual
+
+    def sizes(self) -> list[Size]:
+        """Return the heights and widths that batches have."""
+        if not self.buckets:
+            return [height_and_width(self.image_size)]
+        return [(height, width) for height, width in np.unique(self.cache.shapes, axis=0).tolist()]
 
     def changes_since(self, digest: str) -> list[str]:
         """Say by name how the images differ from those of ``digest``, if these are in the cache."""
@@ -258,7 +286,7 @@ class ImageData(L.LightningDataModule):
             self.split,
             self.order,
             first=self.held_out,
-            size=self.image_size,
+            size=self._crop_size,
             seed=self.seed,
             flip=self.flip,
             augment=self.augment,
@@ -281,11 +309,14 @@ class ImageData(L.LightningDataModule):
         size = self.batch_size // self.shards
         unit = self.batch_size if isinstance(self.limit_val, int) else self.held_out
         end = min(self.held_out, max(1, round(self.limit_val * unit)))
-        batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
+        if self.buckets:
+            batches = batches_of_one_size(self._held_out_sizes(), size, end=end)
+        else:
+            batches = [np.arange(i, min(i + size, end)) for i in range(0, end, size)]
         last = len(batches) - 1
         turns = range(0, len(batches), self.processes)
         of_this_process = [batches[min(i + self.rank, last)] for i in turns]
-        images = ImageDataset(self.cache, self.split, size=self.image_size, moments=self.moments)
+        images = ImageDataset(self.cache, self.split, size=self._crop_size, moments=self.moments)
         return self._loader(images, of_this_process)
 
     @override
@@ -365,16 +396,27 @@ class ImageData(L.LightningDataModule):
 
     def _order(self, n: int) -> Order:
         """Return the order of the ``n`` training images."""
-        if self.overfit:
-            return FeistelPermutation(min(n, self.overfit), self.seed)
+        n = min(n, self.overfit or n)
+        places = np.arange(self.held_out, self.held_out + n)
+        if self.buckets:
+            sizes = self.cache.shapes[self.split.indices(places)]
+            return BucketOrder(sizes, self.seed, batch_size=self.batch_size)
         if not self.balance:
             return FeistelPermutation(n, self.seed)
         if not self.classes:
             raise ValueError(
                 f"balance={self.balance} balances classes, and these images have none; set it to 0"
             )
-        training = self.split.indices(np.arange(self.held_out, len(self.cache)))
-        return BalancedPermutation(self.cache.labels[training], self.seed, balance=self.balance)
+        labels = self.cache.labels[self.split.indices(places)]
+        return BalancedPermutation(labels, self.seed, balance=self.balance)
+
+    def _crop_size(self) -> ImageSize | None:
+        """Height and width of the crops; None where images are taken whole."""
+        return None if self.buckets else self.image_size
+
+    def _held_out_sizes(self) -> NDArray[np.int64]:
+        """Return height and width of each held-out image, ``(m, 2)``."""
+        return self.cache.shapes[self.split.indices(np.arange(self.held_out))]
 
     def _loader(self, images: ImageDataset, batches: Any) -> DataLoader[Batch | AugmentedBatch]:
         return DataLoader(
@@ -401,16 +443,23 @@ def _check_fold(fold: int | None, folds: int | None) -> tuple[int | None, int | 
     return fold, folds
 
 
-def folder_data(*, root: str | Sequence[str], image_size: int = 64, **others: Any) -> ImageData:
+def folder_data(
+    *,
+    root: str | Sequence[str],
+    image_size: int = 64,
+    buckets: Sequence[str] | str | None = None,
+    **others: Any,
+) -> ImageData:
     """Return ``ImageData`` of a ``Folder``, with the arguments of both side by side.
 
     Args:
         root: the folder of the images, or several.
         image_size: height and width of the images, in pixels.
+        buckets: several heights and widths in place of ``image_size``, as of ``Folder``.
         **others: further arguments of ``Folder`` and of ``ImageData``.
     """
     names = signature(Folder).parameters
     of_folder = {name: value for name, value in others.items() if name in names}
     of_data = {name: value for name, value in others.items() if name not in names}
-    list_folder = partial(Folder, root=root, image_size=image_size, **of_folder)
-    return ImageData(list_folder, image_size=image_size, **of_data)
+    list_folder = partial(Folder, root=root, image_size=image_size, buckets=buckets, **of_folder)
+    return ImageData(list_folder, image_size=image_size, buckets=buckets is not None, **of_data)

@@ -22,6 +22,7 @@ import re
 import stat
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch.nn.functional import interpolate
 
+from sturdy.data.buckets import Size, nearest_bucket
 from sturdy.data.formats import (
     JPEG,
     Opener,
@@ -69,6 +71,8 @@ class DecodedFile(NamedTuple):
     pixels: np.ndarray  # uint8 (3, h, w)
     short_side: int  # of the file, in pixels
     is_deep: bool  # whether the file has more than 8 bits of grey
+    is_scaled_up: bool
+    cut: float  # the share of the resized image that was cut off
 
 
 class _RawImage(NamedTuple):
@@ -89,6 +93,7 @@ def decode(
     background: RGB = (255, 255, 255),
     max_pixels: int = MAX_PIXELS,
     min_side: int = 0,
+    buckets: Sequence[Size] = (),
 ) -> np.ndarray:
     """Decode one image to RGB, uint8 ``(3, h, w)``.
 
@@ -99,6 +104,8 @@ def decode(
         background: the colour behind transparent pixels.
         max_pixels: most pixels an image may have, before and after the resize.
         min_side: fewest pixels that the short side of the file may have.
+        buckets: heights and widths. In place of ``(size, size)``, the one whose ratio is nearest
+            to that of the image is covered by it.
 
     Raises:
         BadImageError: the file is damaged, too large, not an image, or cannot be read.
@@ -106,7 +113,7 @@ def decode(
         OSError: the machine failed, not the file (a failing disk).
         MemoryError: there is not enough memory.
     """
-    return decode_file(data, size, crop, background, max_pixels, min_side).pixels
+    return decode_file(data, size, crop, background, max_pixels, min_side, buckets).pixels
 
 
 def decode_file(
@@ -116,27 +123,39 @@ def decode_file(
     background: RGB,
     max_pixels: int,
     min_side: int = 0,
+    buckets: Sequence[Size] = (),
 ) -> DecodedFile:
     """Decode one image and describe its file; arguments and errors as of ``decode``."""
     content = data if isinstance(data, bytes) else read_file(data, max_bytes(max_pixels))
     if not content:
         raise BadImageError("empty")
     if content.startswith(JPEG):
-        raw = _decode_jpeg(content, size, max_pixels)
+        largest = max(max(bucket) for bucket in [*buckets, (size, size)])
+        raw = _decode_jpeg(content, largest, max_pixels)
     else:
         raw = _decode_other(content, background, max_pixels)
     short_side = min(raw.height, raw.width)
     if short_side < min_side:
         raise ImageTooSmallError(f"{raw.width} x {raw.height} pixels")
-    pixels = _resize(raw, size, max_pixels)
     swap, flip_y, flip_x = UPRIGHT.get(raw.orientation, (False, False, False))
+    height, width = (raw.width, raw.height) if swap else (raw.height, raw.width)
+    target = nearest_bucket(height, width, buckets) if buckets else (size, size)
+    pixels = _resize(raw, target[::-1] if swap else target, max_pixels)
     if swap:
         pixels = pixels.transpose(0, 2, 1)
     pixels = pixels[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    _, resized_height, resized_width = pixels.shape
     if crop == "center":
-        top, left = ((side - size) // 2 for side in pixels.shape[1:])
-        pixels = pixels[:, top : top + size, left : left + size]
-    return DecodedFile(np.ascontiguousarray(pixels), short_side, raw.is_deep)
+        top = (resized_height - target[0]) // 2
+        left = (resized_width - target[1]) // 2
+        pixels = pixels[:, top : top + target[0], left : left + target[1]]
+    return DecodedFile(
+        np.ascontiguousarray(pixels),
+        short_side,
+        raw.is_deep,
+        is_scaled_up=resized_height > height or resized_width > width,
+        cut=1 - pixels[0].size / (resized_height * resized_width),
+    )
 
 
 def max_bytes(max_pixels: int) -> int:
@@ -245,11 +264,13 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _resize(raw: _RawImage, size: int, max_pixels: int) -> np.ndarray:
-    """Resize to ``(3, h, w)`` with a short side of ``size``, in the proportions of the file."""
-    short = min(raw.height, raw.width)
-    height = (2 * raw.height * size + short) // (2 * short)  # rounded to the nearest pixel
-    width = (2 * raw.width * size + short) // (2 * short)
+def _resize(raw: _RawImage, target: Size, max_pixels: int) -> np.ndarray:
+    """Resize to ``(3, h, w)`` that just covers ``target``, in the proportions of the file."""
+    height, width = target
+    if height * raw.width >= width * raw.height:  # the width is rounded to the nearest pixel
+        width = (2 * raw.width * height + raw.height) // (2 * raw.height)
+    else:
+        height = (2 * raw.height * width + raw.width) // (2 * raw.width)
     _check_pixels(height, width, max_pixels, " after the resize")
     x = torch.from_numpy(raw.pixels).permute(2, 0, 1)  # a view, which is the fast memory format
     if x.shape[1:] != (height, width):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sturdy.data.cache import Cache
 from sturdy.data.images import as_float
+from sturdy.image_size import ImageSize, height_and_width
 
 
 class ImageEncoder(Protocol):
@@ -25,7 +26,7 @@ class ImageEncoder(Protocol):
         """Return the shape ``(c, h, w)`` of the latent of an image of ``size x size`` pixels."""
 
     def moments(self, image: Tensor) -> Tensor:
-        """Return mean and standard deviation ``(1, 2 c, h, w)`` of an image ``(1, 3, size, size)``.
+        """Return mean and standard deviation ``(1, 2 c, h, w)`` of an image ``(1, 3, h, w)``.
 
         They are float32.
         """
@@ -38,9 +39,9 @@ class EncodedImages:
     """A ``Source`` of the moments of the n images of a cache, float32.
 
     Args:
-        images: the decoded images, all of ``size x size`` pixels.
+        images: the decoded images, all of one size.
         encoder: called with one image at a time.
-        size: height and width of the images.
+        size: height and width of the images; one number for squares.
         mirrored: whether the n mirrored images follow: the latent of a mirrored image is not the
             mirrored latent.
         device: where images are encoded.
@@ -59,7 +60,7 @@ class EncodedImages:
         images: Cache,
         encoder: ImageEncoder,
         *,
-        size: int,
+        size: ImageSize,
         mirrored: bool,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -67,7 +68,7 @@ class EncodedImages:
         self.encoder = encoder
         self.mirrored = mirrored
         self.device = device
-        self.channels = 2 * encoder.shape(size)[0]
+        self.channels = 2 * encoder.shape(height_and_width(size)[0])[0]
         self.encoded = 0
         parts = ["moments", images.digest_of_images, size, encoder.key(), mirrored]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()

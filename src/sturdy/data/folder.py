@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from sturdy.data.buckets import parse_buckets
 from sturdy.data.captions import read_captions
 from sturdy.data.checks import check_choice, check_colour, check_int, check_strings, check_text
 from sturdy.data.classes import (
@@ -46,6 +47,8 @@ class Folder:
         image_size: the short side of the decoded images, in pixels.
         crop: ``"center"`` gives ``(3, image_size, image_size)``; ``"random"`` leaves the long side
             uncut.
+        buckets: heights and widths such as ``["64x64", "48x80"]``, or ``"auto"``. Each image is cut
+            to the one whose ratio is nearest; see ``sturdy.data.buckets.parse_buckets``.
         background: the colour behind transparent pixels: a name, or red, green and blue up to 255.
         labels: whether top-level folders are classes.
         max_pixels: most pixels an image may have; one with more is broken.
@@ -62,8 +65,9 @@ class Folder:
         classes: the name of each class.
         captions: the distinct captions, sorted; empty without.
         key: changes with the files and with the way they are decoded.
-        scaled_up: indices of images decoded so far that were smaller than ``image_size``.
+        scaled_up: indices of images decoded so far that were smaller than they are now.
         deep: indices of images decoded so far with more than 8 bits of grey.
+        cut: with ``buckets``, the share of each image decoded so far that was cut off, by index.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -78,6 +82,7 @@ class Folder:
         root: str | os.PathLike[str] | int | Sequence[str | os.PathLike[str]],
         image_size: int = 64,
         crop: Crop = "center",
+        buckets: Sequence[str] | str | None = None,
         background: str | Sequence[int] = "white",
         labels: bool | Literal["auto"] = "auto",
         max_pixels: int = MAX_PIXELS,
@@ -113,6 +118,13 @@ class Folder:
             )
         if min_side is not None:
             self.decoding["min_side"] = check_int("min_side", min_side)
+        if buckets is not None:
+            if crop != "center":
+                raise ValueError(
+                    f"crop={crop} does not go with buckets, which cut each image once: use "
+                    f"crop=center"
+                )
+            self.decoding["buckets"] = parse_buckets(buckets, image_size)
         exclude = check_strings("exclude", exclude)
         any_suffix = check_choice("any_suffix", any_suffix, (True, False))
         self.roots = check_roots(root)
@@ -159,6 +171,7 @@ class Folder:
         self._summary = self._describe(listing, values, label_column, list(dict.fromkeys(notes)))
         self.scaled_up: set[int] = set()
         self.deep: set[int] = set()
+        self.cut: dict[int, float] = {}
 
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((DECODER, self.decoding, bool(classes))).encode())
@@ -195,8 +208,10 @@ class Folder:
             BadImageError: it cannot be used.
         """
         image = decode_file(self._path(index), **self.decoding)
-        if image.short_side < self.decoding["size"]:
+        if image.is_scaled_up:
             self.scaled_up.add(index)
+        if "buckets" in self.decoding:
+            self.cut[index] = image.cut
         if image.is_deep:
             self.deep.add(index)
         return image.pixels

@@ -17,6 +17,7 @@ from exact_resume.randomness import Draws
 from sturdy.data.augment import Augment
 from sturdy.data.cache import Cache
 from sturdy.data.split import Order, Split
+from sturdy.image_size import ImageSize, height_and_width
 
 
 class Batch(NamedTuple):
@@ -45,14 +46,15 @@ class AugmentedBatch(NamedTuple):
 
 
 class ImageDataset(Dataset[Batch | AugmentedBatch]):
-    """The images at given positions, cropped to ``size`` by ``size`` pixels.
+    """The images at given positions, cropped to ``size``, or whole.
 
     Args:
         cache: the decoded images.
         split: its places are given by ``first + order(positions)``.
         order: the order of the images by position; ``None`` for the order of ``split``.
         first: the first place in ``split``.
-        size: height and width of the crops.
+        size: height and width of the crops, in pixels; one number for squares; ``None`` for whole
+            images, all of a batch of one size.
         seed: crops, flips and augmentation are drawn from it and the position. Without a seed,
             crops are central and nothing else is done.
         flip: whether to mirror every second image.
@@ -67,7 +69,7 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         order: Order | None = None,
         *,
         first: int = 0,
-        size: int,
+        size: ImageSize | None,
         seed: int | None = None,
         flip: bool = False,
         augment: Augment | None = None,
@@ -106,7 +108,7 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         return self.split.indices(self.first + places)
 
     def _images(self, indices: NDArray[np.int64], draws: Draws | None) -> Tensor:
-        """Return crops ``(b, c, size, size)`` or moments, of mirrored images where it is drawn."""
+        """Return crops ``(b, c, h, w)`` or moments, of mirrored images where it is drawn."""
         flipped = self._flipped(draws, len(indices))
         if self.moments:
             rows = indices + len(self.cache) * flipped.numpy()
@@ -123,18 +125,21 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         return draws.uniform("flip") < 0.5
 
     def _crops(self, indices: NDArray[np.int64], draws: Draws | None) -> NDArray[np.generic]:
-        """Return crops ``(b, c, size, size)``: at drawn places, or in the middle without draws."""
-        room = self.cache.shapes[indices] - self.size  # (b, 2)
+        """Return crops ``(b, c, h, w)``: at drawn places, or in the middle without draws."""
+        shapes = self.cache.shapes[indices]  # (b, 2)
+        height, width = shapes[0].tolist() if self.size is None else height_and_width(self.size)
+        room = shapes - (height, width)
+        if self.size is None and room.any():
+            raise ValueError("the images of this batch have several sizes, and are not cropped")
         if draws is None or not room.any():
             # Just below 0.5: of two pixels in the middle, the first.
             places = np.full(room.shape, np.nextafter(0.5, 0))
         else:
             places = draws.uniform("crop", (2,)).numpy()
         corners = (places * (room + 1)).astype(int)
-        shape = (len(indices), self.cache.channels, self.size, self.size)
-        crops = np.empty(shape, self.cache.dtype)
+        crops = np.empty((len(indices), self.cache.channels, height, width), self.cache.dtype)
         for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
-            crop[:] = self.cache.image(index)[:, y : y + self.size, x : x + self.size]
+            crop[:] = self.cache.image(index)[:, y : y + height, x : x + width]
         return crops
 
 

@@ -32,6 +32,8 @@ class Source(Protocol):
     - ``summary_lines() -> list[str]``: lines that tell the user which images were found.
     - ``scaled_up`` and ``deep``: sets that ``decode`` fills with the indices of images that were
       smaller than their decoded size, and of images with more than 8 bits of grey.
+    - ``cut``: a dictionary in which ``decode`` keeps the share of an image that it cut off to fit a
+      bucket, by index.
 
     Attributes:
         classes: the name of each class; empty when the images have no labels.

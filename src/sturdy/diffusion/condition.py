@@ -42,6 +42,10 @@ class Condition(ABC):
     def arguments(self) -> tuple[Tensor | None, ...]:
         """Return the arguments of the backbone that follow x_t and t."""
 
+    def sized(self, height: int, width: int) -> Self:
+        """Return the condition of images of this size in pixels, for networks that are told it."""
+        return self
+
     def null(self) -> Self:
         """Return the null condition for as many samples."""
         return self.drop(torch.ones(len(self), dtype=torch.bool))

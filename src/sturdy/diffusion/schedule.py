@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from sturdy.image_size import ImageSize, height_and_width
+
 STEPS = 1000  # betas in a table; beta_i, i = 0 ... 999, leads to t = (i + 1) / 1000
 
 
@@ -181,15 +183,16 @@ class Shifted(Schedule):
 
     Args:
         schedule: with alpha + sigma = 1 or alpha^2 + sigma^2 = 1.
-        image_size: height and width of the images.
+        image_size: height and width of the images; of a pair, the side of the square of as many
+            pixels counts.
         base_size: the size at which ``schedule`` is not changed.
 
     Raises:
         ValueError: ``schedule`` is on neither curve, or a size is not above 0.
     """
 
-    def __init__(self, schedule: Schedule, *, image_size: int, base_size: int = 32) -> None:
-        if image_size < 1 or base_size < 1:
+    def __init__(self, schedule: Schedule, *, image_size: ImageSize, base_size: int = 32) -> None:
+        if min(height_and_width(image_size)) < 1 or base_size < 1:
             raise ValueError(f"image_size={image_size} and base_size={base_size} must be above 0")
         alpha, sigma = schedule(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64, device="cpu"))
         one = torch.ones_like(alpha)
@@ -204,7 +207,7 @@ class Shifted(Schedule):
                 "objective.time.mean instead"
             )
         self.schedule = schedule
-        self.factor = image_size / base_size
+        self.factor = math.sqrt(math.prod(height_and_width(image_size))) / base_size
 
     @override
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Frozen encoders, whose maps a backbone is aligned with: ``(b, 3, h, w) -> (b, d, h', w')``.
+"""Frozen encoders, whose maps a backbone is aligned with: ``(b, c, h, w) -> (b, d, h', w')``.
 
 ``prepare`` is called once in a run. Afterwards the state of the encoder is complete, and is in
 every checkpoint.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sturdy.encoders.cached import cached
+from sturdy.encoders.images import as_rgb
 from sturdy.encoders.network import VERSION, Network, Tell, fit
 from sturdy.encoders.weights import (
     file_digest,
@@ -20,6 +21,7 @@ from sturdy.encoders.weights import (
     load_torchscript,
     require_file,
 )
+from sturdy.image_size import ImageSize, height_and_width
 
 
 class Encoder(nn.Module, ABC):
@@ -47,7 +49,7 @@ class Encoder(nn.Module, ABC):
         """Train or load the encoder for a data set.
 
         Args:
-            pixels: training images, uint8 ``(n, 3, h, w)``.
+            pixels: training images, uint8 ``(n, c, h, w)``.
             labels: their classes, ``(n,)`` int64.
             classes: number of classes.
             data: primitives that identify these images, for names of cached files.
@@ -57,7 +59,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x0: Tensor) -> Tensor:
-        """Return the map ``(b, d, h', w')`` of images ``(b, 3, h, w)`` in [-1, 1]."""
+        """Return the map ``(b, d, h', w')`` of images ``(b, c, h, w)`` in [-1, 1]."""
 
     @override
     def train(self, mode: bool = True) -> "Encoder":
@@ -72,20 +74,20 @@ class Embedded(Encoder):
     are never negative are all high.
 
     Args:
-        image_size: height and width of the images.
+        image_size: height and width of the images; one number for squares.
         seen: number of images to train on, with repetitions.
 
     Raises:
         ValueError: ``seen`` is less than one.
     """
 
-    def __init__(self, *, image_size: int, seen: int = 20_000) -> None:
+    def __init__(self, *, image_size: ImageSize, seen: int = 20_000) -> None:
         super().__init__()
         if seen < 1:
             raise ValueError(f"seen={seen} must be 1 or more: images the encoder is trained on")
         self.seen = seen
         self.most = seen
-        self.trunk = _map(Network(image_size, {}))
+        self.trunk = _map(Network(min(height_and_width(image_size)), {}))
         self.channels = Network.channels
 
     @override
@@ -108,7 +110,7 @@ class Embedded(Encoder):
 
     @override
     def forward(self, x0: Tensor) -> Tensor:
-        return self.trunk(x0)
+        return self.trunk(as_rgb(x0))
 
 
 class TorchScript(Encoder):
@@ -149,12 +151,12 @@ class TorchScript(Encoder):
 
     @override
     def forward(self, x0: Tensor) -> Tensor:
-        """Return the map ``(b, d, h', w')`` of images ``(b, 3, h, w)`` in [-1, 1].
+        """Return the map ``(b, d, h', w')`` of images ``(b, c, h, w)`` in [-1, 1].
 
         Raises:
             ValueError: the file does not exist, is not the one prepared, or returns no map.
         """
-        x = for_imagenet((x0 + 1) / 2, self.size)
+        x = for_imagenet((as_rgb(x0) + 1) / 2, self.size)
         network = self.opened.get(x.device) or self._open(x.device)
         # With optimisation the first calls of a process may round unlike later ones.
         with torch.jit.optimized_execution(False):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exact_resume.randomness import generator, key
-from sturdy.encoders.images import scaled
+from sturdy.encoders.images import as_rgb, scaled
 
 VERSION = 1  # raise it whenever the training changes, so that no old result is read from a cache
 
@@ -22,12 +22,12 @@ Tell = Callable[[int, int], None]  # called with (done, total)
 
 
 class Network(nn.Module):
-    """Uint8 images ``(b, 3, h, w)`` to features ``(b, width)``.
+    """Uint8 images ``(b, c, h, w)``, grey or RGB, to features ``(b, width)``.
 
     Over the training images the features have mean 0, and on average variance 1.
 
     Args:
-        size: height and width; the layers after the first convolution cost the same at every size.
+        size: the shorter side; the layers after the first convolution cost the same at every size.
         questions: number of answers of each.
         width: number of features.
     """
@@ -55,11 +55,11 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features ``(b, width)``."""
-        return (self.trunk(scaled(images)) - self.mean) / self.std
+        return (self.trunk(scaled(as_rgb(images))) - self.mean) / self.std
 
     def answers(self, images: Tensor) -> dict[str, Tensor]:
         """Return the most likely answer to each question, ``(b,)`` int64."""
-        hidden = F.relu(self.trunk(scaled(images)))
+        hidden = F.relu(self.trunk(scaled(as_rgb(images))))
         return {name: head(hidden).argmax(1) for name, head in self.heads.items()}
 
 
@@ -83,7 +83,7 @@ def fit(
     """Train a network on images to answer questions.
 
     Args:
-        images: uint8 ``(n, 3, h, w)``.
+        images: uint8 ``(n, c, h, w)``, grey or RGB.
         questions: the right answers ``(n,)`` int64 to each, and the number of possible answers.
         contrast: also tell each image from the others of its batch, by two views of it (SimCLR,
             Chen et al. 2020, eq. 1). The views differ little: the network must not become blind to
@@ -100,7 +100,7 @@ def fit(
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(key(seed, "network"))
             answers = {name: n for name, (_, n) in questions.items()}
-            network = Network(images.shape[-1], answers)
+            network = Network(min(images.shape[2:]), answers)
         _train(
             network,
             images,
@@ -145,7 +145,7 @@ def _train(
             order = torch.cat([order, torch.randperm(len(images), generator=rng)])
         now = order[:batch]
         order = order[batch:]
-        x = scaled(images[now])
+        x = scaled(as_rgb(images[now]))
         views = torch.cat([view(x, rng), view(x, rng)]) if contrast else view(x, rng)
         hidden = network.trunk(views)
         loss = nt_xent(network.project(F.relu(hidden))) if contrast else hidden.new_zeros(())
@@ -181,7 +181,7 @@ def nt_xent(projected: Tensor, *, temperature: float = 0.2) -> Tensor:
 
 @torch.no_grad()
 def embed(network: Callable[[Tensor], Tensor], images: Tensor, *, batch: int = 250) -> Tensor:
-    """Return ``network`` of uint8 ``images`` ``(n, 3, h, w)`` by batches, ``(n, d)`` on the CPU."""
+    """Return ``network`` of uint8 ``images`` ``(n, c, h, w)`` by batches, ``(n, d)`` on the CPU."""
     return torch.cat([network(part).float().cpu() for part in images.split(batch)])
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sturdy.encoders.images import ImageSet, scaled
+from sturdy.encoders.images import ImageSet, as_rgb, scaled
 from sturdy.evaluation.figures import image_table
 from sturdy.evaluation.levels import Denoising
 from sturdy.evaluation.report import Report
@@ -192,7 +192,7 @@ def _figure(
     """Draw a row for each example and level, and a column for each query point and layer.
 
     Args:
-        examples: images without noise ``(n, 3, h, w)``.
+        examples: images without noise ``(n, c, h, w)``.
         images: with noise, and the estimates, by level.
         recorded: by level and layer.
         names: of the layers.
@@ -204,7 +204,7 @@ def _figure(
     marks = []
     for i, image in enumerate(examples):
         for level, pair, layers in zip(LEVELS, images, recorded, strict=True):
-            row = [part[i] for part in pair]
+            row = [as_rgb(part[i]) for part in pair]
             for k, point in enumerate(QUERY_POINTS.values()):
                 for layer in layers:
                     marks.append((len(rows), len(row), layer.maps[i, k], point))

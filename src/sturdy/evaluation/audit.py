@@ -136,7 +136,9 @@ def train_classifiers(
     questions = {name: (train.answers[name], len(names)) for name, names in options.items()}
 
     def train_one(seed: int) -> Network:
-        network = Network(train.pixels.shape[-1], {name: len(o) for name, o in options.items()})
+        network = Network(
+            min(train.pixels.shape[2:]), {name: len(o) for name, o in options.items()}
+        )
 
         def progress(done: int, total: int) -> None:
             tell(seed * total + done, count * total)

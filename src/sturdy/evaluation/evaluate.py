@@ -28,6 +28,7 @@ from sturdy.evaluation.reference import ReferenceImages, load_reference_images, 
 from sturdy.evaluation.report import Report, write_json
 from sturdy.evaluation.summary import count_network_calls, summary_row
 from sturdy.evaluation.walk import walk_section
+from sturdy.image_size import describe_size, height_and_width
 from sturdy.pretrained.captions import Captions
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import SamplingConfig, resolve_sampling
@@ -73,6 +74,11 @@ def write_report(cfg: DictConfig) -> None:
     features: Features = instantiate({"features": cfg.features})["features"]
     second = _second_features(options, features)
     run = open_run(cfg)
+    if run.config["data"].get("buckets"):
+        raise ValueError(
+            f"run={cfg.run} was trained with data.buckets: a report compares images of one size, "
+            f"and its images have several. Look at samples instead: sample.size=..."
+        )
     data = open_data(cfg, run)
     reference = load_reference_images(data, features, options.most, Path(cfg.paths.cache))
     option = caption_option(run.module)
@@ -102,7 +108,7 @@ def write_report(cfg: DictConfig) -> None:
 
     report = Report(out, f"{cfg.run} at step {run.point.step:,}")
     report.introduction = (
-        f"{options.n:,} images of {data.image_size} x {data.image_size} pixels, "
+        f"{options.n:,} images of {describe_size(data.image_size)} pixels, "
         f"{_describe_labels(labels, options.labels, option)}, seed {options.seed}, "
         f"{sampling.describe(labels)}. Trained on {len(data.cache) - data.held_out:,} images. "
         f"Features: {features.name}."
@@ -169,7 +175,7 @@ def draw_images(
     options: DictConfig,
     folder: Path,
 ) -> Tensor:
-    """Draw ``options.n`` images, uint8 ``(n, 3, h, w)``, or read them from ``folder``.
+    """Draw ``options.n`` images, uint8 ``(n, c, h, w)``, or read them from ``folder``.
 
     Args:
         run: the run and its checkpoint.
@@ -181,7 +187,7 @@ def draw_images(
     """
     sampler = sampling.make_sampler()
     space = run.module.space
-    shape = space.shape(run.config["data"]["image_size"])
+    shape = space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     how = (provenance(run, sampling.sampler), sampling.primitives(labels), options.seed)
     progress = ProgressPrinter("images")
 
@@ -266,7 +272,7 @@ def _walk(
     """Return the steps of the sampler for the first images."""
     space = run.module.space
     draws = Draws(key(options.seed, "sample"), range(WALKS))
-    shape = space.shape(run.config["data"]["image_size"])
+    shape = space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     noise = draws.normal("start", shape).to(run.device)
     label = None if labels is None else labels[:WALKS].to(run.device)
     return list(sampling.make_sampler()(denoiser, noise, label, draws, clip=space.clip))

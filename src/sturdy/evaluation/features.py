@@ -1,4 +1,4 @@
-"""Features that images are compared in: uint8 ``(b, 3, h, w)`` -> float32 ``(b, d)``.
+"""Features that images are compared in: uint8 ``(b, c, h, w)`` -> float32 ``(b, d)``.
 
 ``Embedded`` needs no download. The others need a file of weights, and say how to get it:
 ``EfficientNet`` from a package, the others from a file.
@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from sturdy.encoders import efficientnet
 from sturdy.encoders.cached import cached
+from sturdy.encoders.images import as_rgb
 from sturdy.encoders.network import VERSION, Network, Tell, embed, fit
 from sturdy.encoders.weights import file_digest, for_imagenet, load_torchscript, require_file
 
@@ -49,7 +50,7 @@ class Features(ABC):
         """Prepare for a set of training images.
 
         Args:
-            images: uint8 ``(n, 3, h, w)``.
+            images: uint8 ``(n, c, h, w)``.
             labels: their classes ``(n,)``.
             classes: how many there are; 0 for none.
             data: primitives that identify the images.
@@ -62,11 +63,11 @@ class Features(ABC):
         """Return the features ``(b, d)`` of uint8 images ``(b, 3, h, w)``."""
 
     def extract(self, images: Tensor, *, tell: Tell = lambda done, total: None) -> Tensor:
-        """Return the features ``(n, d)`` of any number of images, on the CPU."""
+        """Return the features ``(n, d)`` of any number of images, grey or RGB, on the CPU."""
         parts = []
         done = 0
         for part in images.split(self.batch):
-            parts.append(embed(self, part, batch=self.batch))
+            parts.append(embed(self, as_rgb(part), batch=self.batch))
             done += len(part)
             tell(done, len(images))
         return torch.cat(parts)
@@ -132,7 +133,7 @@ class Embedded(Features):
             return network.state_dict()
 
         counts = {name: count for name, (_, count) in questions.items()}
-        self.network = Network(images.shape[-1], counts).eval()
+        self.network = Network(min(images.shape[2:]), counts).eval()
         state = cached(folder, "embedded-network", (*self.key, *data), compute)
         self.network.load_state_dict(state)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sturdy.encoders.images import as_rgb
 from sturdy.sampling.grids import to_uint8
 
 if TYPE_CHECKING:  # takes a second to import, so the functions do it
@@ -38,12 +39,13 @@ def image_table(cells: Tensor, *, columns: Sequence[str], rows: Sequence[str]) -
     ``(j, i)`` to ``(j + 1, i + 1)``.
 
     Args:
-        cells: ``(rows, columns, 3, h, w)`` in [-1, 1].
+        cells: ``(rows, columns, c, h, w)`` in [-1, 1], grey or RGB.
         columns: names, above the images.
         rows: names, to the left of the images.
     """
     from matplotlib.figure import Figure
 
+    cells = as_rgb(cells)
     n, m, channels, h, w = cells.shape
     pixels = to_uint8(cells.flatten(0, 1)).unflatten(0, (n, m))  # (rows, columns, h, w, c)
     sheet = pixels.transpose(1, 2).reshape(n * h, m * w, channels)

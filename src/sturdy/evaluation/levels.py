@@ -87,7 +87,7 @@ class Denoising:
         return (others - mean).square().mean().item()
 
     def images(self, real: ImageSet, level: float) -> tuple[Tensor, Tensor]:
-        """Return the images with noise, and the estimates, ``(n, 3, h, w)`` each."""
+        """Return the images with noise, and the estimates, ``(n, c, h, w)`` each."""
         noisy, estimates = [], []
         for _, x, estimate in self._denoise(real, level, "gaussian"):
             noisy.append(self.space.decode(x.to(self.device)).cpu())

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from exact_resume.resume import ResumeRefusedError
-from sturdy.encoders.images import ImageSet
+from sturdy.encoders.images import ImageSet, unscaled
 from sturdy.errors import add_key
 from sturdy.evaluation.features import Features
 from sturdy.progress import ProgressPrinter
@@ -69,7 +69,11 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
     """
     settings = {**run.config["data"], "cache": cfg.paths.cache}
     if cfg.data_root is not None:
-        settings["root"] = cfg.data_root
+        source = settings.get("source")
+        if isinstance(source, dict) and "root" in source:
+            settings["source"] = {**source, "root": cfg.data_root}
+        else:
+            settings["root"] = cfg.data_root
     if settings.get("labels") == "auto" and run.config.get("classes") is not None:
         settings["labels"] = bool(run.config["classes"])  # as it was decided in training
     run.trust.check(run.point.state, run.config, ["data"])
@@ -149,7 +153,8 @@ def _without_features(data: Any, most: int, folder: Path) -> ReferenceImages:
         batch = images[positions]
         classes = classes_at(data, positions)
         answers = {"class": classes} if data.classes else {}
-        sets.append(ImageSet(batch.image, batch.label, torch.empty(len(positions), 0), answers))
+        pixels = unscaled(batch.image)
+        sets.append(ImageSet(pixels, batch.label, torch.empty(len(positions), 0), answers))
     options: dict[str, Sequence[str]] = {"class": tuple(data.classes)} if data.classes else {}
     class_attribute = "class" if data.classes else None
     if _has_attributes(data):

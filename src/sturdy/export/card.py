@@ -12,6 +12,7 @@ from exact_resume.files import open_durable
 from exact_resume.metrics import MetricsCSV
 from exact_resume.replay import EVALUATIONS
 from sturdy.export.formats import Subject, Written
+from sturdy.image_size import describe_size
 from sturdy.sampling.loaded_run import LoadedRun
 
 BANNER = re.compile(r": (\d+ images, \w+ (?:classes|captions))\b")  # in the log of a start
@@ -71,7 +72,7 @@ def facts(subject: Subject, cfg: DictConfig) -> list[tuple[str, str]]:
     run = subject.run
     config = run.config
     rows = [("license", str(cfg.license) if cfg.license is not None else "not stated")]
-    rows += [("images", f"{size_of_data(run)}, {subject.size} x {subject.size} pixels")]
+    rows += [("images", f"{size_of_data(run)}, {describe_size(subject.size)} pixels")]
     fingerprint = run.point.manifest.get("fingerprint", {})
     if digest := fingerprint.get("data"):
         rows.append(("data digest", f"`{digest}`"))

@@ -15,6 +15,7 @@ from sturdy.export import snippets
 from sturdy.export.hashes import tensor_hashes
 from sturdy.export.path import sampling_times
 from sturdy.export.programs import check_onnx, trace, trace_decoder, write_program
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.pretrained.base import open_base
 from sturdy.pretrained.borrowed import Borrowed
 from sturdy.pretrained.latents import Latents
@@ -70,9 +71,15 @@ class Subject:
         return self.run.directory.name
 
     @property
-    def size(self) -> int:
-        """Height and width of the images."""
-        return int(self.run.config["data"]["image_size"])
+    def size(self) -> ImageSize:
+        """Height and width of the images; one number for squares."""
+        size: ImageSize = self.run.config["data"]["image_size"]
+        return size
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape ``(c, h, w)`` of x_0."""
+        return self.run.module.space.shape_of(*height_and_width(self.size))
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,8 @@ def write_diffusers(subject: Subject, folder: Path, check: Path, expected: Expec
         )
     scheduler = _scheduler(subject)
     network = merge_adapter(backbone)
-    side = module.space.shape(subject.size)[1]
-    network.register_to_config(sample_size=side)
+    _, height, width = subject.shape
+    network.register_to_config(sample_size=height if height == width else (height, width))
     captions = caption_option(module)
     ask: dict[str, Any] = {"reader": "pipeline", "text": subject.text}
     if captions is not None:
@@ -131,8 +138,7 @@ def write_diffusers(subject: Subject, folder: Path, check: Path, expected: Expec
         write_autoencoder(folder / "vae", module.space)
     code = snippets.diffusers_loop(
         pipeline,
-        network.config.in_channels,
-        side,
+        (network.config.in_channels, height, width),
         classes=list(subject.run.config["classes"]),
         decoder=isinstance(module.space, Latents),
     )
@@ -207,7 +213,7 @@ def describe(subject: Subject, folder: Path) -> None:
             "backbone": config["backbone"],
             "schedule": config["schedule"],
             "target": config["target"],
-            "shape": list(module.space.shape(subject.size)),
+            "shape": list(subject.shape),
             "clip": None if clip is None else list(clip),
             "classes": list(config["classes"]),
             "guidance": config["guidance"]["scale"],

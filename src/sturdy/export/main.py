@@ -19,6 +19,7 @@ from sturdy.export.folder import check_free, new_folder
 from sturdy.export.formats import FORMATS, Subject, is_flow
 from sturdy.export.path import follow_path
 from sturdy.export.preview import check_condition, choose_condition, draw_preview
+from sturdy.image_size import height_and_width
 from sturdy.pretrained.borrowed import Borrowed
 from sturdy.pretrained.latents import Latents
 from sturdy.pretrained.merge import use_float32
@@ -98,7 +99,7 @@ def prepare(
     if cfg.to == "diffusers" and is_flow(network):
         clip = None
     cond = check_condition(run, network)
-    shape = run.module.space.shape(run.config["data"]["image_size"])
+    shape = run.module.space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     expected = follow_path(network, shape, cond, clip, run.config["seed"])
     arguments = cond.arguments()
     option = caption_option(run.module)

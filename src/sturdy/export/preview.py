@@ -11,6 +11,7 @@ from exact_resume.randomness import Draws, key
 from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.denoiser import Denoiser
 from sturdy.diffusion.sampler import sample
+from sturdy.image_size import height_and_width
 from sturdy.pretrained.text_table import find_table
 from sturdy.sampling.config import resolve_sampling
 from sturdy.sampling.grids import grid
@@ -54,11 +55,11 @@ def draw_preview(
     """
     settings = resolve_sampling(cfg, run.config, state=run.point.state, trust=run.trust)
     denoiser = settings.add_guidance(network, cond, settings.load_guide(run))
-    size = run.config["data"]["image_size"]
+    shape = run.module.space.shape_of(*height_and_width(run.config["data"]["image_size"]))
     images = []
     for k in range(cfg.preview):  # one by one, in little memory
         draws = Draws(key(0, "sample"), [k])
-        noise = draws.normal("start", run.module.space.shape(size)).to(run.device)
+        noise = draws.normal("start", shape).to(run.device)
         one = None if cond is None else cond[k : k + 1].to(run.device)
         x0 = sample(
             settings.make_sampler(), denoiser, noise, one, draws, clip=run.module.space.clip

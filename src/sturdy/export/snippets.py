@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 TO_PNG = """pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-Image.fromarray(torch.cat(list(pixels), 1).numpy()).save("drawn.png")"""
+Image.fromarray(torch.cat(list(pixels), 1).squeeze(2).numpy()).save("drawn.png")"""
 
 OWN_LOOP = """how = json.load(open("config.json"))
 {condition}
@@ -50,7 +50,7 @@ drawn.images[0].save("drawn.png")"""
 
 
 def diffusers_loop(
-    pipeline: str, channels: int, side: int, *, classes: Sequence[str], decoder: bool
+    pipeline: str, shape: tuple[int, int, int], *, classes: Sequence[str], decoder: bool
 ) -> str:
     """Load a network and a scheduler of diffusers, and draw four images."""
     label = ""
@@ -75,7 +75,7 @@ def diffusers_loop(
         + f"""
 
 pipe = DiffusionPipeline.from_pretrained(".")
-{load}{label}x = torch.randn(4, {channels}, {side}, {side})
+{load}{label}x = torch.randn(4, {", ".join(map(str, shape))})
 pipe.scheduler.set_timesteps(50)
 with torch.no_grad():
     for t in pipe.scheduler.timesteps:

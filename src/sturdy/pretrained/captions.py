@@ -7,6 +7,7 @@ The text encoders are not trained, so each caption is encoded once, and they are
 """
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sturdy.diffusion.condition import Condition
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.pretrained.text_encoders import TextEncoders
 from sturdy.pretrained.text_table import TextTable, open_table
 
@@ -30,16 +32,17 @@ class CaptionCondition(Condition):
     Args:
         label: ``(b,)`` int64 in [0, rows]; the label ``rows`` is the null caption.
         table: the embeddings.
-        image_size: height and width of the images, in pixels; they count as not cropped.
+        image_size: height and width of the images, in pixels; one number for squares. They count as
+            not cropped. ``sized`` is for images of another size.
 
     Raises:
         ValueError: a label is out of range (checked on the CPU only).
     """
 
-    def __init__(self, label: Tensor, table: TextTable, image_size: int) -> None:
+    def __init__(self, label: Tensor, table: TextTable, image_size: ImageSize) -> None:
         super().__init__(label)
         self.table = table
-        self.image_size = image_size
+        self.size = height_and_width(image_size)
         if not label.is_cpu:
             return
         wrong = label[(label < 0) | (label > len(table))]
@@ -56,14 +59,20 @@ class CaptionCondition(Condition):
         return self.with_rows(label.masked_fill(mask.to(label.device), len(self.table)))
 
     @override
+    def sized(self, height: int, width: int) -> Self:
+        changed = copy(self)
+        changed.size = (height, width)
+        return changed
+
+    @override
     def arguments(self) -> tuple[Tensor | None, ...]:
         (label,) = self.rows
         assert label is not None
         embeddings, pooled = self.table.rows(label)
         if pooled is None:
             return (embeddings,)
-        side = float(self.image_size)
-        sizes = torch.tensor([side, side, 0.0, 0.0, side, side], device=label.device)
+        height, width = map(float, self.size)
+        sizes = torch.tensor([height, width, 0.0, 0.0, height, width], device=label.device)
         return embeddings, pooled, sizes.expand(len(label), 6)
 
 
@@ -75,7 +84,7 @@ class Captions:
 
     Args:
         path: where the text encoders are: a folder of diffusers, or a single file.
-        image_size: height and width of the images, in pixels.
+        image_size: height and width of the images, in pixels; one number for squares.
         sha256: hash of the text encoders' weights (two are joined by ``+``); None accepts any.
 
     Attributes:
@@ -83,7 +92,9 @@ class Captions:
         notes: lines about the captions that the user should see.
     """
 
-    def __init__(self, path: str | Path, *, image_size: int, sha256: str | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, image_size: ImageSize, sha256: str | None = None
+    ) -> None:
         self.path = Path(path).expanduser()
         self.image_size = image_size
         self.sha256 = sha256

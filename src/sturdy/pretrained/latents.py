@@ -106,6 +106,11 @@ class Latents(Space):
         return self.channels, side, side
 
     @override
+    def image_size(self, image: Tensor) -> tuple[int, int]:
+        factor = self.factor if self._are_moments(image) else 1
+        return factor * image.shape[2], factor * image.shape[3]
+
+    @override
     def encode(self, image: Tensor, draws: Draws | None) -> Tensor:
         """Return latents ``(b, c, h / factor, w / factor)``, float32.
 
@@ -113,7 +118,7 @@ class Latents(Space):
             image: pixels ``(b, 3, h, w)`` in [-1, 1], or their ``moments`` ``(b, 2 c, ...)``.
             draws: of eps; None gives the mean.
         """
-        if image.shape[1] == 2 * self.channels:
+        if self._are_moments(image):
             moments = image
         else:
             # The bits depend on the number of images that are encoded together.
@@ -180,6 +185,9 @@ class Latents(Space):
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle without the autoencoder, which the copy loads for itself."""
         return self.__dict__ | {"_autoencoder": None}
+
+    def _are_moments(self, image: Tensor) -> bool:
+        return bool(image.shape[1] == 2 * self.channels)
 
     def _open(self) -> Base:
         return open_autoencoder(self.path, self.scaling_factor)

@@ -15,8 +15,10 @@ from exact_resume import distributed
 from exact_resume.callbacks import before_evaluation
 from exact_resume.failures import ToleratedErrors
 from exact_resume.randomness import Draws, key
+from sturdy.data.buckets import parse_size
 from sturdy.diffusion.denoiser import Guided
 from sturdy.diffusion.sampler import Sampler, sample
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.sampling.grids import class_columns, grid, save_png
 from sturdy.training.captions import caption_option
 
@@ -31,7 +33,8 @@ class SampleGrids(Callback):
         directory: ``runs/<name>/samples``.
         sampler: draws the images.
         guidance: arguments of ``Guided``; without classes there is no guidance.
-        image_size: height and width.
+        image_size: height and width, in pixels; one number for squares.
+        size: other height and width, a text such as ``48x80``; None for ``image_size``.
         every_n_steps: None for never.
         n: number of images. Classes take turns, so a column of the grid is a class. Captions do,
             too; of more than ``n``, it draws ``n`` that are spread evenly over all.
@@ -43,7 +46,8 @@ class SampleGrids(Callback):
         *,
         directory: str | Path,
         sampler: Sampler,
-        image_size: int,
+        image_size: ImageSize,
+        size: str | None = None,
         guidance: Mapping[str, Any] | None = None,
         every_n_steps: int | None = 500,
         n: int = 48,
@@ -52,7 +56,7 @@ class SampleGrids(Callback):
         self.directory = Path(directory)
         self.sampler = sampler
         self.guidance = guidance
-        self.image_size = image_size
+        self.size = parse_size("size", size) if size is not None else height_and_width(image_size)
         self.every_n_steps = every_n_steps
         self.n = n
         self.seed = seed
@@ -101,10 +105,11 @@ class SampleGrids(Callback):
         denoiser = average
         classes = average.num_classes
         draws = Draws(key(self.seed, "samples"), range(self.n))
-        noise = draws.normal("start", module.space.shape(self.image_size)).to(module.device)
+        noise = draws.normal("start", module.space.shape_of(*self.size)).to(module.device)
         labels = None
         if classes:
-            labels = self._labels(module, classes).to(module.device)
+            numbers = self._labels(module, classes).to(module.device)
+            labels = average.condition(noise, numbers).sized(*self.size)
             denoiser = Guided(denoiser, **(self.guidance or {"scale": 1.0}))
         # Between two calls of the network, a signal is honoured.
         hook = average.register_forward_pre_hook(lambda *_: before_evaluation(module.trainer))

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from exact_resume.randomness import Draws
+from sturdy.data.buckets import Size, size_text
 from sturdy.diffusion.condition import Condition
 from sturdy.diffusion.editing import InpaintingDenoiser, image_to_image
 from sturdy.diffusion.sampler import Estimator, Sampler, sample
@@ -35,7 +36,7 @@ class InitialState:
         ValueError: naming the key.
     """
 
-    def __init__(self, options: DictConfig, size: int, space: Space) -> None:
+    def __init__(self, options: DictConfig, size: Size, space: Space) -> None:
         self.space = space
         self.image: Tensor | None = None
         self.mask: Tensor | None = None
@@ -49,7 +50,7 @@ class InitialState:
                     )
             return
         pixels = _read_file(options, "image", size)
-        self.image = scaled(_center_crop(pixels, size))
+        self.image = _as_channels(scaled(_center_crop(pixels, size)), space.image_channels)
         self.primitives |= {"image": _digest(pixels), "strength": self.strength}
         if options.mask is not None:
             mask = _read_file(options, "mask", size)
@@ -64,7 +65,7 @@ class InitialState:
         cond: Condition | Tensor | None,
         draws: Draws,
     ) -> Tensor:
-        """Draw images ``(b, 3, h, w)`` in [-1, 1]; arguments are those of ``sample``."""
+        """Draw images ``(b, c, h, w)`` in [-1, 1]; arguments are those of ``sample``."""
         clip = self.space.clip
         if self.image is None:
             x0 = sample(sampler, denoiser, noise, cond, draws, clip=clip)
@@ -104,22 +105,24 @@ def _strength(options: DictConfig) -> float:
     return float(strength)
 
 
-def _read_file(options: DictConfig, name: str, size: int) -> Tensor:
-    """Read an image upright and not cropped, its short side ``size``: uint8 ``(3, h, w)``."""
+def _read_file(options: DictConfig, name: str, size: Size) -> Tensor:
+    """Read an image upright and not cropped, as it covers ``size``: uint8 ``(3, h, w)``."""
     file = Path(str(options[name])).expanduser()
+    cover = {} if size[0] == size[1] else {"buckets": [size]}
     try:
-        return torch.from_numpy(instantiate(options.decode)(file, size=size, crop="random"))
+        decode = instantiate(options.decode)
+        return torch.from_numpy(decode(file, size=min(size), crop="random", **cover))
     except Exception as error:  # of our decoder, Pillow or the disk: all say what is wrong
         raise ValueError(f"sample.{name}={file}: {error}") from None
 
 
-def _mask(mask: Tensor, pixels: Tensor, size: int, options: DictConfig) -> Tensor:
-    """Return where the mask is white, ``(size, size)`` bool; True is drawn anew."""
+def _mask(mask: Tensor, pixels: Tensor, size: Size, options: DictConfig) -> Tensor:
+    """Return where the mask is white, ``(h, w)`` bool; True is drawn anew."""
     if mask.shape != pixels.shape:
         raise ValueError(
             f"sample.mask={options.mask} is {_dimensions(mask)} where "
-            f"sample.image={options.image} is {_dimensions(pixels)}, its short side being {size}: "
-            f"make it as large as the image"
+            f"sample.image={options.image} is {_dimensions(pixels)}, resized to cover "
+            f"{size_text(size)}: make it as large as the image"
         )
     white = _center_crop(mask, size).float().mean(0) > 127.5
     if not white.any():
@@ -129,11 +132,24 @@ def _mask(mask: Tensor, pixels: Tensor, size: int, options: DictConfig) -> Tenso
     return white
 
 
-def _center_crop(pixels: Tensor, size: int) -> Tensor:
-    _, height, width = pixels.shape
-    top = (height - size) // 2
-    left = (width - size) // 2
-    return pixels[:, top : top + size, left : left + size]
+def _center_crop(pixels: Tensor, size: Size) -> Tensor:
+    height, width = size
+    top = (pixels.shape[1] - height) // 2
+    left = (pixels.shape[2] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _as_channels(image: Tensor, channels: int) -> Tensor:
+    """Return an RGB image with the channels of the run's images.
+
+    Raises:
+        ValueError: they are neither RGB nor grey.
+    """
+    if channels == 3:
+        return image
+    if channels != 1:
+        raise ValueError(f"sample.image: the images of this run have {channels} channels")
+    return image.mean(0, keepdim=True)
 
 
 def _digest(pixels: Tensor) -> str:

@@ -16,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from exact_resume.randomness import Draws, key
+from sturdy.data.buckets import Size, parse_size, size_text
 from sturdy.diffusion.condition import Condition
 from sturdy.encoders.images import scaled
+from sturdy.image_size import height_and_width
 from sturdy.progress import ProgressPrinter
 from sturdy.sampling.config import resolve_sampling
-from sturdy.sampling.grids import class_columns, grid, save_png, to_uint8
+from sturdy.sampling.grids import as_image, class_columns, grid, save_png, to_uint8
 from sturdy.sampling.initial_state import InitialState
 from sturdy.sampling.labels import select_labels
 from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
@@ -48,7 +50,10 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     options = cfg.sample
     check_integers(options, MINIMUMS, "sample.")
     run = open_run(cfg)
-    size = run.config["data"]["image_size"]
+    run_size = height_and_width(run.config["data"]["image_size"])
+    size = run_size
+    if options.size is not None:
+        size = parse_size("sample.size", options.size)
     classes = list(run.config["classes"])
     numbers = range(options.first, options.first + options.n)
     if label == "null" and label not in classes:
@@ -61,6 +66,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
         turns = 0 if label is not None else len(classes)  # conditions that come in turn
     else:
         cond, chosen = select_captions(run, options, numbers.stop, Path(cfg.paths.cache))
+        cond = cond.sized(*size)
         turns = min(len(cond.table), numbers.stop)
     sampling = resolve_sampling(
         cfg, run.config, options.ema, state=run.point.state, trust=run.trust
@@ -69,15 +75,18 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
     network = sampling.load_network(run)
     denoiser = sampling.add_guidance(network, cond, sampling.load_guide(run))
     start = InitialState(options, size, run.module.space)
+    shape = run.module.space.shape_of(*size)
 
     how = provenance(run, sampling.sampler) | sampling.primitives(cond) | start.primitives
     how |= {"seed": options.seed, **chosen}
+    if size != run_size:
+        how["size"] = size_text(size)
     out = claim_folder("sample.out", options.out, run.directory / OUTPUT, how, ["*.png"])
     print(sampling.describe(cond), flush=True)
 
     def draw(batch: range) -> Tensor:
         draws = Draws(key(options.seed, "sample"), batch)
-        noise = draws.normal("start", run.module.space.shape(size)).to(run.device)
+        noise = draws.normal("start", shape).to(run.device)
         batch_cond = None
         if cond is not None:
             batch_cond = cond[batch.start : batch.stop].to(run.device)
@@ -92,7 +101,7 @@ def sample_images(cfg: DictConfig, label: str | int | None) -> None:
             # All of the batch: the rounding of kernels may depend on the size of the batch.
             images = draw(batch)
             for k in missing:
-                save_png(Image.fromarray(images[k - first].numpy()), image_path(out, k))
+                save_png(as_image(images[k - first]), image_path(out, k))
         drawn += len(missing)
         progress(batch.stop - numbers.start, len(numbers))
 
@@ -129,12 +138,13 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
-def is_complete(path: Path, size: int) -> bool:
-    """Whether ``path`` is a PNG of ``size`` x ``size`` whose checksums are right."""
+def is_complete(path: Path, size: Size) -> bool:
+    """Whether ``path`` is a PNG of ``size``, as of ``as_image``, whose checksums are right."""
+    height, width = size
     try:
         with Image.open(path) as image:
             image.verify()
-            return image.format == "PNG" and image.size == (size, size)
+            return image.format == "PNG" and image.height == height and not image.width % width
     except (OSError, SyntaxError, ValueError):
         return False
 
@@ -144,7 +154,8 @@ def save_grid(folder: Path, numbers: range, classes: int) -> str:
     images = []
     for k in numbers:
         with Image.open(image_path(folder, k)) as image:
-            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+            pixels = np.array(image)
+        images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
     name = f"grid-{numbers.start:06d}.png" if numbers.start else "grid.png"
     columns = class_columns(len(numbers), classes)
     save_png(grid(scaled(torch.stack(images)), columns=columns), folder / name)

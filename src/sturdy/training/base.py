@@ -6,12 +6,15 @@ The config records what was found, with a SHA-256 of each part. So a run is cont
 base, wherever it lies now, and with no other.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from exact_resume.checkpoint.writer import TRANSIENT_ERRNOS
+from sturdy.data.buckets import Size, parse_buckets, size_text
 from sturdy.errors import ConfigError
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.training.module import DiffusionModule
 
 if TYPE_CHECKING:  # diffusers is imported by runs that have a base
@@ -43,6 +46,8 @@ def resolve_base(cfg: DictConfig) -> list[str]:
     try:
         base = open_base(path)
         check_image_size(base, cfg.data.image_size)
+        if buckets := cfg.data.get("buckets"):
+            check_buckets(base, parse_buckets(buckets, cfg.data.image_size))
         network = base.config("unet")
         hashes = {part: base.sha256(part) for part in base.parts}
     except (ImportError, OSError, ValueError) as error:
@@ -97,21 +102,43 @@ def resolve_target(cfg: DictConfig, base: "Base") -> None:
         )
 
 
-def check_image_size(base: "Base", size: int) -> None:
+def check_image_size(base: "Base", size: ImageSize) -> None:
     """Check that network and autoencoder can halve images of ``size`` as often as they do.
 
     Raises:
         ValueError: they cannot; the message names the next sizes.
     """
+    unit = unit_of(base)
+    for side in height_and_width(size):
+        if side % unit:
+            below = side // unit * unit
+            nearest = f"{below} or {below + unit}" if below else str(unit)
+            raise ValueError(
+                f"data.image_size={side} is no multiple of {unit}, as this base needs: choose "
+                f"{nearest}"
+            )
+
+
+def check_buckets(base: "Base", sizes: Sequence[Size]) -> None:
+    """Check the same of the heights and widths of buckets.
+
+    Raises:
+        ValueError: a side cannot be halved so often.
+    """
+    unit = unit_of(base)
+    for size in sizes:
+        if any(side % unit for side in size):
+            raise ValueError(
+                f"data.buckets: the sides of {size_text(size)} must be multiples of {unit}, as "
+                f"this base needs"
+            )
+
+
+def unit_of(base: "Base") -> int:
+    """Return the number of pixels that become one position of the smallest level."""
     levels = len(base.config("unet").get("block_out_channels", ())) or 1
     reductions = len(base.config("vae").get("block_out_channels", ())) or 1
-    unit = 2 ** (levels - 1 + reductions - 1)
-    if size % unit:
-        below = size // unit * unit
-        nearest = f"{below} or {below + unit}" if below else str(unit)
-        raise ValueError(
-            f"data.image_size={size} is no multiple of {unit}, as this base needs: choose {nearest}"
-        )
+    return int(2 ** (levels - 1 + reductions - 1))
 
 
 def describe_trained(module: DiffusionModule) -> str:

@@ -12,8 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from exact_resume import distributed
 from exact_resume.randomness import Draws
+from sturdy.data.buckets import Size, size_text
 from sturdy.diffusion.space import Space
 from sturdy.errors import ConfigError, as_config_error
+from sturdy.image_size import height_and_width
 from sturdy.training.module import DiffusionModule
 
 SAMPLE = 64  # images, of which the spread of the latents is measured
@@ -39,7 +41,9 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
         ConfigError: something does; the message says what to choose.
     """
     with as_config_error("data", cfg.data):
-        module.space.shape(data.image_size)  # refuses sizes that it cannot encode
+        module.space.shape_of(*height_and_width(data.image_size))  # refuses what it cannot encode
+        for size in data.sizes():
+            _check_size(module.space, size)
     if not module.space.cached:
         return
     if module.alignment:
@@ -52,6 +56,14 @@ def check_encodable(cfg: DictConfig, module: DiffusionModule, data: Any) -> None
             data.check_encodable()
     except ConfigError as error:
         raise ConfigError(f"{error}. Or encode at every step: space.cached=false") from None
+
+
+def _check_size(space: Space, size: Size) -> None:
+    """Raise ValueError if the space cannot encode images of this bucket."""
+    try:
+        space.shape_of(*size)
+    except ValueError as error:
+        raise ValueError(f"the bucket {size_text(size)}: {error}") from None
 
 
 def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> str:
@@ -70,11 +82,11 @@ def encode_images(module: DiffusionModule, data: Any, device: torch.device) -> s
     with distributed.rank_zero_first(), as_config_error():
         was_made = data.encode_with(space, device)
     space.release()
-    shape = " x ".join(map(str, space.shape(data.image_size)))
+    shapes = [" x ".join(map(str, space.shape_of(*size))) for size in data.sizes()]
     seconds = time.monotonic() - start
     if not was_made:
         return ""
-    return f"latents of {len(data.cache):,} images ({shape}) cached in {seconds:.0f} s"
+    return f"latents of {len(data.cache):,} images ({', '.join(shapes)}) cached in {seconds:.0f} s"
 
 
 def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list[str]:
@@ -86,11 +98,12 @@ def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list
         data: its images are encoded.
     """
     lines = []
-    side = module.space.shape(data.image_size)[1]
-    if cfg.schedule.get("image_size") == data.image_size != side:
+    _, *sides = module.space.shape_of(*height_and_width(data.image_size))
+    positions = sides[0] if sides[0] == sides[1] else sides
+    if cfg.schedule.get("image_size") == data.image_size != positions:
         lines.append(
-            f"schedule.image_size={data.image_size} counts pixels, and latents have {side} "
-            f"positions a side: schedule.image_size={side} counts those"
+            f"schedule.image_size={data.image_size} counts pixels, and latents have {positions} "
+            f"positions a side: schedule.image_size={positions} counts those"
         )
     sigma_data = getattr(module.denoiser.target, "sigma_data", None)
     if sigma_data is not None:
@@ -106,6 +119,8 @@ def describe_scales(cfg: DictConfig, module: DiffusionModule, data: Any) -> list
 def measure_spread(space: Space, data: Any) -> float:
     """Return the standard deviation of x_0 over the held-out images, of which some are enough."""
     dataset = data.val_dataloader().dataset
-    positions = torch.arange(min(SAMPLE, data.held_out)).numpy()
-    x0 = space.encode(dataset[positions].image, Draws(0, positions.tolist()))
-    return x0.std().item()
+    numbers = []
+    for position in torch.arange(min(SAMPLE, data.held_out)).split(1):  # they may differ in size
+        image = dataset[position.numpy()].image
+        numbers.append(space.encode(image, Draws(0, position.tolist())).flatten())
+    return torch.cat(numbers).std().item()

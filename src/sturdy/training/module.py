@@ -180,7 +180,9 @@ class DiffusionModule(L.LightningModule):
         ``Denoiser.make_condition``). Override this method for a batch that has the text itself.
         """
         image, label, _, *augmentation = batch
-        return self.denoiser.condition(image, label, *augmentation)
+        condition = self.denoiser.condition(image, label, *augmentation)
+        size = self.space.image_size(image)
+        return condition.sized(*size) if size else condition
 
     @override
     def on_validation_epoch_start(self) -> None:

@@ -188,7 +188,9 @@ class Session:
             self.module = build_module(config, fresh=self.point is None)
             prepare_captions(self.module, self.data, self.cfg)
             check_encodable(self.cfg, self.module, self.data)
-            dry_run_forward(self.module, self.data.image_size, self.data.cache.channels)
+            # A base is checked by its config: its forward passes would take minutes on a CPU.
+            sizes = [] if self.base_lines else self.data.sizes()
+            dry_run_forward(self.module, self.data.image_size, self.data.cache.channels, sizes)
         self._arm_watchdog()
         now = self._take_fingerprint(config)
         guarantee = distributed.run_on_rank_zero(lambda: self._check_compatibility(now))

@@ -73,6 +73,8 @@ def check_settings(cfg: DictConfig) -> None:
         )
     if cfg.trainer.compile:
         _check_compile(cfg)
+    if cfg.data.get("buckets"):
+        _check_buckets(cfg)
     precision = str(cfg.trainer.precision)
     if precision not in PRECISIONS:
         advice = PRECISION_ADVICE.get(precision, "use 32-true or bf16-mixed")
@@ -125,6 +127,19 @@ def _check_validation(limit: Any) -> None:
             f"trainer.limit_val_batches={limit} must be a number of batches, 1 or more, or a "
             f"fraction up to 1.0: the best checkpoint is known by them. To validate less often, "
             f"raise trainer.val_check_interval"
+        )
+
+
+def _check_buckets(cfg: DictConfig) -> None:
+    if cfg.alignment:
+        raise ConfigError(
+            "data.buckets does not go with alignment, whose encoder takes images of one size: "
+            "choose alignment=none"
+        )
+    if cfg.trainer.compile:
+        raise ConfigError(
+            "data.buckets does not go with trainer.compile=true: only the first few sizes would be "
+            "compiled, and which they are depends on where a run is resumed"
         )
 
 

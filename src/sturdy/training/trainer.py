@@ -1,6 +1,6 @@
 """The parts of one start, built from its config: data, gradient reduction, and the Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,10 @@ from exact_resume.signals import Preemption
 from exact_resume.strategy import trainer_devices
 from exact_resume.supervisor import is_launched
 from exact_resume.system import available_cpus
-from sturdy.diffusion.space import Space
+from sturdy.diffusion.space import Pixels, Space
+from sturdy.encoders.images import unscaled
 from sturdy.errors import ConfigError, as_config_error
+from sturdy.image_size import ImageSize, height_and_width
 from sturdy.keys import NON_TRAINER_KEYS
 from sturdy.training.callbacks.compile import Compile
 from sturdy.training.callbacks.progress import Progress
@@ -108,8 +110,9 @@ def resolve_run_defaults(cfg: DictConfig, point: ResumePoint | None) -> None:
         if gradients.startswith("fsdp2 over"):  # whatever an older version noted
             kept = "allreduce"
         cfg.reduction = kept or default
+    known = {name.removesuffix(".0") for name in stored}  # a list is stored by its items
     for key, older_value in cfg.resume.added.items():
-        if stored and key not in stored and OmegaConf.select(cfg, key) is not None:
+        if stored and key not in known and OmegaConf.select(cfg, key) is not None:
             OmegaConf.update(cfg, key, older_value)
     if cfg.trainer.threads is None:
         share = max(1, available_cpus() // distributed.local_world_size())
@@ -182,19 +185,30 @@ def build_datamodule(cfg: DictConfig, begun: str | None = None) -> Any:
     return data
 
 
-def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> None:
-    """Send one image ``(channels, size, size)`` through everything, and build the optimizer.
+def dry_run_forward(
+    module: DiffusionModule,
+    size: ImageSize,
+    channels: int = 3,
+    sizes: Sequence[tuple[int, int]] = (),
+) -> None:
+    """Send one image of ``channels`` and ``size`` through everything, and build the optimizer.
+
+    Args:
+        module: of the run.
+        size: height and width of the image.
+        channels: of the image.
+        sizes: other heights and widths that the backbone must take.
 
     Raises:
         ValueError: the parts do not go together, or the optimizer refuses.
     """
-    side = module.space.smallest or size
-    check_space(module.space, torch.zeros(1, channels, side, side))
+    check_space(module.space, module.space.smallest or size, channels)
     check_optimizer(module.make_optimizer, module)
-    x = torch.zeros(1, *module.space.shape(size))
     try:
         with torch.no_grad():
-            module.ema.model(x, torch.full((1,), 0.5), None)
+            for height, width in dict.fromkeys([height_and_width(size), *sizes]):
+                x = torch.zeros(1, *module.space.shape_of(height, width))
+                module.ema.model(x, torch.full((1,), 0.5), None)
     except (TypeError, RuntimeError, IndexError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
@@ -203,8 +217,8 @@ def dry_run_forward(module: DiffusionModule, size: int, channels: int = 3) -> No
         ) from error
 
 
-def check_space(space: Space, image: Tensor) -> None:
-    """Encode and decode ``image`` ``(1, c, size, size)`` once.
+def check_space(space: Space, size: ImageSize, channels: int) -> None:
+    """Encode and decode an image of ``size`` once.
 
     Raises:
         ValueError: the members of the space contradict each other, or one is missing.
@@ -212,10 +226,13 @@ def check_space(space: Space, image: Tensor) -> None:
     name = type(space).__name__
     if not hasattr(space, "clip"):
         raise ValueError(f"space: {name} has no clip: (low, high), or None")
+    if isinstance(space, Pixels) and space.channels != channels:
+        raise ValueError(f"space.channels={space.channels} must be {channels}, as the images have")
+    image = torch.zeros(1, channels, *height_and_width(size))
     with torch.no_grad():
         x0 = space.encode(image, Draws(0, [0]))
         decoded = space.decode(x0)
-    shape = (1, *space.shape(image.shape[-1]))
+    shape = (1, *space.shape_of(*image.shape[2:]))
     if tuple(x0.shape) != shape:
         raise ValueError(
             f"space: {name}.encode gives {tuple(x0.shape)} where its shape() says {shape}"
@@ -254,7 +271,7 @@ def load_alignment_encoder(
     weights = distributed.run_on_rank_zero(state)
     with distributed.rank_zero_first(), as_config_error(), torch.no_grad():
         encoder.load_state_dict(weights)
-        x0 = torch.zeros(1, *module.space.shape(data.image_size))
+        x0 = torch.zeros(1, *module.space.shape_of(*height_and_width(data.image_size)))
         with alignment.observe(module.denoiser.backbone) as features:
             module.denoiser(x0, torch.full((1,), 0.5), None)
         alignment(features, module.space.decode(x0))
@@ -281,7 +298,7 @@ def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tenso
     images = data.val_dataloader().dataset  # the held-out images come first, then the others
     end = min(data.held_out + encoder.most, len(data.cache))
     positions = np.arange(data.held_out, end)
-    pixels = images[positions].image
+    pixels = unscaled(images[positions].image)
     classes = images.classes(positions)
     first = images.split.indices(np.arange(8)).tolist()  # tells folds apart
     key = (data.digest, data.image_size, len(positions), data.held_out, first)

@@ -1,0 +1,1 @@
+"""Sounds as pictures: WAV files to log-mel spectrograms of one channel, and back."""
