@@ -40,7 +40,7 @@ from sturdy.data.formats import (
     repair_jpeg,
     repair_png,
 )
-from sturdy.data.source import BadImageError, ImageTooSmallError
+from sturdy.data.source import BadImageError, ImageTooSmallError, check_file_size
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources contain it
 MAX_PIXELS = 100_000_000  # an image with more is refused before anything is decoded
@@ -157,10 +157,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImageError("not a regular file")
-        if status.st_size > limit:
-            raise BadImageError(
-                f"{status.st_size / 1e6:,.0f} MB is over the limit of {limit / 1e6:,.0f} MB"
-            )
+        check_file_size(status.st_size, limit)
         # Non-blocking, because the file may have become a pipe since ``stat``.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read()
