@@ -23,7 +23,9 @@ from sturdy.data.source import BadImageError, check_file_size
 
 SUFFIXES = (b".zip", b".tar")
 ENCRYPTED, UTF8_NAME = 0x1, 0x800  # flags of a file in a zip
-LOCAL_HEADER, LENGTHS = 30, 26  # bytes of the header before a file in a zip; where lengths are in it
+LOCAL_HEADER = 30  # bytes of the header before a file in a zip, without two texts
+LENGTHS = 26  # where the lengths of these texts are in it
+METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstandard", 95: "xz"}  # of a zip
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of such a tar
 DAMAGED = "damaged in the archive"
 LINKS = "links or devices in the archive"
@@ -245,8 +247,8 @@ def read_entries(path: bytes) -> Iterator[Entry]:
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         name = path.decode("utf-8", "backslashreplace")
         raise ArchiveError(
-            f"{name} is no whole {kind} archive ({reason}): it may be cut short or damaged; copy or "
-            f"download it again"
+            f"{name} is no whole {kind} archive ({reason}): it may be cut short or damaged; "
+            f"copy or download it again"
         ) from None
 
 
@@ -279,7 +281,7 @@ def _zip_member(info: zipfile.ZipInfo) -> Member:
     if info.flag_bits & ENCRYPTED:
         problem = "encrypted in the archive"
     elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))
+        method = METHODS.get(info.compress_type, f"method {info.compress_type}")
         problem = f"compressed by {method} in the archive, and only deflate is read"
     return Member(
         info.header_offset,
@@ -304,7 +306,7 @@ def _read_tar(path: bytes) -> Iterator[Entry]:
                 if info.size < 0:  # would be read again and again
                     raise ArchiveError(f"{os.fsdecode(path)} has a file of a negative size")
                 yield _tar_entry(info)
-                archive.members = []  # a million of them would fill the memory
+                archive.members = []  # type: ignore[attr-defined]  # a million would fill the memory
             end = archive.offset
         # ``tarfile`` also stops at a damaged header, and where the file ends.
         file.seek(end)

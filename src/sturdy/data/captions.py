@@ -74,7 +74,7 @@ def read_captions(
     counts = found.counts
     for i, file in enumerate(beside):
         if file and captions[i] is None:
-            captions[i] = as_one_line(read_text(file.path))
+            captions[i] = as_one_line(read_text(file))
             counts[".txt"] += 1
     if template is None and classes and not tables and not used:
         template = TEMPLATE

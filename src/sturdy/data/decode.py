@@ -144,7 +144,7 @@ def max_bytes(max_pixels: int) -> int:
     return 16 * max(max_pixels, MAX_PIXELS)
 
 
-def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+def read_file(path: bytes | str | os.PathLike[str], limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes.
 
     Pipes, sockets and devices are never opened.
@@ -169,7 +169,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
             errno.ELOOP: "link to itself",
         }
         if error.errno not in reasons:  # a failing ``read`` does not name the file
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
         raise BadImageError(reasons[error.errno]) from None
 
 

@@ -1,4 +1,4 @@
-"""The check of the folders that the user names."""
+"""The check of the folders and archives that the user names."""
 
 import os
 import re
@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sturdy.data.listing import ARCHIVE_SUFFIXES, printable
+from sturdy.data.archive import SUFFIXES, Archive, ArchiveError
+from sturdy.data.files import Files
+from sturdy.data.listing import ARCHIVE_SUFFIXES, MAX_KINDS, first_names, printable
 
 
 def check_roots(root: Any) -> list[Path]:
-    """Return the folders that ``root`` names, absolute.
+    """Return the folders that ``root`` names, absolute; archives count as folders.
 
     Raises:
         ValueError: they are no names of folders here, or one is inside another.
@@ -23,6 +25,8 @@ def check_roots(root: Any) -> list[Path]:
     real = [Path(os.path.realpath(path)) for path in folders]
     for i, outer in enumerate(real):
         for k, inner in enumerate(real):
+            if find_archive(inner) != find_archive(outer):
+                continue  # the archives in a folder are not images of it
             if i != k and (inner.is_relative_to(outer) or folders[k].is_relative_to(folders[i])):
                 relation = "the same folder as" if inner == outer else "inside"
                 raise ValueError(
@@ -30,6 +34,41 @@ def check_roots(root: Any) -> list[Path]:
                     f"images would count twice: give one of them"
                 )
     return folders
+
+
+def find_archive(path: Path) -> Path | None:
+    """Return the archive that ``path`` is or leads into; ``None`` if it is a path on the disk."""
+    for part in [path, *path.parents]:
+        if os.fsencode(part.suffix.lower()) in SUFFIXES and part.is_file():
+            return part
+    return None
+
+
+def open_archives(roots: Sequence[Path]) -> Files:
+    """Return what reads the files under ``roots``.
+
+    Raises:
+        FileNotFoundError: an archive does not have the folder that a root names.
+        ValueError: an archive is damaged.
+        OSError: it cannot be read.
+    """
+    archives: dict[Path, Archive] = {}
+    for root in roots:
+        path = find_archive(root)
+        if path is None:
+            continue
+        try:
+            archive = archives.setdefault(path, archives.get(path) or Archive(os.fsencode(path)))
+        except ArchiveError as error:
+            raise ValueError(f"root={error}") from None
+        if path != root and not archive.is_folder(os.fsencode(root.relative_to(path))):
+            entries = sorted(archive.scan(b""))
+            folders = [printable(entry.name) for entry in entries if archive.is_folder(entry.name)]
+            raise FileNotFoundError(
+                f"root={printable(root)} is no folder of the archive, which has: "
+                f"{first_names(folders, MAX_KINDS) or 'none'}"
+            )
+    return Files(list(archives.values()))
 
 
 def _check_root(root: Any) -> Path:
@@ -51,6 +90,8 @@ def _check_root(root: Any) -> Path:
     if ".." in path.parts:
         path = path.resolve()
     try:
+        if find_archive(path):
+            return path
         if not path.exists():
             existing = next(folder for folder in path.parents if folder.exists())
             raise FileNotFoundError(
@@ -59,7 +100,7 @@ def _check_root(root: Any) -> Path:
             )
         if not path.is_dir():
             is_archive = path.suffix.lower().encode() in ARCHIVE_SUFFIXES
-            archive = "an archive: unpack it, and give the folder"
+            archive = "an archive that cannot be read in place: unpack it, or make a .zip or a .tar"
             kind = archive if is_archive else "a file, not a folder of images"
             raise NotADirectoryError(f"root={printable(path)} is {kind}")
     except OSError as error:
