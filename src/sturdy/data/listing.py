@@ -129,7 +129,7 @@ class Listing:
                     continue
                 if not stat.S_ISDIR(status.st_mode):
                     if self._is_image(entry.path):
-                        file = ImageFile(prefix + path, _pack(status), top, second)
+                        file = ImageFile(prefix + path, pack_status(status), top, second)
                         self.images.append(file)
                     elif stat.S_ISREG(status.st_mode):
                         self._keep_text(TextFile(prefix + path, entry.path, self.files))
@@ -243,14 +243,15 @@ class Listing:
             return f"{text} (root= reads archives)"
         if suffix in ARCHIVE_SUFFIXES:
             return f"{text} (unpack first)"
-        if suffix == b".parquet":
+        if suffix in (b".arrow", b".parquet"):
             return f"{text} (data=huggingface reads them)"
         if any(self._begins_as_image(path) for path in self.examples[suffix]):
             return f"{text} (any_suffix=true reads those that are images)"
         return text
 
 
-def _pack(status: os.stat_result) -> bytes:
+def pack_status(status: os.stat_result) -> bytes:
+    """Return what identifies the content of a file: its times, size and inode."""
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return struct.pack("<2q2Q", *times, status.st_size, status.st_ino)
 

@@ -10,6 +10,8 @@ from sturdy.data.archive import SUFFIXES, Archive, ArchiveError
 from sturdy.data.files import Files
 from sturdy.data.listing import ARCHIVE_SUFFIXES, MAX_KINDS, first_names, printable
 
+TABLE_SUFFIXES = (".parquet", ".arrow")  # of what ``HuggingFace`` reads
+
 
 def check_roots(root: Any) -> list[Path]:
     """Return the folders that ``root`` names, absolute; archives count as folders.
@@ -71,7 +73,23 @@ def open_archives(roots: Sequence[Path]) -> Files:
     return Files(list(archives.values()))
 
 
+def check_table_root(root: Any) -> Path:
+    """Return the folder or the one file of tables that ``root`` names, absolute.
+
+    Raises:
+        ValueError: it is no name of a folder or of such a file here.
+        OSError: it does not exist, or cannot be read.
+    """
+    path = _check_name(root)
+    return path if path.suffix in TABLE_SUFFIXES and path.is_file() else _check_folder(path)
+
+
 def _check_root(root: Any) -> Path:
+    path = _check_name(root)
+    return path if find_archive(path) else _check_folder(path)
+
+
+def _check_name(root: Any) -> Path:
     if not isinstance(root, str | os.PathLike):
         is_name = root is not None and not isinstance(root, bool) and Path(str(root)).is_dir()
         if not is_name:  # but 2024 may be the name of a folder
@@ -87,11 +105,11 @@ def _check_root(root: Any) -> Path:
             f"root={root} is not on this machine: download it, or mount it, and give that folder"
         )
     path = Path(root).expanduser().absolute()
-    if ".." in path.parts:
-        path = path.resolve()
+    return path.resolve() if ".." in path.parts else path
+
+
+def _check_folder(path: Path) -> Path:
     try:
-        if find_archive(path):
-            return path
         if not path.exists():
             existing = next(folder for folder in path.parents if folder.exists())
             raise FileNotFoundError(
@@ -102,6 +120,8 @@ def _check_root(root: Any) -> Path:
             is_archive = path.suffix.lower().encode() in ARCHIVE_SUFFIXES
             archive = "an archive that cannot be read in place: unpack it, or make a .zip or a .tar"
             kind = archive if is_archive else "a file, not a folder of images"
+            if path.suffix in TABLE_SUFFIXES:
+                kind += "; data=huggingface reads it"
             raise NotADirectoryError(f"root={printable(path)} is {kind}")
     except OSError as error:
         if error.errno is None:
