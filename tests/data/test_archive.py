@@ -14,7 +14,8 @@ import pytest
 from image_files import content, only_the_cache
 from test_split import draw
 
-from sturdy.data.archive import MAX_NAME, Archive, ArchiveError
+from sturdy.data.archive import MAX_NAME, Archive
+from sturdy.data.archive_list import ArchiveError
 from sturdy.data.cache import open_cache
 from sturdy.data.folder import Folder
 from sturdy.data.source import BadImageError

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -44,8 +43,8 @@ INSTALL = "pip install 'sturdy-diffusion[huggingface]'"
 class HuggingFace(DecodingSource):
     """The images in the rows of Parquet or Arrow files.
 
-    Rows without a class are left out. Bytes of an image are an encoded file (JPEG, PNG, ...), as the
-    package ``datasets`` writes them; paths in rows are names, and never followed.
+    A row has the bytes of a file (JPEG, PNG, ...), as the package ``datasets`` writes them. Paths in
+    rows are names, and never followed. Rows without a class are left out.
 
     Args:
         root: what ``save_to_disk`` wrote, a data set downloaded from the hub, a folder of Parquet

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sturdy.data.archive import SUFFIXES, Archive, ArchiveError
+from sturdy.data.archive import SUFFIXES, Archive
+from sturdy.data.archive_list import ArchiveError
 from sturdy.data.files import Files
 from sturdy.data.listing import ARCHIVE_SUFFIXES, MAX_KINDS, first_names, printable
 

@@ -122,7 +122,7 @@ def _check_complete(files: Sequence[Path]) -> None:
     if shards and (len(totals) > 1 or len(files) != int(shards[0]["total"])):
         raise ValueError(
             f"root={printable(files[0].parent)} has {len(files):,} files of {shards[0]['name']}, "
-            f"such as {printable(files[0].name)}, which says that there are "
+            f"such as {files[0].name}, which says that there are "
             f"{int(shards[0]['total']):,}: download it again"
         )
 

@@ -20,6 +20,7 @@ from sturdy.data.source import BadImageError, check_file_size
 if TYPE_CHECKING:
     import pyarrow as pa
 
+NO_BYTES = "no bytes in this row (paths are not followed; datasets' save_to_disk writes the bytes)"
 ROWS_AT_ONCE = 32  # that a thread reads ahead, at most
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow file
 
@@ -59,7 +60,7 @@ class TableRows:
             self.schema = self.schema or schema
             if not schema.equals(self.schema):
                 raise ValueError(
-                    f"root={printable(file)} has other columns than {printable(files[0].name)}, or "
+                    f"root={printable(file)} has other columns than {files[0].name}, or "
                     f"of other types"
                 )
         self._starts: list[int] = []
@@ -96,7 +97,7 @@ class TableRows:
         number = bisect.bisect_right(self._starts, index) - 1
         value = self._group(number, name, field)[index - self._starts[number]]
         if not value.is_valid:
-            raise BadImageError("no bytes in this row; a path or an address is not followed")
+            raise BadImageError(NO_BYTES)
         buffer = value.as_buffer()
         check_file_size(buffer.size, limit)
         return bytes(buffer)
@@ -183,4 +184,4 @@ def _damages(file: Path) -> Iterator[None]:
     except (OSError, ValueError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise BadImageError(f"damaged in {printable(file.name)}") from None
+        raise BadImageError(f"damaged in {file.name}") from None
