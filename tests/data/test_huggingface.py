@@ -192,7 +192,7 @@ def test_names_of_rows_without_file_names(tmp_path):
 def test_paths_are_names_and_never_followed(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(image(0))
-    for path in ("../../etc/passwd", str(secret), "https://example.com/1.png"):
+    for path in ("../../etc/passwd", str(secret), "https://example.com/2.png"):
         rows = [{"bytes": None, "path": path}, {"bytes": image(1), "path": "/a\\b/1.png"}, None]
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         pq.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "a.parquet")
@@ -305,24 +305,21 @@ def test_files_that_are_missing_cut_short_or_something_else(tmp_path):
 
 
 def test_damaged_rows_are_broken_images(tmp_path):
-    path = one_file(tmp_path / "one")
+    path = one_file(tmp_path / "one", 60)
     data = bytearray(path.read_bytes())
-    at = data.index(image(7)[:40])
-    data[at - 200 : at + 400] = bytes(600)
+    at = data.index(image(25))  # begins a group of rows
+    data[at - 30 : at + 10] = bytes(40)
     path.write_bytes(data)
     source = HuggingFace(root=path, image_size=8)
     broken = 0
-    for k in range(12):
+    for k in range(60):
         try:
             intact = source.content(k) == image(k)
             source.decode(k)
         except BadImageError:
             intact = False
         broken += not intact
-    assert 1 <= broken <= 10  # not all: other groups of rows are whole
-    assert np.array_equal(
-        source.decode(0), HuggingFace(root=one_file(tmp_path / "two"), image_size=8).decode(0)
-    )
+    assert broken == 5  # other groups of rows are whole
 
 
 def test_threads_read_at_once_and_few_groups_are_kept(tmp_path, monkeypatch):

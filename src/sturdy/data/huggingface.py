@@ -43,8 +43,8 @@ INSTALL = "pip install 'sturdy-diffusion[huggingface]'"
 class HuggingFace(DecodingSource):
     """The images in the rows of Parquet or Arrow files.
 
-    A row has the bytes of a file (JPEG, PNG, ...), as the package ``datasets`` writes them. Paths in
-    rows are names, and never followed. Rows without a class are left out.
+    A row has the bytes of an image file, as the package ``datasets`` writes them. Paths in rows are
+    names, and never followed. Rows without a class are left out.
 
     Args:
         root: what ``save_to_disk`` wrote, a data set downloaded from the hub, a folder of Parquet
