@@ -296,6 +296,7 @@ def test_files_that_are_missing_cut_short_or_something_else(tmp_path):
     assert "found 1 .jpg, 1 .py; a loading script is code, and is not run" in said
     with pytest.raises(NotADirectoryError, match="is a file, not a folder"):
         HuggingFace(root=tmp_path / "other/1.jpg")
+    assert "give the folder of the data set" in refusal(root=None)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         HuggingFace(root=tmp_path / "nowhere")
     with pytest.raises(NotADirectoryError, match="data=huggingface reads it"):

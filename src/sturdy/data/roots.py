@@ -81,6 +81,8 @@ def check_table_root(root: Any) -> Path:
         ValueError: it is no name of a folder or of such a file here.
         OSError: it does not exist, or cannot be read.
     """
+    if root is None:
+        raise ValueError("root=null: give the folder of the data set, or a Parquet file")
     path = _check_name(root)
     return path if path.suffix in TABLE_SUFFIXES and path.is_file() else _check_folder(path)
 
