@@ -34,7 +34,11 @@ PROJECT = (
     "sturdy.training.optim",
     "torch.optim",
 )
-FUNCTIONS = ("sturdy.data.datamodule.folder_data", "sturdy.data.decode.decode")  # others: classes
+FUNCTIONS = (  # others: classes
+    "sturdy.data.datamodule.folder_data",
+    "sturdy.data.decode.decode",
+    "sturdy.data.huggingface.huggingface_data",
+)
 # Classes of these are trusted one by one, as some run commands.
 BROAD_PACKAGES = ("torch", "lightning", "hydra", "numpy")
 

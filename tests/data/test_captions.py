@@ -16,6 +16,7 @@ from sturdy.data.cache import Cache, open_cache
 from sturdy.data.changes import describe_changes
 from sturdy.data.datamodule import ImageData, folder_data
 from sturdy.data.folder import Folder
+from sturdy.data.listing import TextFile
 from sturdy.data.metadata import peek_columns
 
 SMALL_DIT = ["backbone=dit", "backbone.width=32", "backbone.depth=1", "backbone.heads=2"]
@@ -292,7 +293,7 @@ def test_the_keys_that_would_use_a_file_are_named(photos: Path) -> None:
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_any_table_may_lie_there_unused(photos: Path, name: str, content: bytes) -> None:
     (photos / name).write_bytes(content)
-    assert isinstance(peek_columns(bytes(photos / name)), list)
+    assert isinstance(peek_columns(TextFile(name.encode(), bytes(photos / name))), list)
     assert len(Folder(root=photos)) == 4
 
 

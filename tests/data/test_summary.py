@@ -102,7 +102,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
         "6 .heic (pip install 'sturdy-diffusion[heic]' reads them)",
         "6 without a suffix (any_suffix=true reads those that are images)",
         "1 .npy",
-        "1 .tar (unpack first)",
+        "1 .tar (root= reads archives)",
         "3 hidden by a dot in front",
     }
     assert unused == (
@@ -311,12 +311,14 @@ def test_roots_that_overlap_are_refused(tmp_path):
         (True, "root=True is not the name of a folder"),
         (7, "root=7 is not the name of a folder here; quote a name"),
         ("x" * 300, " cannot be read (File name too long)"),
-        ("photos.zip", "photos.zip is an archive: unpack it"),
+        ("photos.zip", "photos.zip is no whole zip archive (File is not a zip file): it may be"),
+        ("photos.tgz", "photos.tgz is an archive that cannot be read in place: unpack it, or"),
     ],
 )
 def test_roots_that_are_no_folders(tmp_path, monkeypatch, root, message):
     monkeypatch.chdir(tmp_path)
     put_bytes(tmp_path / "photos.zip")
+    put_bytes(tmp_path / "photos.tgz")
     with pytest.raises((ValueError, OSError), match="root=") as error:
         Folder(root=root)
     assert message in str(error.value)

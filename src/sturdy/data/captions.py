@@ -74,7 +74,7 @@ def read_captions(
     counts = found.counts
     for i, file in enumerate(beside):
         if file and captions[i] is None:
-            captions[i] = as_one_line(read_text(file.path))
+            captions[i] = as_one_line(read_text(file))
             counts[".txt"] += 1
     if template is None and classes and not tables and not used:
         template = TEMPLATE
@@ -83,21 +83,48 @@ def read_captions(
         raise ValueError(
             _describe_missing([images[i] for i in missing], len(images), bool(classes))
         )
-    if template is not None and missing:
-        if "{}" in template and not classes:
-            raise ValueError(
-                f'caption="{template}" has {{}} for the class of an image, and these images have '
-                f"no classes: leave out the {{}}"
-            )
-        for i in missing:
-            captions[i] = as_one_line(template.replace("{}", classes[i] if classes else ""))
-        counts[f'caption="{template}"'] += len(missing)
-    return _sort(captions, found.notes(), counts, [*found.tables, *used])
+    fill_captions(captions, template, classes, counts)
+    return sort_captions(captions, counts, found.notes(), [*found.tables, *used])
 
 
-def _sort(
-    captions: Sequence[str | None], notes: list[str], counts: Counter[str], used: list[TextFile]
+def fill_captions(
+    captions: list[str | None], template: str | None, classes: Sequence[str], counts: Counter[str]
+) -> None:
+    """Give the images whose caption is ``None`` the ``template``, and count them.
+
+    Raises:
+        ValueError: the template has ``{}``, and there are no classes.
+    """
+    missing = [i for i, text in enumerate(captions) if text is None]
+    if template is None or not missing:
+        return
+    if "{}" in template and not classes:
+        raise ValueError(
+            f'caption="{template}" has {{}} for the class of an image, and these images have '
+            f"no classes: leave out the {{}}"
+        )
+    for i in missing:
+        captions[i] = as_one_line(template.replace("{}", classes[i] if classes else ""))
+    counts[f'caption="{template}"'] += len(missing)
+
+
+def sort_captions(
+    captions: Sequence[str | None],
+    counts: Counter[str],
+    notes: Sequence[str] = (),
+    used: Sequence[TextFile] = (),
 ) -> Captions:
+    """Sort the distinct captions, and say what was found.
+
+    Args:
+        captions: of the images, in order.
+        counts: the number of images by the origin of their caption.
+        notes: further lines.
+        used: the files that captions are from.
+
+    Raises:
+        ValueError: all are empty.
+    """
     texts = sorted({text for text in captions if text}, key=str.encode)
     if not texts:
         raise ValueError("captions=true, and all captions are empty")
@@ -110,7 +137,7 @@ def _sort(
         example = f"{example[:MAX_SHOWN]}..."
     line = f"captions: {len(captions):,} of {len(captions):,} images ({origins})"
     line += f", {len(texts):,} different" + (f", {empty:,} empty" if empty else "")
-    return Captions(tuple(texts), rows, [f'{line}; e.g. "{example}"', *notes], used)
+    return Captions(tuple(texts), rows, [f'{line}; e.g. "{example}"', *notes], list(used))
 
 
 def _describe_missing(missing: Sequence[bytes], total: int, has_classes: bool) -> str:

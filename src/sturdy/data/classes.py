@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sturdy.data.files import Files
 from sturdy.data.listing import ImageFile, printable
 
 SPLIT_NAMES = frozenset("train training val valid validation dev test testing".split())
@@ -26,7 +27,7 @@ MAX_CLASSES = 10  # most classes that are named
 
 
 def find_classes(
-    roots: Sequence[Path], images: Sequence[ImageFile], labels: bool | str
+    files: Files, roots: Sequence[Path], images: Sequence[ImageFile], labels: bool | str
 ) -> list[bytes]:
     """Return the classes in byte order, none when unlabelled; see ``Folder`` for ``labels``.
 
@@ -47,11 +48,13 @@ def find_classes(
             f"unlabelled with labels=false, or leave folders out with exclude=[...]"
         )
     if labels == "auto":
-        _ask_about_parts(roots, images, tops)
+        _ask_about_parts(files, roots, images, tops)
     return tops if labels is True or len(tops) > 1 else []
 
 
-def _ask_about_parts(roots: Sequence[Path], images: Sequence[ImageFile], tops: list[bytes]) -> None:
+def _ask_about_parts(
+    files: Files, roots: Sequence[Path], images: Sequence[ImageFile], tops: list[bytes]
+) -> None:
     """Raise ``ValueError`` with the possible answers if ``tops`` may be parts of a data set."""
     lower = {top: printable(top).lower() for top in tops}
     parts = [top for top in tops if lower[top] in SPLIT_NAMES | IMAGE_NAMES | COMPANION_NAMES]
@@ -65,7 +68,7 @@ def _ask_about_parts(roots: Sequence[Path], images: Sequence[ImageFile], tops: l
 
     answers = []
     for selection in selections:
-        folders = subfolders(roots, selection)
+        folders = subfolders(files, roots, selection)
         n = sum(image.top in selection for image in images)
         classes = describe_classes(count_classes_below(images, selection))
         answers.append((as_override("root", folders), f"{n:,} images, {classes}"))
@@ -82,11 +85,11 @@ def _ask_about_parts(roots: Sequence[Path], images: Sequence[ImageFile], tops: l
     )
 
 
-def subfolders(roots: Iterable[Path], tops: Iterable[bytes]) -> list[Path]:
+def subfolders(files: Files, roots: Iterable[Path], tops: Iterable[bytes]) -> list[Path]:
     """Return the folders named ``tops`` that exist in ``roots``."""
     roots = list(roots)
     paths = [root / os.fsdecode(top) for top in tops for root in roots]
-    return [path for path in paths if path.is_dir()]
+    return [path for path in paths if files.is_folder(os.fsencode(path))]
 
 
 def count_images(folders: Iterable[bytes]) -> Counter[bytes]:

@@ -42,7 +42,7 @@ from sturdy.data.formats import (
     repair_jpeg,
     repair_png,
 )
-from sturdy.data.source import BadImageError, ImageTooSmallError
+from sturdy.data.source import BadImageError, ImageTooSmallError, check_file_size
 
 DECODER = 1  # raise it whenever a pixel changes: the keys of sources contain it
 MAX_PIXELS = 100_000_000  # an image with more is refused before anything is decoded
@@ -69,7 +69,6 @@ class DecodedFile(NamedTuple):
     """The pixels of an image file, and what is reported of it."""
 
     pixels: np.ndarray  # uint8 (3, h, w)
-    short_side: int  # of the file, in pixels
     is_deep: bool  # whether the file has more than 8 bits of grey
     is_scaled_up: bool
     cut: float  # the share of the resized image that was cut off
@@ -151,7 +150,6 @@ def decode_file(
         pixels = pixels[:, top : top + target[0], left : left + target[1]]
     return DecodedFile(
         np.ascontiguousarray(pixels),
-        short_side,
         raw.is_deep,
         is_scaled_up=resized_height > height or resized_width > width,
         cut=1 - pixels[0].size / (resized_height * resized_width),
@@ -163,7 +161,7 @@ def max_bytes(max_pixels: int) -> int:
     return 16 * max(max_pixels, MAX_PIXELS)
 
 
-def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
+def read_file(path: bytes | str | os.PathLike[str], limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes.
 
     Pipes, sockets and devices are never opened.
@@ -176,10 +174,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise BadImageError("not a regular file")
-        if status.st_size > limit:
-            raise BadImageError(
-                f"{status.st_size / 1e6:,.0f} MB is over the limit of {limit / 1e6:,.0f} MB"
-            )
+        check_file_size(status.st_size, limit)
         # Non-blocking, because the file may have become a pipe since ``stat``.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read()
@@ -191,7 +186,7 @@ def read_file(path: str | os.PathLike[str], limit: int) -> bytes:
             errno.ELOOP: "link to itself",
         }
         if error.errno not in reasons:  # a failing ``read`` does not name the file
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
         raise BadImageError(reasons[error.errno]) from None
 
 

@@ -1,4 +1,4 @@
-"""Folders of image files as a source.
+"""Folders of image files as a source, also in archives.
 
     image k = the k-th name in byte order        label = its top-level folder, or a column
 
@@ -10,13 +10,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
+from typing_extensions import override
 
-from sturdy.data.buckets import parse_buckets
 from sturdy.data.captions import read_captions
-from sturdy.data.checks import check_choice, check_colour, check_int, check_strings, check_text
+from sturdy.data.checks import check_choice, check_strings, check_text
 from sturdy.data.classes import (
     as_override,
     count_classes_below,
@@ -25,13 +25,14 @@ from sturdy.data.classes import (
     find_classes,
     subfolders,
 )
-from sturdy.data.decode import DECODER, MAX_PIXELS, Crop, decode_file, max_bytes, read_file
+from sturdy.data.decode import DECODER, MAX_PIXELS, Crop
+from sturdy.data.decoding import DecodingSource
 from sturdy.data.listing import MAX_KINDS, SUFFIXES, Listing, printable
 from sturdy.data.metadata import describe_unused_texts, read_labels
-from sturdy.data.roots import check_roots
+from sturdy.data.roots import check_roots, open_archives
 
 
-class Folder:
+class Folder(DecodingSource):
     """The images under ``root``, at any depth; ``Listing`` says what is left out.
 
     With ``labels="auto"`` every top-level folder is a class if at least two of them have images.
@@ -42,8 +43,9 @@ class Folder:
     folders are none.
 
     Args:
-        root: the folder, or several. Folders of the same name in several are one class. The names
-            of images begin below the folder that all roots are in.
+        root: the folder, or several. A zip or tar archive, or a folder in one, counts as a folder.
+            Folders of the same name in several are one class. The names of images begin below the
+            folder that all roots are in.
         image_size: the short side of the decoded images, in pixels.
         crop: ``"center"`` gives ``(3, image_size, image_size)``; ``"random"`` leaves the long side
             uncut.
@@ -106,31 +108,21 @@ class Folder:
         caption = check_text("caption", caption)
         if caption is not None and not captions:
             raise ValueError(f'caption="{caption}" is not used without captions=true')
-        self.decoding: dict[str, Any] = {  # the key contains it: keep names and order
-            "size": check_int("image_size", image_size),
-            "crop": check_choice("crop", crop, get_args(Crop)),
-            "background": check_colour("background", background),
-            "max_pixels": check_int("max_pixels", max_pixels),
-        }
-        if image_size * image_size > max_pixels:
-            raise ValueError(
-                f"image_size={image_size} makes images of more than max_pixels={max_pixels:,}"
-            )
-        if min_side is not None:
-            self.decoding["min_side"] = check_int("min_side", min_side)
-        if buckets is not None:
-            if crop != "center":
-                raise ValueError(
-                    f"crop={crop} does not go with buckets, which cut each image once: use "
-                    f"crop=center"
-                )
-            self.decoding["buckets"] = parse_buckets(buckets, image_size)
+        super().__init__(
+            image_size=image_size,
+            crop=crop,
+            background=background,
+            max_pixels=max_pixels,
+            min_side=min_side,
+            buckets=buckets,
+        )
         exclude = check_strings("exclude", exclude)
         any_suffix = check_choice("any_suffix", any_suffix, (True, False))
         self.roots = check_roots(root)
         self.root = Path(os.path.commonpath(self.roots))
+        self.files = open_archives(self.roots)
 
-        listing = Listing(exclude, any_suffix=any_suffix, keep_texts=captions)
+        listing = Listing(self.files, exclude, any_suffix=any_suffix, keep_texts=captions)
         prefixes = [_prefix(path, self.root) for path in self.roots]
         for path, prefix in zip(self.roots, prefixes, strict=True):
             listing.add(os.fsencode(path), prefix)
@@ -141,7 +133,7 @@ class Folder:
         names = [image.name for image in images]
         notes: list[str] = []
         if label_column is None:
-            classes = find_classes(self.roots, images, labels)
+            classes = find_classes(self.files, self.roots, images, labels)
             values = [image.top for image in images]
         else:
             values, column = read_labels(label_column, tables, names)
@@ -169,9 +161,6 @@ class Folder:
             notes = [*found.lines, *notes]
             listing.use(found.used)
         self._summary = self._describe(listing, values, label_column, list(dict.fromkeys(notes)))
-        self.scaled_up: set[int] = set()
-        self.deep: set[int] = set()
-        self.cut: dict[int, float] = {}
 
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((DECODER, self.decoding, bool(classes))).encode())
@@ -201,35 +190,13 @@ class Folder:
         """Return the path under ``root``; bytes that cannot be printed are escaped."""
         return printable(self._raw_name(index))
 
-    def decode(self, index: int) -> np.ndarray:
-        """Return the image, uint8 ``(3, h, w)``.
-
-        Raises:
-            BadImageError: it cannot be used.
-        """
-        image = decode_file(self._path(index), **self.decoding)
-        if image.is_scaled_up:
-            self.scaled_up.add(index)
-        if "buckets" in self.decoding:
-            self.cut[index] = image.cut
-        if image.is_deep:
-            self.deep.add(index)
-        return image.pixels
-
-    def content(self, index: int) -> bytes:
-        """Return the bytes of the file.
-
-        Raises:
-            BadImageError: it cannot be read.
-        """
-        return read_file(self._path(index), max_bytes(self.decoding["max_pixels"]))
+    @override
+    def read(self, index: int, limit: int) -> bytes:
+        return self.files.read(os.path.join(os.fsencode(self.root), self._raw_name(index)), limit)
 
     def summary_lines(self) -> list[str]:
         """Say which images and classes were found, and what was left out or is not used."""
         return list(self._summary)
-
-    def _path(self, index: int) -> str:
-        return os.path.join(os.fspath(self.root), os.fsdecode(self._raw_name(index)))
 
     def _raw_name(self, index: int) -> bytes:
         index = range(len(self))[index]
@@ -246,7 +213,7 @@ class Folder:
             first += f" (label_column={label_column})"
         if not self.classes and self.labels == "auto" and len(tops) == 1:
             if inner := count_classes_below(images, tops):
-                override = as_override("root", subfolders(self.roots, tops))
+                override = as_override("root", subfolders(self.files, self.roots, tops))
                 first += f"; {override} would make {len(inner):,} classes"
         lines = [first, *notes]
         left_out = listing.left_out()

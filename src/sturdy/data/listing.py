@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from sturdy.data import archive
+from sturdy.data.files import Files
 from sturdy.data.formats import HEAD, INSTALL_HEIC, READS_HEIC, is_image
 
 HEIC = frozenset({b".heic", b".heif", b".hif"})
@@ -17,7 +19,7 @@ SUFFIXES = frozenset(
 # of captions, labels and tables
 TEXT_SUFFIXES = frozenset(b".caption .csv .json .jsonl .parquet .tsv .txt .xml".split())
 TABLES = frozenset({b"metadata.csv", b"metadata.jsonl"})  # those that can be read
-ARCHIVE_SUFFIXES = frozenset(b".7z .gz .rar .tar .tgz .zip".split())
+ARCHIVE_SUFFIXES = frozenset(b".7z .bz2 .gz .rar .tar .tbz2 .tgz .txz .xz .zip .zst".split())
 # folders that systems make, in lower case; hidden ones begin with a dot and are left out anyway
 SYSTEM_FOLDERS = frozenset(
     b"#recycle #snapshot $recycle.bin @eadir @recently-snapshot @recycle __macosx __pycache__ "
@@ -49,10 +51,12 @@ class TextFile(NamedTuple):
     Attributes:
         name: its path under the folder that all roots are in, as of an image.
         path: its path.
+        files: reads it.
     """
 
     name: bytes
     path: bytes
+    files: Files = Files()
 
 
 class Listing:
@@ -62,6 +66,7 @@ class Listing:
     matches are left out.
 
     Args:
+        files: reads the folders.
         exclude: glob patterns of paths under a root; ``*`` matches ``/`` too.
         any_suffix: whether to read the first bytes of files with other suffixes, and to take those
             that are images.
@@ -76,8 +81,14 @@ class Listing:
     """
 
     def __init__(
-        self, exclude: Sequence[str] = (), *, any_suffix: bool = False, keep_texts: bool = False
+        self,
+        files: Files,
+        exclude: Sequence[str] = (),
+        *,
+        any_suffix: bool = False,
+        keep_texts: bool = False,
     ) -> None:
+        self.files = files
         self.exclude = {pattern: os.fsencode(pattern.strip("/")) for pattern in exclude}
         self.any_suffix = any_suffix
         self.images: list[ImageFile] = []
@@ -101,12 +112,12 @@ class Listing:
         Raises:
             PermissionError: a folder may not be read. To skip it could lose a class silently.
         """
-        status = os.stat(root)
+        status = self.files.stat(root)
         waiting = [(root, b"", frozenset({(status.st_dev, status.st_ino)}))]
         while waiting:
             folder, inside, ancestors = waiting.pop()
             top, second = [*inside.split(b"/")[:-1], b"", b""][:2]
-            for entry in _scan(folder, inside):
+            for entry in self._scan(folder, inside):
                 path = inside + entry.name
                 if self._is_left_out(path, entry.name):
                     continue
@@ -118,10 +129,10 @@ class Listing:
                     continue
                 if not stat.S_ISDIR(status.st_mode):
                     if self._is_image(entry.path):
-                        file = ImageFile(prefix + path, _pack(status), top, second)
+                        file = ImageFile(prefix + path, pack_status(status), top, second)
                         self.images.append(file)
                     elif stat.S_ISREG(status.st_mode):
-                        self._keep_text(TextFile(prefix + path, entry.path))
+                        self._keep_text(TextFile(prefix + path, entry.path, self.files))
                 elif entry.name.lower() in SYSTEM_FOLDERS:
                     self.system_folders[entry.name] += 1
                 else:
@@ -130,6 +141,17 @@ class Listing:
                     here = (status.st_dev, status.st_ino)
                     if here not in ancestors:  # a link to a folder above would never end
                         waiting.append((entry.path, path + b"/", ancestors | {here}))
+
+    def _scan(
+        self, folder: bytes, inside: bytes
+    ) -> Sequence[os.DirEntry[bytes] | archive.ArchiveEntry]:
+        try:
+            return self.files.scan(folder)
+        except PermissionError as error:
+            message = "root=... holds a folder that may not be read; change its permissions"
+            if inside:
+                message += f", or leave it out with exclude=[{printable(inside[:-1])}]"
+            raise PermissionError(error.errno, message, printable(folder)) from None
 
     def _is_left_out(self, path: bytes, name: bytes) -> bool:
         if name.startswith(b"."):
@@ -160,13 +182,17 @@ class Listing:
     def _is_image(self, path: bytes) -> bool:
         """Return whether a file is listed as an image; count it otherwise."""
         suffix = _suffix(path)
-        if suffix in SUFFIXES or (self.any_suffix and begins_as_image(path)):
+        if suffix in SUFFIXES or (self.any_suffix and self._begins_as_image(path)):
             return True
         self.other_files[suffix] += 1
         examples = self.examples.setdefault(suffix, [])
         if len(examples) < 3:
             examples.append(path)
         return False
+
+    def _begins_as_image(self, path: bytes) -> bool:
+        """Return whether the first bytes of a regular file are those of an image that is read."""
+        return is_image(self.files.read_head(path, HEAD))
 
     def left_out(self, *, texts: bool = False) -> list[str]:
         """Count what was left out, and say what would read it; captions and tables if ``texts``."""
@@ -184,7 +210,7 @@ class Listing:
             parts.append(f"{n:,} {printable(name)} folder{'s' * (n > 1)}")
         for pattern, n in self.excluded.items():
             parts.append(f"{n:,} matched by exclude={pattern}")
-        return parts
+        return parts + self.files.left_out()
 
     def texts(self) -> list[str]:
         """Name the files of captions, labels and tables; count them where there are many."""
@@ -203,7 +229,7 @@ class Listing:
         """Return whether one of the first ``.txt`` files has the name of an image beside it."""
         stems = [os.path.splitext(path)[0] for path in self.examples.get(b".txt", [])]
         suffixes = [*SUFFIXES, *(suffix.upper() for suffix in SUFFIXES)]
-        return any(os.path.exists(stem + suffix) for stem in stems for suffix in suffixes)
+        return any(self.files.exists(stem + suffix) for stem in stems for suffix in suffixes)
 
     def unmatched(self) -> list[str]:
         """Return the patterns of ``exclude`` that match nothing."""
@@ -213,25 +239,19 @@ class Listing:
         text = printable(suffix) or "without a suffix"
         if suffix in HEIC:
             return f"{text} ({INSTALL_HEIC} them)"
+        if suffix in archive.SUFFIXES and not self.files.archives:
+            return f"{text} (root= reads archives)"
         if suffix in ARCHIVE_SUFFIXES:
             return f"{text} (unpack first)"
-        if any(begins_as_image(path) for path in self.examples[suffix]):
+        if suffix in (b".arrow", b".parquet"):
+            return f"{text} (data=huggingface reads them)"
+        if any(self._begins_as_image(path) for path in self.examples[suffix]):
             return f"{text} (any_suffix=true reads those that are images)"
         return text
 
 
-def _scan(folder: bytes, inside: bytes) -> list[os.DirEntry[bytes]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except PermissionError as error:
-        message = "root=... holds a folder that may not be read; change its permissions"
-        if inside:
-            message += f", or leave it out with exclude=[{printable(inside[:-1])}]"
-        raise PermissionError(error.errno, message, printable(folder)) from None
-
-
-def _pack(status: os.stat_result) -> bytes:
+def pack_status(status: os.stat_result) -> bytes:
+    """Return what identifies the content of a file: its times, size and inode."""
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return struct.pack("<2q2Q", *times, status.st_size, status.st_ino)
 
@@ -243,17 +263,6 @@ def _suffix(name: bytes) -> bytes:
 def _most_frequent(counter: Counter[bytes]) -> list[tuple[bytes, int]]:
     """Return names and numbers, the largest number first, then by name."""
     return sorted(counter.items(), key=lambda item: (-item[1], item[0]))
-
-
-def begins_as_image(path: bytes) -> bool:
-    """Return whether the first bytes of a regular file are those of an image that is read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
-            return is_image(file.read(HEAD))
-    except OSError:
-        return False
 
 
 def first_names(names: Collection[str], most: int = 3) -> str:

@@ -16,9 +16,11 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sturdy.data.listing import MAX_KINDS, Listing, TextFile, first_names, printable
+from sturdy.data.source import BadImageError
 
 FILE_NAME = "file_name"
 HEAD = 1 << 16  # bytes that are read to name the columns of a table that is not used
+MAX_TEXT = 1 << 30  # bytes of a text; an archive may claim any size
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -137,21 +139,22 @@ def read_rows(table: TextFile) -> Iterator[tuple[int, dict[str, Any]]]:
         OSError: it cannot be read.
     """
     name = printable(table.path)
-    text = read_text(table.path)
+    text = read_text(table)
     yield from (_csv_rows if table.name.endswith(b".csv") else _json_rows)(name, text)
 
 
-def read_text(path: bytes) -> str:
+def read_text(text: TextFile) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is in another encoding.
+        ValueError: it is in another encoding, or damaged in an archive.
         OSError: it cannot be read.
     """
-    name = printable(path)
+    name = printable(text.path)
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = text.files.read(text.path, MAX_TEXT)
+    except BadImageError as error:
+        raise ValueError(f"{name} cannot be read ({error})") from None
     except OSError as error:
         raise OSError(error.errno, f"{name} cannot be read ({error.strerror})") from None
     if content.startswith(UTF16):
@@ -193,7 +196,7 @@ def describe_unused_texts(listing: Listing, *, has_captions: bool, has_column: b
                 f"captions=true reads captions for a text condition from {' and '.join(sources)}"
             )
     if tables and not has_column:
-        columns = [printable(name.encode()) for name in peek_columns(tables[0].path)]
+        columns = [printable(name.encode()) for name in peek_columns(tables[0])]
         if columns:
             parts.append(
                 f"label_column=NAME reads classes from a column of {kinds[0]}: "
@@ -202,13 +205,14 @@ def describe_unused_texts(listing: Listing, *, has_captions: bool, has_column: b
     return ["; ".join(parts)]
 
 
-def peek_columns(path: bytes) -> list[str]:
+def peek_columns(table: TextFile) -> list[str]:
     """Return the columns that the first lines of a table show; none if they cannot be read."""
     try:
-        with open(path, "rb") as file:
-            line = file.read(HEAD).decode("utf-8-sig", "replace").split("\n")[0]
-        names = next(csv.reader([line])) if path.endswith(b".csv") else list(json.loads(line))
-    except (OSError, ValueError, TypeError, RecursionError, StopIteration, csv.Error):
+        head = table.files.read_head(table.path, HEAD)
+        line = head.decode("utf-8-sig", "replace").split("\n")[0]
+        is_csv = table.path.endswith(b".csv")
+        names = next(csv.reader([line])) if is_csv else list(json.loads(line))
+    except (ValueError, TypeError, RecursionError, StopIteration, csv.Error):
         return []
     names = [as_one_line(str(name)) for name in names]
     return [name for name in names if name != FILE_NAME]

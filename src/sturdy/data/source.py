@@ -13,6 +13,12 @@ class ImageTooSmallError(BadImageError):
     """An image is intact, but smaller than the user accepts."""
 
 
+def check_file_size(size: int, limit: int) -> None:
+    """Raise ``BadImageError`` if a file of ``size`` bytes is over the limit."""
+    if size > limit:
+        raise BadImageError(f"{size / 1e6:,.0f} MB is over the limit of {limit / 1e6:,.0f} MB")
+
+
 class Source(Protocol):
     """A finite collection of images, which are decoded one by one.
 
