@@ -22,7 +22,7 @@ import re
 import stat
 import threading
 import warnings
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -67,8 +67,14 @@ class DecodedFile(NamedTuple):
     """The pixels of an image file, and what is reported of it."""
 
     pixels: np.ndarray  # uint8 (3, h, w)
-    short_side: int  # of the file, in pixels
+    height: int  # of the file, upright, in pixels
+    width: int
     is_deep: bool  # whether the file has more than 8 bits of grey
+
+    @property
+    def short_side(self) -> int:
+        """The shorter of height and width."""
+        return min(self.height, self.width)
 
 
 class _RawImage(NamedTuple):
@@ -125,18 +131,20 @@ def decode_file(
         raw = _decode_jpeg(content, size, max_pixels)
     else:
         raw = _decode_other(content, background, max_pixels)
-    short_side = min(raw.height, raw.width)
-    if short_side < min_side:
+    if min(raw.height, raw.width) < min_side:
         raise ImageTooSmallError(f"{raw.width} x {raw.height} pixels")
     pixels = _resize(raw, size, max_pixels)
+    height = raw.height
+    width = raw.width
     swap, flip_y, flip_x = UPRIGHT.get(raw.orientation, (False, False, False))
     if swap:
         pixels = pixels.transpose(0, 2, 1)
+        height, width = width, height
     pixels = pixels[:, :: -1 if flip_y else 1, :: -1 if flip_x else 1]
     if crop == "center":
         top, left = ((side - size) // 2 for side in pixels.shape[1:])
         pixels = pixels[:, top : top + size, left : left + size]
-    return DecodedFile(np.ascontiguousarray(pixels), short_side, raw.is_deep)
+    return DecodedFile(np.ascontiguousarray(pixels), height, width, raw.is_deep)
 
 
 def max_bytes(max_pixels: int) -> int:
@@ -247,14 +255,21 @@ def _orientation(image: Image.Image) -> int:
 
 def _resize(raw: _RawImage, size: int, max_pixels: int) -> np.ndarray:
     """Resize to ``(3, h, w)`` with a short side of ``size``, in the proportions of the file."""
-    short = min(raw.height, raw.width)
-    height = (2 * raw.height * size + short) // (2 * short)  # rounded to the nearest pixel
-    width = (2 * raw.width * size + short) // (2 * short)
+    height, width = map(int, resized_shape(raw.height, raw.width, size))
     _check_pixels(height, width, max_pixels, " after the resize")
     x = torch.from_numpy(raw.pixels).permute(2, 0, 1)  # a view, which is the fast memory format
     if x.shape[1:] != (height, width):
         x = interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0]
     return x.numpy()
+
+
+def resized_shape(height: Any, width: Any, size: int) -> tuple[Any, Any]:
+    """Return height and width after the resize to a short side of ``size``; arrays are taken, too.
+
+    They are rounded to the nearest pixel.
+    """
+    short = np.minimum(height, width)
+    return (2 * height * size + short) // (2 * short), (2 * width * size + short) // (2 * short)
 
 
 def _check_pixels(height: int, width: int, max_pixels: int, when: str = "") -> None:

@@ -133,8 +133,9 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
         corners = (places * (room + 1)).astype(int)
         shape = (len(indices), self.cache.channels, self.size, self.size)
         crops = np.empty(shape, self.cache.dtype)
-        for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
-            crop[:] = self.cache.image(index)[:, y : y + self.size, x : x + self.size]
+        images = self.cache.images(indices)
+        for crop, image, (y, x) in zip(crops, images, corners, strict=True):
+            crop[:] = image[:, y : y + self.size, x : x + self.size]
         return crops
 
 
