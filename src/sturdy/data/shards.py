@@ -61,8 +61,11 @@ def pack(
 
     check_int("per_shard", per_shard)
     make_directory(out)
+    expected = {"key": folder.key, "per_shard": per_shard}
+    _check_same_images(out, expected)
     with lock_folder(out / f".{PACKING}.lock"):
-        _check_same_images(out, {"key": folder.key, "per_shard": per_shard})
+        with atomic_write(out / PACKING) as file:
+            file.write(json.dumps(expected).encode())
         for number, start in enumerate(range(0, len(folder), per_shard)):
             path = out / f"{number:06d}.tar"
             images = range(start, min(start + per_shard, len(folder)))
@@ -85,8 +88,6 @@ def _check_same_images(out: Path, expected: dict[str, Any]) -> None:
         )
     if found := [name for name in os.listdir(out) if not name.startswith(".")]:
         raise ValueError(f"{out} is not empty ({sorted(found)[0]}): give a new folder")
-    with atomic_write(path) as file:
-        file.write(json.dumps(expected).encode())
 
 
 def _sample(folder: Folder, index: int) -> dict[str, Any]:
