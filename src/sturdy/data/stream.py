@@ -26,6 +26,10 @@ class StreamData(ImageData):
         **others: further arguments of ``Shards`` and of ``ImageData``.
     """
 
+    # Lightning keeps the state of a data module under the name of its class, and a run of a folder
+    # can go on in shards.
+    __qualname__ = ImageData.__qualname__
+
     def __init__(self, *, root: str, image_size: int = 64, **others: Any) -> None:
         names = signature(Shards).parameters
         of_shards = {name: value for name, value in others.items() if name in names}
