@@ -88,7 +88,7 @@ def test_a_run_of_the_folder_goes_on_in_shards(tmp):
     world = World(tmp, "moved", 1, base=streamed(tmp))
     assert world.wait() == [2]  # another source is another run, unless a person says otherwise
     world = finish(tmp, "moved", 1, "ckpt_path=last", base=streamed(tmp))
-    assert "same samples" in world.output()
+    assert "you asked to continue" in world.output()
     assert differences(tmp, "folder", "moved") == []
 
 
