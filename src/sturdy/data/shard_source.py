@@ -196,7 +196,8 @@ class Shards:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"root={self.store.root} has no {INDEX}: make one with `python -m "
-                f"sturdy.data.shards index {self.store.root}`"
+                f"sturdy.data.shards index {self.store.root}`, or shards of a folder of images "
+                f"with `pack` in place of `index`"
             ) from None
         except ValueError as error:
             raise ValueError(

@@ -49,8 +49,8 @@ class ShardStore:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         if not isinstance(root, str | os.PathLike) or not os.fspath(root):
             raise ValueError(
-                f"root={root} must be the folder or the URL of the shards, in which "
-                f"`python -m sturdy.data.shards` made an index"
+                f"root={root} must be the folder or the URL of the shards: `python -m "
+                f"sturdy.data.shards pack FOLDER OUT` makes some"
             )
         text = os.fspath(root)
         self.is_remote = re.match(r"[a-z][a-z0-9+.-]+://", text, re.IGNORECASE) is not None
