@@ -13,17 +13,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exact_resume.files import LockUnsupportedError, fsync_directory, lock_file
 from sturdy.data.cache_writer import Quarantine, seal, write_cache
 from sturdy.data.source import PixelFormat, Source
+from sturdy.data.streamed_images import StreamedImages, stream_names
 
 LAYOUT = 3  # of the files that ``write_cache`` writes; raise it whenever they change
 MAX_LISTED = 10  # most broken images that a report lists
@@ -62,6 +64,7 @@ class Cache:
         quarantine: names of the broken images, with the reasons.
         small: names of the images that were left out because of their size.
         unusual: lines about unusual images; see ``cache_writer.describe_unusual``.
+        stream: where the images are, if they are read from shards at every use; else ``None``.
 
     Raises:
         CorruptCacheError: this is not a complete cache.
@@ -90,13 +93,20 @@ class Cache:
             self.caption_rows: np.ndarray | None = None
             if "captions.npy" in manifest["bytes"]:
                 self.caption_rows = np.load(self.path / "captions.npy")
-            memory = np.memmap(self.path / "images.bin", dtype=self.dtype, mode="r")
+            self.stream: StreamedImages | None = None
+            if "stream" in manifest:
+                self.stream = StreamedImages(
+                    self.path, manifest["stream"], self.shapes, self.contents
+                )
+            else:
+                memory = np.memmap(self.path / "images.bin", dtype=self.dtype, mode="r")
+                self._pixels = memory.view(np.ndarray)
+                sizes = self.channels * self.shapes.prod(axis=1)
+                self._ends = np.concatenate([[0], np.cumsum(sizes)])
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise CorruptCacheError(f"{self.path}: {error}") from error
         self.labels.flags.writeable = False
         self.shapes.flags.writeable = False
-        self._pixels = memory.view(np.ndarray)
-        self._ends = np.concatenate([[0], np.cumsum(self.channels * self.shapes.prod(axis=1))])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -105,8 +115,10 @@ class Cache:
         return Cache, (self.path,)
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """The name of each image in messages and tables."""
+        if self.stream:
+            return stream_names(self.path)
         names: list[str] = json.loads((self.path / "names.json").read_bytes())
         return names
 
@@ -126,8 +138,14 @@ class Cache:
     def image(self, index: int) -> np.ndarray:
         """Return one image, ``(c, h, w)``, a read-only view of the memory map."""
         index = range(len(self))[index]
+        if self.stream:
+            return self.stream.image(index)
         pixels = self._pixels[self._ends[index] : self._ends[index + 1]]
         return pixels.reshape(self.channels, *self.shapes[index])
+
+    def images(self, indices: Sequence[int] | NDArray[np.int64]) -> Iterator[np.ndarray]:
+        """Yield the image at each index; those of a stream are read several at once."""
+        return self.stream.images(indices) if self.stream else map(self.image, indices)
 
     def report(self, most: int = MAX_LISTED) -> str:
         """Describe the first ``most`` of the broken images, and where all are listed."""
@@ -198,7 +216,10 @@ def _make(
         if leftover.exists():
             shutil.rmtree(leftover)
     try:
-        broken = write_cache(source, unfinished, workers=workers, progress=progress)
+        if hasattr(source, "write_tables"):  # its images stay where they are
+            broken = source.write_tables(unfinished)
+        else:
+            broken = write_cache(source, unfinished, workers=workers, progress=progress)
         if len(broken) == len(source):
             listed = _as_table(broken[:MAX_LISTED])
             raise TooManyBrokenError(f"all {len(broken):,} images are broken:\n{listed}")

@@ -131,17 +131,66 @@ def _write_tables(
     digest: Any,
 ) -> None:
     """Write all files but the pixels, of which ``digest`` is."""
-    names = [source.name(entry.source_index) for entry in entries]
-    labels = [source.label(entry.source_index) for entry in entries]
-    small_names = [source.name(index) for index in too_small]
-    shapes = np.array([entry.shape for entry in entries], dtype="i8")
-    contents = np.array([entry.content_hash for entry in entries], dtype="<u8")
-    digest_of_images = digest.hexdigest()
-    digest.update(np.array(labels, dtype="<i8").tobytes())
-    digest.update(json.dumps(source.classes).encode())
     captions = list(getattr(source, "captions", ()))
-    if captions:
-        rows = caption_rows(source, [entry.source_index for entry in entries], len(captions))
+    kept = [entry.source_index for entry in entries]
+    with open_durable(path / "names.json") as file:
+        file.write(json.dumps([source.name(index) for index in kept]).encode())
+    save_tables(
+        path,
+        key=source.key,
+        classes=source.classes,
+        labels=np.array([source.label(index) for index in kept], dtype="i8"),
+        shapes=np.array([entry.shape for entry in entries], dtype="i8"),
+        contents=np.array([entry.content_hash for entry in entries], dtype="<u8"),
+        captions=captions,
+        rows=caption_rows(source, kept, len(captions)) if captions else None,
+        quarantine=quarantine,
+        small=[source.name(index) for index in too_small],
+        remarks=describe_unusual(source, entries, too_small),
+        pixels=pixels,
+        digest=digest,
+    )
+
+
+def save_tables(
+    path: Path,
+    *,
+    key: str,
+    classes: Sequence[str],
+    labels: np.ndarray,
+    shapes: np.ndarray,
+    contents: np.ndarray,
+    captions: Sequence[str],
+    rows: np.ndarray | None,
+    quarantine: Quarantine,
+    small: Sequence[str],
+    remarks: Sequence[str],
+    pixels: PixelFormat,
+    digest: Any,
+    **others: Any,
+) -> None:
+    """Write the files that have a row for each image, and the manifest, which comes last.
+
+    Args:
+        path: the folder, with all other files in it.
+        key: of the source, as ``classes`` and ``captions``.
+        classes: the name of each class.
+        labels: ``(n,)``.
+        shapes: ``(n, 2)``.
+        contents: ``(n,)``.
+        captions: the distinct captions.
+        rows: of the captions, ``(n,)``; ``None`` without captions.
+        quarantine: the broken images.
+        small: names of the images that were left out because of their size.
+        remarks: about unusual images.
+        pixels: the format of the images.
+        digest: a hash object that has hashed the images.
+        **others: more entries of the manifest.
+    """
+    digest_of_images = digest.hexdigest()
+    digest.update(labels.astype("<i8").tobytes())
+    digest.update(json.dumps(classes).encode())
+    if rows is not None:
         digest.update(b"captions" + json.dumps(captions).encode() + rows.tobytes())
         _save(path / "captions.npy", rows)
         with open_durable(path / "captions.json") as file:
@@ -149,26 +198,25 @@ def _write_tables(
     with_contents = digest.copy()
     with_contents.update(contents.tobytes())
 
-    _save(path / "labels.npy", np.array(labels, dtype="i8"))
+    _save(path / "labels.npy", labels)
     _save(path / "shapes.npy", shapes)
     _save(path / "contents.npy", contents)
-    with open_durable(path / "names.json") as file:
-        file.write(json.dumps(names).encode())
-    left_out = [*quarantine, *((name, "smaller than min_side") for name in small_names)]
+    left_out = [*quarantine, *((name, "smaller than min_side") for name in small)]
     with open_durable(path / "quarantine.txt") as file:
         file.writelines(f"{name}\t{reason}\n".encode() for name, reason in left_out)
     manifest: dict[str, Any] = {
-        "key": source.key,
-        "classes": source.classes,
-        "n": len(names),
+        "key": key,
+        "classes": classes,
+        "n": len(labels),
         "channels": pixels.channels,
         "dtype": pixels.dtype,
         "quarantine": quarantine,
-        "small": small_names,
-        "remarks": describe_unusual(source, entries, too_small),
+        "small": small,
+        "remarks": remarks,
         "digest": digest.hexdigest(),
         "digest_of_images": digest_of_images,
         "digest_with_contents": with_contents.hexdigest(),
+        **others,
         "bytes": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
     }
     with open_durable(path / "manifest.json") as file:

@@ -23,7 +23,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -69,6 +69,8 @@ class DecodedFile(NamedTuple):
     """The pixels of an image file, and what is reported of it."""
 
     pixels: np.ndarray  # uint8 (3, h, w)
+    height: int  # of the file, upright, in pixels
+    width: int
     is_deep: bool  # whether the file has more than 8 bits of grey
     is_scaled_up: bool
     cut: float  # the share of the resized image that was cut off
@@ -133,8 +135,7 @@ def decode_file(
         raw = _decode_jpeg(content, largest, max_pixels)
     else:
         raw = _decode_other(content, background, max_pixels)
-    short_side = min(raw.height, raw.width)
-    if short_side < min_side:
+    if min(raw.height, raw.width) < min_side:
         raise ImageTooSmallError(f"{raw.width} x {raw.height} pixels")
     swap, flip_y, flip_x = UPRIGHT.get(raw.orientation, (False, False, False))
     height, width = (raw.width, raw.height) if swap else (raw.height, raw.width)
@@ -150,6 +151,8 @@ def decode_file(
         pixels = pixels[:, top : top + target[0], left : left + target[1]]
     return DecodedFile(
         np.ascontiguousarray(pixels),
+        height,
+        width,
         raw.is_deep,
         is_scaled_up=resized_height > height or resized_width > width,
         cut=1 - pixels[0].size / (resized_height * resized_width),
@@ -261,16 +264,25 @@ def _orientation(image: Image.Image) -> int:
 
 def _resize(raw: _RawImage, target: Size, max_pixels: int) -> np.ndarray:
     """Resize to ``(3, h, w)`` that just covers ``target``, in the proportions of the file."""
-    height, width = target
-    if height * raw.width >= width * raw.height:  # the width is rounded to the nearest pixel
-        width = (2 * raw.width * height + raw.height) // (2 * raw.height)
-    else:
-        height = (2 * raw.height * width + raw.width) // (2 * raw.width)
+    height, width = map(int, resized_shape(raw.height, raw.width, target))
     _check_pixels(height, width, max_pixels, " after the resize")
     x = torch.from_numpy(raw.pixels).permute(2, 0, 1)  # a view, which is the fast memory format
     if x.shape[1:] != (height, width):
         x = interpolate(x[None], size=(height, width), mode="bicubic", antialias=True)[0]
     return x.numpy()
+
+
+def resized_shape(height: Any, width: Any, target: Size) -> tuple[Any, Any]:
+    """Return the height and width that just cover ``target``, in the proportions of those given.
+
+    One of them is that of ``target``, the other is rounded to the nearest pixel. Arrays are taken,
+    too.
+    """
+    top, left = target
+    is_wide = top * width >= left * height
+    covering_width = np.where(is_wide, (2 * width * top + height) // (2 * height), left)
+    covering_height = np.where(is_wide, top, (2 * height * left + width) // (2 * width))
+    return covering_height, covering_width
 
 
 def _check_pixels(height: int, width: int, max_pixels: int, when: str = "") -> None:

@@ -138,8 +138,9 @@ class ImageDataset(Dataset[Batch | AugmentedBatch]):
             places = draws.uniform("crop", (2,)).numpy()
         corners = (places * (room + 1)).astype(int)
         crops = np.empty((len(indices), self.cache.channels, height, width), self.cache.dtype)
-        for crop, index, (y, x) in zip(crops, indices, corners, strict=True):
-            crop[:] = self.cache.image(index)[:, y : y + height, x : x + width]
+        images = self.cache.images(indices)
+        for crop, image, (y, x) in zip(crops, images, corners, strict=True):
+            crop[:] = image[:, y : y + height, x : x + width]
         return crops
 
 

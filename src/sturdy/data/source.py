@@ -36,6 +36,8 @@ class Source(Protocol):
       ``caption(index) -> int``: the row in ``captions`` of the image's caption, and their number
       where it is empty. Batches then have this row as label. ``key`` must change with them.
     - ``summary_lines() -> list[str]``: lines that tell the user which images were found.
+    - ``write_tables(path)``: writes a cache without pixels into the new folder ``path`` and returns
+      the broken images. The images are then read and decoded at every use (``StreamedImages``).
     - ``scaled_up`` and ``deep``: sets that ``decode`` fills with the indices of images that were
       smaller than their decoded size, and of images with more than 8 bits of grey.
     - ``cut``: a dictionary in which ``decode`` keeps the share of an image that it cut off to fit a
