@@ -48,6 +48,7 @@ from exact_resume.resume import (
     monitored_scores,
     resolve_checkpoint,
     resolve_repeated,
+    trajectories,
 )
 from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.second_copy import SecondCopy
@@ -130,6 +131,7 @@ class ExactTraining:
         self.restarts = restarts
         self.preemption = Preemption()
         self.now: Fingerprint | None = None
+        self.trajectories: list[dict[str, Any]] = []
         self.second_copy: SecondCopy | None = None  # on rank 0, if the checkpoint has a ``remote``
 
     def trainer_options(self) -> dict[str, Any]:
@@ -303,6 +305,7 @@ class ExactTraining:
         if point is None:
             return f"fresh, to step {last}"
         guarantee = check_compatibility(point, now, self.rules)
+        self.trajectories = trajectories(point, guarantee)
         promise = describe_guarantee(guarantee)
         lines = [f"resumed from step {point.step}, to step {last} ({promise})"]
         return "\n    ".join(lines + guarantee.reasons)
@@ -338,7 +341,8 @@ class ExactTraining:
     def _metadata(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         assert self.now is not None
         position = checkpoint["PositionData"]["position"]
-        return {"position": position, "fingerprint": self.now.as_dict()}
+        entries: dict[str, Any] = {"position": position, "fingerprint": self.now.as_dict()}
+        return entries | ({"trajectories": self.trajectories} if self.trajectories else {})
 
 
 def hash_code(classes: Sequence[type]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from sturdy.encoders.cached import cached
 from sturdy.encoders.images import ImageSet
 from sturdy.evaluation.attention import attention_section
 from sturdy.evaluation.audit import audit_section, train_classifiers
+from sturdy.evaluation.drift import write_drift
 from sturdy.evaluation.features import Features
 from sturdy.evaluation.levels import Denoising, denoising_error_section
 from sturdy.evaluation.memorisation import memorisation_section
@@ -52,8 +53,11 @@ WALKS = 4
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
-    """Write ``report.md`` and ``report.json``; return the exit code."""
-    return run_job(write_report, cfg)
+    """Write ``report.md`` and ``report.json``; return the exit code.
+
+    With ``drift=true`` it is a report on the new images of the run.
+    """
+    return run_job(write_drift if cfg.drift else write_report, cfg)
 
 
 def write_report(cfg: DictConfig) -> None:
