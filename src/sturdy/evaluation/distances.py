@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from exact_resume.randomness import key
+from exact_resume.randomness import generator, key
 
 
 class _GivenFeatures(nn.Identity):
@@ -54,6 +54,33 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = 20, seed: int = 0) -> tupl
         metric.update(fake.double(), real=False)
         mean, std = metric.compute()
     return mean.item(), std.item()
+
+
+def as_different(
+    a: Tensor, b: Tensor, *, divisions: int = 1000, most: int = 2000, seed: int = 0
+) -> int:
+    """Count random divisions of ``a`` and ``b`` together whose parts differ as much as these do.
+
+    It is a permutation test of the squared maximum mean discrepancy in the kernel of ``kid``
+    (Gretton et al. 2012): with images of one kind, any number of divisions is equally probable.
+
+    Args:
+        a: features ``(n, d)``.
+        b: features ``(m, d)``.
+        divisions: how many to try.
+        most: images of each set that are used, drawn at random; bounds the memory.
+        seed: of the draws.
+    """
+    draws = generator("divisions", seed)
+    a, b = (x[torch.randperm(len(x), generator=draws)[:most]].double() for x in (a, b))
+    points = torch.cat([a, b])
+    kernel = (points @ points.T / points.shape[1] + 1) ** 3
+    signs = torch.cat([torch.full((len(a),), 1 / len(a)), torch.full((len(b),), -1 / len(b))])
+    orders = [torch.arange(len(points))]
+    orders += [torch.randperm(len(points), generator=draws) for _ in range(divisions)]
+    columns = torch.stack([signs.double()[order] for order in orders], dim=1)
+    differences = ((kernel @ columns) * columns).sum(0)
+    return int((differences[1:] >= differences[0]).sum())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sturdy.data.cache import find_cache
 from sturdy.data.changes import new_images
 from sturdy.encoders.images import ImageSet, scaled
-from sturdy.evaluation.distances import kid
+from sturdy.evaluation.distances import as_different, kid
 from sturdy.evaluation.features import Features
 from sturdy.evaluation.figures import image_table
 from sturdy.evaluation.memorisation import nearest
@@ -33,7 +33,8 @@ from sturdy.sampling.output_folder import claim_folder
 
 OUTPUT = "drift"  # in the run's directory
 FEWEST = 8  # images of which a KID is computed
-NO_ACCIDENT = 3.0  # standard errors
+DIVISIONS = 1000
+NO_ACCIDENT = 0.01  # share of divisions
 SHOWN = 12  # strangest images, in the figure
 NAMED = 3  # of them, on the console
 NEIGHBOURS = 3
@@ -71,6 +72,7 @@ class Drift:
         kid: of the new images against the old training images, and its standard error; None if
             there are too few images.
         floor: the same of the old held-out images.
+        divisions: as of ``distances.as_different``, of the new and the old held-out images.
         distances: of each new image to the nearest old training image, ``(n,)``, where 1 is the
             median of the old held-out images.
         strange: which of them are strange, bool ``(n,)``.
@@ -78,27 +80,26 @@ class Drift:
 
     kid: tuple[float, float] | None
     floor: tuple[float, float] | None
+    divisions: int | None
     distances: Tensor
     strange: Tensor
 
     def describe(self) -> list[str]:
         """Say in a few lines how different the new images are."""
         n = len(self.distances)
-        lines = []
-        if self.kid and self.floor:
-            errors = (self.kid[0] - self.floor[0]) / max(1e-12, np.hypot(self.kid[1], self.floor[1]))
-            lines.append(
+        if self.kid and self.floor and self.divisions is not None:
+            lines = [
                 f"drift: KID of the {n:,} new images against the old {_format(self.kid)}; of "
                 f"held-out old images {_format(self.floor)}"
+            ]
+            differ = self.divisions < NO_ACCIDENT * DIVISIONS
+            lines.append(
+                f"{'the new images differ from' if differ else 'no difference is seen to'} the old "
+                f"held-out ones: of {DIVISIONS:,} random divisions of both, {self.divisions:,} "
+                f"differ as much (fewer than {NO_ACCIDENT * DIVISIONS:.0f} are no accident)"
             )
-            if errors > NO_ACCIDENT:
-                lines.append(
-                    f"the new images differ from the old ones, by {errors:.1f} standard errors"
-                )
-            else:
-                lines.append(f"no difference is seen ({errors:.1f} standard errors; 3 would be one)")
         else:
-            lines.append(f"too few images for a KID, which takes {FEWEST} new and {FEWEST} held out")
+            lines = [f"too few images for a KID: it takes {FEWEST} new and {FEWEST} held-out ones"]
         strange = int(self.strange.sum())
         lines.append(
             f"strange: {strange:,} of {n:,} new images; of images like the old ones, about "
@@ -151,6 +152,7 @@ def write_drift(cfg: DictConfig) -> None:
         "features": features.name,
         "kid": drift.kid,
         "floor": drift.floor,
+        "divisions": drift.divisions,
         "strange": int(drift.strange.sum()),
         "distances": dict(zip(names, drift.distances.tolist(), strict=True)),
     }
@@ -205,6 +207,7 @@ def measure(train: Tensor, held_out: Tensor, new: Tensor) -> Drift:
     return Drift(
         kid=kid(train, new) if enough else None,
         floor=kid(train, held_out) if enough else None,
+        divisions=as_different(new, held_out, divisions=DIVISIONS) if enough else None,
         distances=distances / usual.median().clamp(min=1e-12),
         strange=distances > usual.quantile(0.99),
     )
