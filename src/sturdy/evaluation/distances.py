@@ -10,6 +10,7 @@ Precision alone can be gamed: one good image, repeated, has 1. Its recall and co
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,31 +57,42 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = 20, seed: int = 0) -> tupl
     return mean.item(), std.item()
 
 
-def as_different(
-    a: Tensor, b: Tensor, *, divisions: int = 1000, most: int = 2000, seed: int = 0
+def count_as_extreme(
+    n: int, m: int, statistic: Callable[[Tensor], float], *, divisions: int = 1000, seed: int = 0
 ) -> int:
-    """Count random divisions of ``a`` and ``b`` together whose parts differ as much as these do.
+    """Count random divisions into ``n`` and ``m`` things with as large a value of ``statistic``.
 
-    It is a permutation test of the squared maximum mean discrepancy in the kernel of ``kid``
-    (Gretton et al. 2012): with images of one kind, any number of divisions is equally probable.
+    It is a permutation test: if all things are of one kind, any count is equally probable.
 
     Args:
-        a: features ``(n, d)``.
-        b: features ``(m, d)``.
+        n: of the first part.
+        m: of the second part; the given division has the first part first.
+        statistic: called with a division: which things are in the first part, bool ``(n + m)``.
         divisions: how many to try.
-        most: images of each set that are used, drawn at random; bounds the memory.
         seed: of the draws.
     """
     draws = generator("divisions", seed)
-    a, b = (x[torch.randperm(len(x), generator=draws)[:most]].double() for x in (a, b))
-    points = torch.cat([a, b])
-    kernel = (points @ points.T / points.shape[1] + 1) ** 3
-    signs = torch.cat([torch.full((len(a),), 1 / len(a)), torch.full((len(b),), -1 / len(b))])
-    orders = [torch.arange(len(points))]
-    orders += [torch.randperm(len(points), generator=draws) for _ in range(divisions)]
-    columns = torch.stack([signs.double()[order] for order in orders], dim=1)
-    differences = ((kernel @ columns) * columns).sum(0)
-    return int((differences[1:] >= differences[0]).sum())
+    given = torch.arange(n + m) < n
+    found = statistic(given)
+    count = 0
+    for _ in range(divisions):
+        count += statistic(given[torch.randperm(n + m, generator=draws)]) >= found
+    return count
+
+
+def own_neighbours(points: Tensor, k: int = 5) -> Callable[[Tensor], float]:
+    """Return a statistic: how many of all ``k`` nearest neighbours are in a point's own part.
+
+    It is that of the two-sample test of Schilling 1986, for ``points`` ``(n, d)``.
+    """
+    distances = torch.cdist(points.double(), points.double())
+    distances.fill_diagonal_(torch.inf)
+    neighbours = distances.topk(min(k, len(points) - 1), largest=False).indices
+
+    def count(part: Tensor) -> float:
+        return (part[neighbours] == part[:, None]).sum().item()
+
+    return count
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from exact_resume.randomness import generator
 from sturdy.data.cache import find_cache
 from sturdy.data.changes import new_images
 from sturdy.encoders.images import ImageSet, scaled
-from sturdy.evaluation.distances import as_different, kid
+from sturdy.evaluation.distances import count_as_extreme, kid, own_neighbours
 from sturdy.evaluation.features import Features
 from sturdy.evaluation.figures import image_table
 from sturdy.evaluation.memorisation import nearest
@@ -34,7 +35,9 @@ from sturdy.sampling.output_folder import claim_folder
 OUTPUT = "drift"  # in the run's directory
 FEWEST = 8  # images of which a KID is computed
 DIVISIONS = 1000
-NO_ACCIDENT = 0.01  # share of divisions
+NO_ACCIDENT = 0.005  # share of divisions, in each of two tests
+MOST = 2000  # images of each set that are divided
+STRANGE = 0.99  # of the old held-out images, nearer than a strange one
 SHOWN = 12  # strangest images, in the figure
 NAMED = 3  # of them, on the console
 NEIGHBOURS = 3
@@ -42,8 +45,9 @@ NEIGHBOURS = 3
 EXPLANATION = (
     "*KID* is how different two sets of images are; 0 is not at all, and ± is its standard error. "
     "Each set is compared with the old training images. An image is *strange* if it is farther "
-    "from every old training image than 99 of 100 old held-out images are, so of images like the "
-    "old ones 1 % are."
+    "from every old training image than 99 of 100 old held-out images are. A random *division* "
+    "puts the new and the held-out images together, and draws as many of them in the place of the "
+    "new ones. If new images are like the old ones, any number of divisions is as far apart."
 )
 
 
@@ -72,40 +76,43 @@ class Drift:
         kid: of the new images against the old training images, and its standard error; None if
             there are too few images.
         floor: the same of the old held-out images.
-        divisions: as of ``distances.as_different``, of the new and the old held-out images.
+        divisions: of the new and the old held-out images together, divided at random: how many
+            divisions are as separate, and how many have as many strange images; None likewise.
         distances: of each new image to the nearest old training image, ``(n,)``, where 1 is the
             median of the old held-out images.
         strange: which of them are strange, bool ``(n,)``.
+        expected: how many would be strange if they were like the old ones.
     """
 
     kid: tuple[float, float] | None
     floor: tuple[float, float] | None
-    divisions: int | None
+    divisions: tuple[int, int] | None
     distances: Tensor
     strange: Tensor
+    expected: float
 
     def describe(self) -> list[str]:
         """Say in a few lines how different the new images are."""
         n = len(self.distances)
-        if self.kid and self.floor and self.divisions is not None:
-            lines = [
-                f"drift: KID of the {n:,} new images against the old {_format(self.kid)}; of "
-                f"held-out old images {_format(self.floor)}"
-            ]
-            differ = self.divisions < NO_ACCIDENT * DIVISIONS
-            lines.append(
-                f"{'the new images differ from' if differ else 'no difference is seen to'} the old "
-                f"held-out ones: of {DIVISIONS:,} random divisions of both, {self.divisions:,} "
-                f"differ as much (fewer than {NO_ACCIDENT * DIVISIONS:.0f} are no accident)"
-            )
-        else:
-            lines = [f"too few images for a KID: it takes {FEWEST} new and {FEWEST} held-out ones"]
         strange = int(self.strange.sum())
-        lines.append(
-            f"strange: {strange:,} of {n:,} new images; of images like the old ones, about "
-            f"{max(1, round(n / 100))} would be"
+        strange_line = (
+            f"strange: {strange:,} of {n:,} new images; of images like the old ones about "
+            f"{self.expected:.0f} would be"
         )
-        return lines
+        if not (self.kid and self.floor and self.divisions):
+            few = f"too few images for a KID: it takes {FEWEST} new and {FEWEST} held-out ones"
+            return [few, strange_line]
+        separate, stranger = self.divisions
+        differ = min(self.divisions) < NO_ACCIDENT * DIVISIONS
+        return [
+            f"drift: KID of the {n:,} new images against the old {_format(self.kid)}; of held-out "
+            f"old images {_format(self.floor)}",
+            strange_line,
+            f"{'the new images differ from the old' if differ else 'no difference is seen'}: of "
+            f"{DIVISIONS:,} random divisions of new and held-out images, {separate:,} are as "
+            f"separate and {stranger:,} have as many strange ones (fewer than "
+            f"{NO_ACCIDENT * DIVISIONS:.0f} of either are no accident)",
+        ]
 
 
 def write_drift(cfg: DictConfig) -> None:
@@ -203,13 +210,31 @@ def measure(train: Tensor, held_out: Tensor, new: Tensor) -> Drift:
     """Compare the features of new images with those of old ones, ``(n, d)`` each."""
     distances, _ = nearest(new, train)
     usual, _ = nearest(held_out, train)
-    enough = min(len(new), len(held_out)) >= FEWEST
+    is_enough = min(len(new), len(held_out)) >= FEWEST
     return Drift(
-        kid=kid(train, new) if enough else None,
-        floor=kid(train, held_out) if enough else None,
-        divisions=as_different(new, held_out, divisions=DIVISIONS) if enough else None,
+        kid=kid(train, new) if is_enough else None,
+        floor=kid(train, held_out) if is_enough else None,
+        divisions=_divide(new, held_out, distances, usual) if is_enough else None,
         distances=distances / usual.median().clamp(min=1e-12),
-        strange=distances > usual.quantile(0.99),
+        strange=distances > usual.quantile(STRANGE),
+        expected=len(new) * max(1 - STRANGE, 1 / (len(held_out) + 1)),
+    )
+
+
+def _divide(new: Tensor, held_out: Tensor, distances: Tensor, usual: Tensor) -> tuple[int, int]:
+    """Return how many random divisions are as separate, and have as many strange images."""
+    draws = generator("drift")
+    a = torch.randperm(len(new), generator=draws)[:MOST]
+    b = torch.randperm(len(held_out), generator=draws)[:MOST]
+    far = torch.cat([distances[a], usual[b]])
+
+    def strange(part: Tensor) -> float:
+        return (far[part] > far[~part].quantile(STRANGE)).sum().item()
+
+    separate = own_neighbours(torch.cat([new[a], held_out[b]]))
+    return (
+        count_as_extreme(len(a), len(b), separate, divisions=DIVISIONS),
+        count_as_extreme(len(a), len(b), strange, divisions=DIVISIONS),
     )
 
 
