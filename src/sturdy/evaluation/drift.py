@@ -1,7 +1,7 @@
 """Are new images like the old ones? By distances in the features of the evaluation.
 
     old       the images that the newest checkpoint was trained with
-    new       what the folder has beside them; or else what came when the run last changed its images
+    new       what the folder has beside them; or else what came when they last changed
 
 Held-out old images are the scale: they come from where the old ones come from, and the network of
 the features has seen neither them nor the new ones.
