@@ -184,8 +184,10 @@ def find_growth(cfg: DictConfig, run: LoadedRun) -> Growth | None:
         if found := new_images(trained.cache, today.cache):
             return Growth(trained, today, found, "not trained on yet")
     for entry in reversed(run.point.manifest.get("trajectories", ())):
+        digest = entry["data"]
+        if digest is None:  # of a checkpoint from elsewhere
+            continue
         before, _ = build_data(cfg, run)
-        digest = str(entry["data"])
         if find_cache(before.cache_root, digest) is None:
             raise ValueError(
                 f"paths.cache={cfg.paths.cache} does not have the images before step "
