@@ -76,6 +76,10 @@ RUN = {
     "train.py data=folder data.root=$HOME/photos name=mine data.image_size=64": TINY_UNET,
     "sample.py run=mine sample.n=64 sampler=heun sampler.steps=30 guidance.scale=2": TINY_SAMPLE,
     "evaluate.py run=mine evaluate.n=1000": TINY_EVALUATE,
+    "evaluate.py run=mine drift=true": ["features.seen=16", "threads=1"],
+    "train.py data=folder data.root=$HOME/photos name=mine data.image_size=64 ckpt_path=last "
+    "trainer.max_steps=40_000": [*TINY_UNET[:2], *TINY_UNET[3:], "trainer.max_steps=6"],
+    "-m exact_resume status runs/mine": [],
     "examples/tiny_sd/build.py tiny-sd": [],
     "examples/tiny_sd/cars.py cars-with-captions": [],
     FINETUNE: ["trainer.threads=1", "trainer.max_steps=2", "trainer.val_check_interval=2"],

@@ -24,7 +24,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,10 @@ from exact_resume.metrics import read_column
 
 LAST_START = ".entered"  # a file in the run's directory
 MAX_REASONS = 20  # shown by a refusal
+MAX_TRAJECTORIES = 50  # newest ones that a manifest keeps
 DEFAULT_MONITOR = "val/loss"
 DATA_CHANGED = "the data changed"
+SEPARATOR = ";\n        "  # of the changes of the data
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -79,10 +81,12 @@ class Guarantee:
     Attributes:
         level: ``bitwise``, ``same samples`` or ``refused``.
         reasons: why it is not ``bitwise``, one line each.
+        afterwards: where a new trajectory begins, the level of its next resume if nothing changes.
     """
 
     level: str
     reasons: list[str] = field(default_factory=list)
+    afterwards: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,9 @@ def check_compatibility(
         )
     if guarantee.level == "refused" and not point.explicit:
         raise ResumeRefusedError(_describe_refusal(point, guarantee.reasons))
+    if guarantee.level == "refused":
+        afterwards = compare_fingerprints(now.as_dict(), now, rules).level
+        return replace(guarantee, afterwards=afterwards)
     return guarantee
 
 
@@ -247,7 +254,7 @@ def compare_fingerprints(
         (rounding if matches(key, rules.rounding) else refusals).append(line)
     if then["data"] != now.data:
         digests = f"digest {then['data'][:12]} -> {now.data[:12]}"
-        refusals.append(f"{DATA_CHANGED}: {'; '.join(data_changes) or digests}")
+        refusals.append(f"{DATA_CHANGED}: {SEPARATOR.join(data_changes) or digests}")
     if "code" in then:
         refusals += _code_changes(then["code"], now.code)
     if refusals:
@@ -287,9 +294,28 @@ def describe_guarantee(guarantee: Guarantee) -> str:
     sentences = {
         "bitwise": "bitwise: same stack, same shards, deterministic kernels",
         "same samples": "same samples: order, noise and times are the same; rounding may differ",
-        "refused": "no guarantee: the trajectory changed, and you asked to continue",
+        "refused": (
+            f"a new trajectory begins at this step, as you asked; the next resume of it is "
+            f"{guarantee.afterwards} again"
+        ),
     }
     return sentences[guarantee.level]
+
+
+def trajectories(point: ResumePoint | None, guarantee: Guarantee | None) -> list[dict[str, Any]]:
+    """Return where the trajectories of a run began after its first, oldest first.
+
+    Each entry has the ``step``, the digest of the ``data`` until there, and the ``reasons``. It is
+    for the manifest of each checkpoint that is written from now on.
+    """
+    if point is None:
+        return []
+    entries = list(point.manifest.get("trajectories", ()))
+    if guarantee and guarantee.level == "refused":
+        data = point.manifest.get("fingerprint", {}).get("data")
+        reasons = [" ".join(reason.split()) for reason in guarantee.reasons[:MAX_REASONS]]
+        entries.append({"step": point.step, "data": data, "reasons": reasons})
+    return entries[-MAX_TRAJECTORIES:]
 
 
 # --- A command that is repeated by a queue, a supervisor or a person

@@ -110,6 +110,9 @@ def print_outlook(run: Path, valid: Mapping[int, dict[str, Any]]) -> None:
         if config.get("callbacks.checkpoint.every", "auto") == "auto":
             if interval := describe_stored_interval(run / SAVE_COST):
                 print_wrapped(interval)
+        for entry in valid[step].get("trajectories", ()):
+            reasons = "; ".join(entry.get("reasons", ()))
+            print_wrapped(f"at step {entry.get('step')} a new trajectory began: {reasons}")
         print_wrapped(describe_resume(step, valid[step]))
     elif any((run / "checkpoints").glob("step-*")) or any(quarantine.glob("step-*")):
         print_wrapped(

@@ -50,6 +50,7 @@ from exact_resume.resume import (
     monitored_scores,
     resolve_checkpoint,
     resolve_repeated,
+    trajectories,
 )
 from exact_resume.run import AlreadyRunningError, Run
 from exact_resume.second_copy import SecondCopy
@@ -135,6 +136,7 @@ class ExactTraining:
         self.page = page
         self.preemption = Preemption()
         self.now: Fingerprint | None = None
+        self.trajectories: list[dict[str, Any]] = []
         self.second_copy: SecondCopy | None = None  # on rank 0, if the checkpoint has a ``remote``
 
     def trainer_options(self) -> dict[str, Any]:
@@ -315,7 +317,11 @@ class ExactTraining:
         Raises:
             ResumeRefusedError: the trajectory changed.
         """
-        return check_compatibility(point, now, self.rules) if point else None
+        if point is None:
+            return None
+        guarantee = check_compatibility(point, now, self.rules)
+        self.trajectories = trajectories(point, guarantee)
+        return guarantee
 
     def _resolve(self, ckpt_path: str | None) -> tuple[str | None, ResumePoint | None]:
         """Return the word to resolve, which a repeated command changes, and what it means."""
@@ -348,7 +354,8 @@ class ExactTraining:
     def _metadata(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
         assert self.now is not None
         position = checkpoint["PositionData"]["position"]
-        return {"position": position, "fingerprint": self.now.as_dict()}
+        entries: dict[str, Any] = {"position": position, "fingerprint": self.now.as_dict()}
+        return entries | ({"trajectories": self.trajectories} if self.trajectories else {})
 
 
 def describe_entry(point: ResumePoint | None, guarantee: Guarantee | None, last: int) -> str:

@@ -341,7 +341,7 @@ def test_one_changed_caption_is_another_key_and_digest_and_is_named(photos: Path
     assert second.captions == first.captions  # only a row is another
     assert len({first.digest, second.digest, without.digest}) == 3
     assert len({first.cache.key, second.cache.key, without.cache.key}) == 3
-    assert second.changes_since(first.digest) == ["1 caption changed (d.png)"]
+    assert describe_changes(first.cache, second.cache) == ["1 caption changed (d.png)"]
     assert describe_changes(without.cache, second.cache) == [
         "there were no captions, and there are 2"
     ]

@@ -15,6 +15,7 @@ from sturdy.data.cache_writer import seal
 from sturdy.data.changes import describe_changes
 from sturdy.data.datamodule import ImageData, folder_data
 from sturdy.data.folder import Folder
+from sturdy.data.sides import changes_since
 
 
 @pytest.fixture
@@ -125,8 +126,10 @@ def test_a_run_goes_on_with_the_images_it_began_with(photos, happens, notes, spl
     else:
         now = opened(photos, split=split)
         assert now.digest != first.digest  # the control: without it, they are others
-        assert now.changes_since(first.digest) == describe_changes(first.cache, now.cache)
-        assert now.changes_since("0" * 64) == []
+        named = [str(change) for change in changes_since(now, first.digest)]
+        assert named == describe_changes(first.cache, now.cache)
+        (unknown,) = changes_since(now, "0" * 64)
+        assert "cannot be named" in str(unknown)
 
 
 def test_nothing_is_said_where_nothing_changed(photos):
@@ -229,13 +232,13 @@ def test_what_changed_is_told_by_name(photos, tmp_path):
         "1 image changed (b/05.png)",
         "1 image was renamed or moved (a/00.png -> a/zz.png)",
         "1 image cannot be read any more (a/02.png)",
-        "the classes were a, b, and are a, b, c",
+        "of the classes, c came; there are 3 now",
     ]
     new = cache()
     (photos / "b").rename(photos / "bus")
     lines = describe_changes(new, cache())
     assert lines[0].startswith("8 images were renamed or moved (b/05.png -> bus/05.png, ")
-    assert lines[1] == "the classes were a, b, c, and are a, bus, c"
+    assert lines[1] == "of the classes, bus came and b went; there are 3 now"
 
 
 def test_drawn_cars_still_know_their_attributes(tmp_path):

@@ -110,7 +110,11 @@ def test_other_data_is_another_trajectory_and_what_changed_is_said(then):
         Rules(**LISTS),
         data_changes=["13 images are new (a.jpg)", "1 is gone (b.jpg)"],
     )
-    assert told.reasons == ["the data changed: 13 images are new (a.jpg); 1 is gone (b.jpg)"]
+    (reason,) = told.reasons
+    assert reason.split(";\n        ") == [
+        "the data changed: 13 images are new (a.jpg)",
+        "1 is gone (b.jpg)",
+    ]
 
 
 def test_other_code_is_another_trajectory_said_in_one_line_after_the_config(then):

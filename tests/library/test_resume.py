@@ -13,8 +13,10 @@ from exact_resume.resume import (
     ResumeRefusedError,
     Rules,
     check_compatibility,
+    describe_guarantee,
     resolve_checkpoint,
     resolve_repeated,
+    trajectories,
 )
 
 CONFIG = {
@@ -186,6 +188,27 @@ def test_a_changed_trajectory_is_refused_with_the_difference_unless_named_on_pur
     for word in ("last", str(store.path(9))):
         guarantee = check_compatibility(resolve_checkpoint(store, word, {}, "min"), other, RULES)
         assert (guarantee.level, guarantee.reasons) == ("refused", ["optimizer.lr: 0.001 -> 0.5"])
+
+
+def test_a_new_trajectory_is_said_and_kept_and_its_next_resume_has_a_guarantee_again(store, now):
+    point = resolve_checkpoint(store, "auto", {}, "min")
+    assert trajectories(None, None) == []
+    assert trajectories(point, check_compatibility(point, now, RULES)) == []
+    for trainer, level in ({"deterministic": True}, "bitwise"), ({}, "same samples"):
+        other = fingerprint(CONFIG | {"trainer": trainer}, "other data")
+        point = resolve_checkpoint(store, "last", {}, "min")
+        guarantee = check_compatibility(point, other, RULES, data_changes=["1 is new", "2 went"])
+        assert f"the next resume of it is {level} again" in describe_guarantee(guarantee)
+        *_, reason = guarantee.reasons
+        assert reason == "the data changed: 1 is new;\n        2 went"
+        (entry,) = entries = trajectories(point, guarantee)
+        assert (entry["step"], entry["data"]) == (9, "digest of the data")
+        assert entry["reasons"][-1] == "the data changed: 1 is new; 2 went"
+    store.commit(12, {"global_step": 12}, fingerprint=other.as_dict(), trajectories=entries)
+    point = resolve_checkpoint(store, "auto", {}, "min")
+    guarantee = check_compatibility(point, other, RULES)
+    assert guarantee.level == "same samples"
+    assert trajectories(point, guarantee) == entries  # a resume keeps what was there
 
 
 def test_a_long_difference_is_cut(store, now):

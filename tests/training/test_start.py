@@ -143,7 +143,8 @@ def test_on_purpose_from_last_from_best_and_from_a_path(run):
     home = tmp / "runs" / "run"
     last = train(tmp, "run", "optimizer.lr=0.0005", "trainer.max_steps=14", "ckpt_path=last").stdout
     assert "resumed from step 12" in last
-    assert "no guarantee: the trajectory changed, and you asked to continue" in last
+    assert "a new trajectory begins at this step, as you asked" in last
+    assert "the next resume of it is bitwise again" in last
     assert "optimizer.lr: 0.001 -> 0.0005" in last
 
     path = train(

@@ -128,6 +128,8 @@ MANIFEST_ENTRIES = _by_name(
           meaning="config, data, code, files and stack: what makes two runs the same trajectory"),
     Entry("init_from", dict, written_by="the application",
           meaning="as in state.ckpt"),
+    Entry("trajectories", list, written_by="the application",
+          meaning="where a changed run was continued on purpose: step, data before, reasons"),
 )
 # fmt: on
 

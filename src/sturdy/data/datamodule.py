@@ -25,7 +25,7 @@ from exact_resume.reduction import own_shards
 from sturdy.data.augment import Augment
 from sturdy.data.buckets import BucketOrder, Size, batches_of_one_size, describe_buckets
 from sturdy.data.cache import Cache, find_cache, open_cache
-from sturdy.data.changes import describe_changes, describe_unused
+from sturdy.data.changes import describe_unused
 from sturdy.data.checks import (
     check_choice,
     check_fraction,
@@ -37,7 +37,7 @@ from sturdy.data.encoded import EncodedImages, ImageEncoder
 from sturdy.data.folder import Folder
 from sturdy.data.images import AugmentedBatch, Batch, ImageDataset, as_float
 from sturdy.data.source import Source
-from sturdy.data.split import BalancedPermutation, Order, Split
+from sturdy.data.split import BalancedPermutation, Order, Split, split_images
 from sturdy.image_size import ImageSize, describe_size, height_and_width
 from sturdy.progress import ProgressPrinter
 
@@ -261,11 +261,6 @@ class ImageData(L.LightningDataModule):
             return [height_and_width(self.image_size)]
         return [(height, width) for height, width in np.unique(self.cache.shapes, axis=0).tolist()]
 
-    def changes_since(self, digest: str) -> list[str]:
-        """Say by name how the images differ from those of ``digest``, if these are in the cache."""
-        old = find_cache(self.cache_root, digest)
-        return describe_changes(old, self.cache) if old else []
-
     def names(self, positions: NDArray[np.int64]) -> list[str]:
         """Return the names of the training images at ``positions``."""
         indices = self.split.indices(self.held_out + self.order(positions))
@@ -381,18 +376,18 @@ class ImageData(L.LightningDataModule):
 
     def _split(self) -> tuple[Split, str]:
         """Return the split, and the digest of all that it depends on."""
-        n = len(self.cache)
-        hashes = self.cache.contents
+        split = split_images(
+            len(self.cache),
+            self.cache.contents,
+            split=self.split_by,
+            holdout=self.holdout,
+            fold=self.fold,
+            folds=self.folds,
+        )
         if self.split_by == "count":
-            if self.fold and self.folds:
-                return Split.fold_by_count(n, self.fold, self.folds), self.cache.digest
-            return Split.by_count(n, self.holdout), self.cache.digest
-        digest = self.cache.digest_with_contents
-        assert hashes is not None
-        assert digest is not None
-        if self.fold and self.folds:
-            return Split.fold_by_content(hashes, self.fold, self.folds), digest
-        return Split.by_content(hashes, self.holdout), digest
+            return split, self.cache.digest
+        assert self.cache.digest_with_contents is not None
+        return split, self.cache.digest_with_contents
 
     def _order(self, n: int) -> Order:
         """Return the order of the ``n`` training images."""

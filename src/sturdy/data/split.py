@@ -95,6 +95,39 @@ class Split:
         return cls(order, len(hashes), held_out)
 
 
+def split_images(
+    n: int,
+    hashes: NDArray[np.uint64] | None,
+    *,
+    split: str,
+    holdout: float,
+    fold: int | None,
+    folds: int | None,
+) -> Split:
+    """Split ``n`` images as ``ImageData`` does; the arguments are its own.
+
+    Args:
+        n: number of images.
+        hashes: a hash of the content of each, ``(n,)``; a split by count needs none.
+        split: ``"content"`` or ``"count"``.
+        holdout: the fraction that is held out.
+        fold: instead of this fraction, the part that is held out, counted from 1.
+        folds: number of parts.
+
+    Raises:
+        ValueError: the parts would be empty, or there are no hashes.
+    """
+    if split == "count":
+        if fold and folds:
+            return Split.fold_by_count(n, fold, folds)
+        return Split.by_count(n, holdout)
+    if hashes is None:
+        raise ValueError("the images have no hashes of their contents, which split=content needs")
+    if fold and folds:
+        return Split.fold_by_content(hashes, fold, folds)
+    return Split.by_content(hashes, holdout)
+
+
 def _permutation(n: int) -> FeistelPermutation:
     return FeistelPermutation(n, 0, purpose="split")
 

@@ -10,6 +10,7 @@ Precision alone can be gamed: one good image, repeated, has 1. Its recall and co
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from exact_resume.randomness import key
+from exact_resume.randomness import generator, key
 
 
 class _GivenFeatures(nn.Identity):
@@ -54,6 +55,44 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = 20, seed: int = 0) -> tupl
         metric.update(fake.double(), real=False)
         mean, std = metric.compute()
     return mean.item(), std.item()
+
+
+def count_as_extreme(
+    n: int, m: int, statistic: Callable[[Tensor], float], *, divisions: int = 1000, seed: int = 0
+) -> int:
+    """Count random divisions into ``n`` and ``m`` things with as large a value of ``statistic``.
+
+    It is a permutation test: if all things are of one kind, any count is equally probable.
+
+    Args:
+        n: of the first part.
+        m: of the second part; the given division has the first part first.
+        statistic: called with a division: which things are in the first part, bool ``(n + m)``.
+        divisions: how many to try.
+        seed: of the draws.
+    """
+    draws = generator("divisions", seed)
+    given = torch.arange(n + m) < n
+    found = statistic(given)
+    count = 0
+    for _ in range(divisions):
+        count += statistic(given[torch.randperm(n + m, generator=draws)]) >= found
+    return count
+
+
+def own_neighbours(points: Tensor, k: int = 5) -> Callable[[Tensor], float]:
+    """Return a statistic: how many of all ``k`` nearest neighbours are in a point's own part.
+
+    It is that of the two-sample test of Schilling 1986, for ``points`` ``(n, d)``.
+    """
+    distances = torch.cdist(points.double(), points.double())
+    distances.fill_diagonal_(torch.inf)
+    neighbours = distances.topk(min(k, len(points) - 1), largest=False).indices
+
+    def count(part: Tensor) -> float:
+        return (part[neighbours] == part[:, None]).sum().item()
+
+    return count
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from sturdy.encoders.efficientnet import HOW_TO_GET, find_weights
 from sturdy.encoders.images import ImageSet
 from sturdy.evaluation.attention import attention_section
 from sturdy.evaluation.audit import audit_section, train_classifiers
+from sturdy.evaluation.drift import write_drift
 from sturdy.evaluation.features import EfficientNet, Features
 from sturdy.evaluation.levels import Denoising, denoising_error_section
 from sturdy.evaluation.memorisation import memorisation_section
@@ -58,8 +59,11 @@ WALKS = 4
 
 
 def evaluate(cfg: DictConfig, overrides: list[str]) -> int:
-    """Write ``report.md`` and ``report.json``; return the exit code."""
-    return run_job(write_report, cfg)
+    """Write ``report.md`` and ``report.json``; return the exit code.
+
+    With ``drift=true`` it is a report on the new images of the run.
+    """
+    return run_job(write_drift if cfg.drift else write_report, cfg)
 
 
 def write_report(cfg: DictConfig) -> None:

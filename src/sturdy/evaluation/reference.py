@@ -67,17 +67,7 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
         ValueError: if its code is not trusted, or the images cannot be opened.
         ResumeRefusedError: if the images are neither in the cache nor at the source.
     """
-    settings = {**run.config["data"], "cache": cfg.paths.cache}
-    if cfg.data_root is not None:
-        source = settings.get("source")
-        if isinstance(source, dict) and "root" in source:
-            settings["source"] = {**source, "root": cfg.data_root}
-        else:
-            settings["root"] = cfg.data_root
-    if settings.get("labels") == "auto" and run.config.get("classes") is not None:
-        settings["labels"] = bool(run.config["classes"])  # as it was decided in training
-    run.trust.check(run.point.state, run.config, ["data"])
-    data = instantiate({"data": settings})["data"]
+    data, settings = build_data(cfg, run)
     trained_on = run.point.manifest.get("fingerprint", {}).get("data")
     try:
         data.open(expected_digest=trained_on)
@@ -93,6 +83,25 @@ def open_data(cfg: DictConfig, run: LoadedRun) -> Any:
             f"of those as data_root=..."
         )
     return data
+
+
+def build_data(cfg: DictConfig, run: LoadedRun) -> tuple[Any, dict[str, Any]]:
+    """Return the data module of the run, not open yet, and its arguments.
+
+    Raises:
+        ValueError: if its code is not trusted.
+    """
+    settings = {**run.config["data"], "cache": cfg.paths.cache}
+    if cfg.data_root is not None:
+        source = settings.get("source")
+        if isinstance(source, dict) and "root" in source:
+            settings["source"] = {**source, "root": cfg.data_root}
+        else:
+            settings["root"] = cfg.data_root
+    if settings.get("labels") == "auto" and run.config.get("classes") is not None:
+        settings["labels"] = bool(run.config["classes"])  # as it was decided in training
+    run.trust.check(run.point.state, run.config, ["data"])
+    return instantiate({"data": settings})["data"], settings
 
 
 def load_reference_images(data: Any, features: Features, most: int, cache: Path) -> ReferenceImages:

@@ -52,7 +52,7 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
     except (ResumeRefusedError, AlreadyRunningError, NoValidCheckpointError) as error:
         print(f"error: {error}\n{HINT}", file=sys.stderr)
         if DATA_CHANGED in str(error):
-            print(DATA_HINT, file=sys.stderr)
+            print(f"{DATA_HINT}\n{look_at_new_images(cfg)}", file=sys.stderr)
         outcome.exit_code = EXIT_USAGE
     except (CheckpointLoadError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,6 +81,11 @@ def report_errors(cfg: DictConfig) -> Iterator[Outcome]:
             print(f"error: {error}", file=sys.stderr)  # all ranks find the same divergence
     finally:
         distributed.destroy_process_group(outcome.exit_code)
+
+
+def look_at_new_images(cfg: DictConfig) -> str:
+    """Say which command compares new images with those that the run had."""
+    return f"Are the new images like the others? python evaluate.py run={cfg.name} drift=true"
 
 
 def stopped_here_before(run: Run) -> bool:

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
@@ -36,12 +37,15 @@ from exact_resume.resume import (
     is_restart,
     resolve_checkpoint,
     resolve_repeated,
+    trajectories,
 )
 from exact_resume.run import Run
 from exact_resume.second_copy import SecondCopy
 from exact_resume.signals import PreemptedError, Preemption
 from exact_resume.skips import NonFiniteLossError, SkippedBatch
 from exact_resume.supervisor import die_with_parent, is_launched
+from sturdy.data.changes import Change, list_changes
+from sturdy.data.sides import SPLIT_KEYS, changes_since
 from sturdy.errors import ConfigError, add_key, as_config_error
 from sturdy.training.base import describe_trained, resolve_base
 from sturdy.training.build import build_module
@@ -60,6 +64,7 @@ from sturdy.training.latents import (
     fill_in_channels,
 )
 from sturdy.training.match_weights import class_change
+from sturdy.training.outcome import look_at_new_images
 from sturdy.training.restart_config import find_previous_start, restore_config
 from sturdy.training.trainer import (
     build_datamodule,
@@ -74,6 +79,8 @@ from sturdy.training.trainer import (
     usable_processes,
 )
 
+CHANGES = "changes.txt"  # in the directory of an attempt
+OF_CLASSES = ("classes", "num_classes", "*.num_classes")  # keys
 PACKAGES = ("exact_resume", "sturdy", "examples")  # whose log goes to the console
 
 log = logging.getLogger(__name__)
@@ -115,6 +122,7 @@ class Session:
         self.previous_data: str | None = None  # digest of the data that a restarted run began with
         self.restored: list[str] = []  # what the restart has restored in the config, for people
         self.encoding_lines: list[str] = []  # about latents, for people
+        self.changes: list[Change] = []  # of the images, since the resume point
         self.lock: IO[str] | None = None
         self.second_copy: SecondCopy | None = None  # on rank 0, where one is configured
         self.preemption = Preemption()
@@ -205,6 +213,7 @@ class Session:
             describe_attempt(attempt, config, self.overrides, now)
             banner = self._banner(guarantee)
             self._announce(banner)
+            self._announce_changes(attempt)
             record_start(
                 attempt,
                 banner,
@@ -213,6 +222,7 @@ class Session:
                 guarantee=guarantee,
                 data=self._describe_data(),
             )
+        self.trajectories = trajectories(self.point, guarantee)
         self._build_trainer(now, attempt)
         distributed.run_on_rank_zero(self._archive_newer)
         # A resume by another word than the given one happened before, and is not recorded again.
@@ -418,16 +428,25 @@ class Session:
     def _check_compatibility(self, now: Fingerprint) -> Guarantee | None:
         if self.point is None:
             return None
-        data_changes: list[str] = []
-        data = self._stored_fingerprint().get("data", now.data)
+        rules = resume_rules(self.cfg)
+        stored = self._stored_fingerprint()
+        config = dict(rules.added) | stored.get("config", {})
+        then = {key: config[f"data.{key}"] for key in SPLIT_KEYS if f"data.{key}" in config}
+        other_changes = self._other_changes(self.point)
+        data = stored.get("data", now.data)
+        self.changes = []
         if data != now.data:
-            data_changes = self.data.changes_since(data)
+            self.changes = changes_since(self.data, data, then)
+        elif any(value != now.config.get(f"data.{key}", value) for key, value in then.items()):
+            other_changes += [str(change) for change in changes_since(self.data, data, then)]
+        if other_changes:  # these refuse, and say by name what the keys say by number
+            rules = replace(rules, ignore=[*rules.ignore, *OF_CLASSES])
         return check_compatibility(
             self.point,
             now,
-            resume_rules(self.cfg),
-            other_changes=self._other_changes(self.point),
-            data_changes=data_changes,
+            rules,
+            other_changes=other_changes,
+            data_changes=[str(change) for change in self.changes],
         )
 
     def _other_changes(self, point: ResumePoint) -> list[str]:
@@ -473,6 +492,16 @@ class Session:
         named = [add_key(line, "data", self.cfg.data) for line in lines]
         return [*named, self.data.cache.report() or "no image is left out"]
 
+    def _announce_changes(self, attempt: Path) -> None:
+        """Keep the names of all images that came or went, and say how to look at the new ones."""
+        if not self.changes:
+            return
+        path = attempt / CHANGES
+        path.write_text(list_changes(self.changes))
+        log.info(f"all changes of the images, by name: {path}")
+        if any(change.new for change in self.changes):
+            log.info(look_at_new_images(self.cfg))
+
     def _banner(self, guarantee: Guarantee | None) -> str:
         cfg = self.cfg
         labels = f"{len(self.data.classes) or 'no'} classes"
@@ -504,7 +533,9 @@ class Session:
         # Once for all processes: a run that is named may be training now.
         source = distributed.run_on_rank_zero(initial_source)
         with distributed.rank_zero_first(), as_config_error():
-            self.trainer = build_trainer(cfg, self.run, now, self.preemption, attempt)
+            self.trainer = build_trainer(
+                cfg, self.run, now, self.preemption, attempt, self.trajectories
+            )
             if source:
                 summary = init_from(self.module, source)
                 if distributed.rank() == 0:

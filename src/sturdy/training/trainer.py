@@ -308,9 +308,18 @@ def make_encoder(encoder: "Encoder", data: Any, folder: Path) -> dict[str, Tenso
 
 
 def build_trainer(
-    cfg: DictConfig, run: Run, now: Fingerprint, preemption: Preemption, attempt: Path
+    cfg: DictConfig,
+    run: Run,
+    now: Fingerprint,
+    preemption: Preemption,
+    attempt: Path,
+    trajectories: list[dict[str, Any]],
 ) -> L.Trainer:
     """Build Lightning's Trainer, with everything that this project fixes about it."""
+
+    def metadata(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        return checkpoint_metadata(checkpoint, now, trajectories)
+
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     settings = {k: v for k, v in cfg.trainer.items() if f"trainer.{k}" not in NON_TRAINER_KEYS}
     settings |= trainer_devices()
@@ -323,7 +332,7 @@ def build_trainer(
         callbacks=build_callbacks(cfg, run, preemption, attempt),
         logger=[run.metrics, *build_loggers(cfg)],
         plugins=[
-            StoreCheckpointIO(run.store, lambda checkpoint: checkpoint_metadata(checkpoint, now)),
+            StoreCheckpointIO(run.store, metadata),
             distributed.cluster_environment() or LightningEnvironment(),
         ],
         max_epochs=-1,
@@ -338,12 +347,16 @@ def build_trainer(
     return trainer
 
 
-def checkpoint_metadata(checkpoint: Mapping[str, Any], now: Fingerprint) -> dict[str, Any]:
+def checkpoint_metadata(
+    checkpoint: Mapping[str, Any], now: Fingerprint, trajectories: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Return what goes into the manifest of ``checkpoint`` beside its step."""
     metadata = {
         "position": checkpoint["ImageData"]["position"],
         "fingerprint": now.as_dict(),
     }
+    if trajectories:
+        metadata["trajectories"] = trajectories
     if "init_from" in checkpoint:
         metadata["init_from"] = checkpoint["init_from"]
     return metadata
