@@ -8,8 +8,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sturdy.serving.worker import Answer
 from sturdy.serving.words import Words
+from sturdy.serving.worker import Answer
 
 LOG_BYTES = 10_000_000  # of the log; when it is full, it replaces serve.jsonl.1
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

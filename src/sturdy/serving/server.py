@@ -25,15 +25,16 @@ from omegaconf import DictConfig
 from typing_extensions import override
 
 from sturdy.serving.records import Metrics, RequestLog
-from sturdy.serving.worker import Answer, Worker
 from sturdy.serving.words import Limits, Words, read_words
+from sturdy.serving.worker import Answer, Worker
 
 BODY_BYTES = 64_000  # of a request
 CONNECTIONS = 1000  # open at the same time
 POLL_S = 0.25  # seconds between two looks at the workers
 PAGE = Path(__file__).with_name("page.html")
 REPLACED = ("/", "/predict")  # routes of LitServe, for which the server has its own
-PAGE_RULES = "default-src 'none'; connect-src 'self'; img-src blob:; style-src 'unsafe-inline'; " + (
+PAGE_RULES = (
+    "default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'"
 )
 

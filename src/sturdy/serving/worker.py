@@ -124,7 +124,9 @@ class Worker(LitAPI):
         good = [number for number in range(len(x)) if number not in answers]
         try:
             files = self.sampler.draw([x[number] for number in good])
-            answers |= {n: Answer(200, file, step, len(good)) for n, file in zip(good, files, strict=True)}
+            answers |= {
+                n: Answer(200, file, step, len(good)) for n, file in zip(good, files, strict=True)
+            }
         except Exception as error:
             line = f"it could not be drawn: {describe(error)}"
             print(line, flush=True)
