@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -11,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import ROOT, fork
+from runs import ROOT
 
 START_S = 400
 
@@ -37,16 +39,18 @@ class RunningServer:
             self.port = probe.getsockname()[1]
         paths = [f"paths.runs={tmp / 'runs'}", f"paths.cache={tmp / 'cache'}", f"run={run}"]
         options = [*paths, "threads=1", "device=cpu", f"serve.port={self.port}", *words]
-        name = f"serve-{self.port}"
-        self.process, self.out, self.err = fork(tmp, name, [str(ROOT / "serve.py"), *options])
+        self.out = tmp / f"serve-{self.port}.out"
+        with self.out.open("wb") as out:
+            command = [sys.executable, str(ROOT / "serve.py"), *options]
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
         deadline = time.monotonic() + START_S
         while self.get("/health").status != 200:
-            assert self.process.exitcode is None, self.said()
+            assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.1)
 
     def said(self):
-        return self.out.read_text() + self.err.read_text()
+        return self.out.read_text()
 
     def url(self, path):
         return f"http://127.0.0.1:{self.port}{path}"
@@ -82,10 +86,8 @@ class RunningServer:
 
     def stop(self):
         """End it as an administrator would; return the exit code."""
-        if self.process.exitcode is None:
-            os.kill(self.process.pid, signal.SIGTERM)
-        self.process.join(60)
-        return self.process.exitcode
+        self.process.terminate()
+        return self.process.wait(120)
 
 
 def ask(request):
