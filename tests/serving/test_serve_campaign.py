@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 REQUESTS = int(os.environ.get("STURDY_SERVE_REQUESTS", "10000"))
 CLIENTS = 8
-LABELS = ("hatchback", "sedan", "pickup", None)
+LABELS = ("hatchback", "sedan", "pickup", "bus")
 WORDS = [
     Words(seed, label, steps=steps, guidance=guidance)
     for seed in range(5)
