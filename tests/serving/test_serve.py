@@ -138,6 +138,9 @@ def test_a_worker_that_is_killed_loses_no_request(server):
     assert server.draw_all(requests) == killed
     assert server.get("/health").status == 200
     assert "a worker was lost" in server.said()
+    server.kill_worker()  # while it waits; what comes before this is noticed is not lost either
+    assert server.draw_all(requests[:2]) == killed[:2]
+    assert server.metric("sturdy_workers_lost_total") == 2
 
 
 def test_a_newer_checkpoint_is_taken_up_unless_it_is_damaged(tmp, server):

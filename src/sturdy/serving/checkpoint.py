@@ -143,16 +143,21 @@ class CheckpointSampler:
     def _probe(self, scale: float, numbers: Sequence[int]) -> Tensor:
         """Return outputs of the network and of the space for samples ``numbers``, a row each."""
         x = FirstImages(numbers).normal("start", self.shape).to(self.run.device)
-        t = torch.full((len(x),), 0.5, device=x.device)
         words = [Words(seed=number, prompt="", label=self._class(number)) for number in numbers]
         cond = self._condition(words)
         settings = self._settings(Words(guidance=scale))
+        t = torch.full((len(x),), sum(interval(settings)) / 2, device=x.device)
         estimate = settings.add_guidance(self.network, cond, self.guide)(x, t, cond)
         return torch.cat([estimate.flatten(1), self.space.decode(x).flatten(1)], 1)
 
     def _batch_size(self, words: Words) -> int:
-        scale = self._settings(words).guidance["scale"]
-        return self.batch_sizes[PROBED[0] if scale in (0, 1) else PROBED[1]]
+        settings = self._settings(words)
+        plain, guided = self.batch_sizes.values()
+        scale = settings.guidance["scale"]
+        if scale == 1:
+            return plain
+        always = scale != 0 and interval(settings) == (0.0, 1.0)
+        return guided if always else min(plain, guided)
 
     def _class(self, number: int) -> str | None:
         return self.classes[number % len(self.classes)] if self.classes else None
@@ -188,6 +193,12 @@ class CheckpointSampler:
 
     def _label(self, words: Words) -> Tensor | None:
         return select_labels(words.label, self.classes, self.prior, 1)
+
+
+def interval(settings: SamplingConfig) -> tuple[float, float]:
+    """Return the times in which there is guidance."""
+    low, high = settings.guidance.get("interval") or (0.0, 1.0)
+    return float(low), float(high)
 
 
 def to_png(image: Tensor) -> bytes:

@@ -7,6 +7,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from typing_extensions import override
 
 from sturdy.serving.words import Words
 from sturdy.serving.worker import Answer
@@ -60,6 +61,14 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+class QuietHandler(RotatingFileHandler):
+    """A log whose lines are lost when the disk is full, without a traceback for each."""
+
+    @override
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class RequestLog:
     """A JSON line for each request: its words, when, how long it took, and what came of it.
 
@@ -72,7 +81,7 @@ class RequestLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.handler = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf8")
+        self.handler = QuietHandler(path, maxBytes=LOG_BYTES, backupCount=1, encoding="utf8")
 
     def write(self, words: Words | None, answer: Answer, seconds: float) -> None:
         """Append one request; a full disk costs its line and nothing else.

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from sturdy.serving.records import Metrics, RequestLog
 from sturdy.serving.words import Limits, Words, read_words
-from sturdy.serving.worker import Answer, Worker
+from sturdy.serving.worker import IDLE_S, Answer, Worker
 
 BODY_BYTES = 64_000  # of a request
 CONNECTIONS = 1000  # open at the same time
@@ -172,20 +172,32 @@ class Server(LitServer):
         while True:
             await asyncio.sleep(POLL_S)
             if main is not None and not main.is_alive():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                os.kill(self.manager_pid, signal.SIGTERM)
+                os._exit(1)
             statuses = dict(self.workers_setup_status)
             lost = [name for name in ready if statuses[name] != WorkerSetupStatus.READY]
             ready = {name for name, s in statuses.items() if s == WorkerSetupStatus.READY}
             if not lost:
                 continue
             self.metrics.lost.inc(len(lost))
+            # The manager still waits on the dead worker's behalf, and may give it a request.
+            await asyncio.sleep(2 * IDLE_S)
             print(f"a worker was lost; {self.waiting} requests are asked again", flush=True)
             for item in self.response_buffer.values():
                 item.event.set()
 
+    @override
+    def _init_manager(self, num_api_servers: int) -> Any:
+        manager = super()._init_manager(num_api_servers)
+        self.manager_pid = manager._process.pid  # holds the queues
+        return manager
+
     def serve(self) -> None:
-        """Serve until SIGINT or SIGTERM; requests that wait then are answered first."""
+        """Serve until SIGINT or SIGTERM; requests that wait then are answered first.
+
+        Raises:
+            ValueError: no worker could start.
+        """
         main = os.getpid()
 
         def stop(number: int, frame: object) -> None:
@@ -204,6 +216,10 @@ class Server(LitServer):
             self.run(host, port, limit_concurrency=CONNECTIONS, **options)
         except KeyboardInterrupt:
             pass
+        except RuntimeError:
+            if self.is_up:
+                raise
+            raise ValueError("the worker could not start; its messages say why") from None
         finally:
             for process in multiprocessing.active_children():
                 process.terminate()

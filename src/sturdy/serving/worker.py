@@ -20,7 +20,12 @@ from sturdy.sampling.loaded_run import open_run, prepare_torch
 from sturdy.serving.checkpoint import CheckpointSampler
 from sturdy.serving.words import Words
 
-IDLE_S = 1.0  # seconds between two looks for a newer checkpoint while there are no requests
+IDLE_S = 0.5  # seconds between two looks for a newer checkpoint while there are no requests
+
+
+def in_one_line(error: Exception) -> str:
+    """Return what is wrong."""
+    return " ".join(describe(error).split())
 
 
 class Answer(NamedTuple):
@@ -107,7 +112,7 @@ class Worker(LitAPI):
             self.sampler = CheckpointSampler(self.cfg, run)
         except Exception as error:  # the old checkpoint still serves
             self.aside.add(step)
-            print(f"step {step} is left aside: {describe(error)}", flush=True)
+            print(f"step {step} is left aside: {in_one_line(error)}", flush=True)
             return False
         print(f"step {step} is taken up", flush=True)
         return True
@@ -120,7 +125,7 @@ class Worker(LitAPI):
             try:
                 self.sampler.check(words)
             except ValueError as error:
-                answers[number] = Answer(422, describe(error).encode(), step)
+                answers[number] = Answer(422, in_one_line(error).encode(), step)
         good = [number for number in range(len(x)) if number not in answers]
         try:
             files = self.sampler.draw([x[number] for number in good])
@@ -128,7 +133,7 @@ class Worker(LitAPI):
                 n: Answer(200, file, step, len(good)) for n, file in zip(good, files, strict=True)
             }
         except Exception as error:
-            line = f"it could not be drawn: {describe(error)}"
+            line = f"it could not be drawn: {in_one_line(error)}"
             print(line, flush=True)
             answers |= {n: Answer(500, line.encode(), step) for n in good}
         return [answers[number] for number in range(len(x))]
