@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from exact_resume.checkpoint.store import Store
-from runs import ROOT, SMALL_UNET, run_script, train
+from runs import ROOT, run_script, train
 from servers import RunningServer
 from sturdy.sampling.loaded_run import open_run
 from sturdy.serving.checkpoint import CheckpointSampler
@@ -41,7 +41,7 @@ def tmp(tmp_path_factory):
     words = ["trainer.max_steps=4", "trainer.val_check_interval=2", "callbacks.samples=null"]
     words += ["callbacks.checkpoint.every_n_train_steps=2"]
     words += ["optimizer.lr=0.02", "learning_rate.warmup=1", "ema.decay=0.1"]  # labels must count
-    train(tmp, "run", *words, base=SMALL_UNET)
+    train(tmp, "run", *words)
     return tmp
 
 
