@@ -42,7 +42,7 @@ class RunningServer:
         self.out = tmp / f"serve-{self.port}.out"
         with self.out.open("wb") as out:
             command = [sys.executable, str(ROOT / "serve.py"), *options]
-            self.process = subprocess.Popen(command, stdout=out, stderr=out)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         deadline = time.monotonic() + START_S
         while self.get("/health").status != 200:
             assert self.process.poll() is None, self.said()

@@ -1,8 +1,10 @@
 """A real server, asked over HTTP: the bytes of sample.py, whatever else happens to it."""
 
 import json
+import os
 import random
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -238,8 +240,9 @@ def test_a_second_server_is_told_that_the_port_is_in_use(tmp, server):
 
 
 def test_a_signal_ends_it_after_the_last_answer(server):
+    """The signal comes to all its processes, as from a service manager."""
     requests = [{"seed": k, **LONG} for k in range(4)]
-    replies = in_flight(server, requests, server.process.terminate)
+    replies = in_flight(server, requests, lambda: os.killpg(server.process.pid, signal.SIGTERM))
     assert [reply.status for reply in replies] == [200] * 4
     assert server.stop() == 0
     with socket.socket() as probe:

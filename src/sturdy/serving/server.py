@@ -172,7 +172,7 @@ class Server(LitServer):
         while True:
             await asyncio.sleep(POLL_S)
             if main is not None and not main.is_alive():
-                os.kill(self.manager_pid, signal.SIGTERM)
+                os.kill(self.manager_pid, signal.SIGKILL)
                 os._exit(1)
             statuses = dict(self.workers_setup_status)
             lost = [name for name in ready if statuses[name] != WorkerSetupStatus.READY]
@@ -190,14 +190,6 @@ class Server(LitServer):
     def _init_manager(self, num_api_servers: int) -> Any:
         manager = super()._init_manager(num_api_servers)
         self.manager_pid = manager._process.pid  # holds the queues
-        return manager
-
-    def serve(self) -> None:
-        """Serve until SIGINT or SIGTERM; requests that wait then are answered first.
-
-        Raises:
-            ValueError: no worker could start.
-        """
         main = os.getpid()
 
         def stop(number: int, frame: object) -> None:
@@ -210,6 +202,15 @@ class Server(LitServer):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
+        return manager
+
+    def serve(self) -> None:
+        """Serve until SIGINT or SIGTERM; requests that wait then are answered first.
+
+        Raises:
+            ValueError: no worker could start.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the manager, which inherits it
         options = {"log_level": "error", "generate_client_file": False, "num_api_servers": 1}
         host, port = self.options.host, self.options.port
         try:
@@ -221,8 +222,8 @@ class Server(LitServer):
                 raise
             raise ValueError("the worker could not start; its messages say why") from None
         finally:
-            for process in multiprocessing.active_children():
-                process.terminate()
+            for process in multiprocessing.active_children():  # of a start that was interrupted
+                process.kill()
 
     @override
     def _start_worker_monitoring(self, *args: Any, **kwargs: Any) -> None:

@@ -61,6 +61,8 @@ class TakeWaiting(BatchedLoop):
             if len(waiting) == lit_api.max_batch_size:
                 break
             found = self.get_request(request_queue, block=False)
+        if lit_api.ending and not waiting:
+            os._exit(0)  # SIGTERM may come to all processes at once, while requests wait
         return waiting, []
 
 
@@ -79,7 +81,9 @@ class Worker(LitAPI):
 
     @override
     def setup(self, device: str) -> None:
+        self.ending = False
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends its workers
+        signal.signal(signal.SIGTERM, self._end_when_idle)
         prepare_torch(self.cfg)
         self.store = Store(self.directory / "checkpoints")
         self.follows = self.cfg.ckpt_path in ("last", "auto")
@@ -92,6 +96,9 @@ class Worker(LitAPI):
             f"{plain} without guidance: {bits}",
             flush=True,
         )
+
+    def _end_when_idle(self, number: int, frame: object) -> None:
+        self.ending = True
 
     def between_batches(self) -> None:
         """Take up the newest checkpoint that can be used; end if the server was killed."""
