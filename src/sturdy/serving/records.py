@@ -33,7 +33,7 @@ class Metrics:
         )
         self.batch = Histogram(
             "sturdy_batch_size",
-            "Images in the batch of an image",
+            "Requests that a worker took together",
             buckets=BATCHES,
             registry=self.registry,
         )

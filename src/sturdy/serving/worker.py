@@ -35,7 +35,7 @@ class Answer(NamedTuple):
         status: of HTTP.
         body: a PNG file, or for an error a line.
         step: of the checkpoint; -1 if none was asked.
-        batch: images that were drawn in the same batch, this one included.
+        batch: requests that the worker took together, this one included.
     """
 
     status: int
