@@ -175,11 +175,11 @@ class CheckpointSampler:
         return self.space.decode(x0)
 
     def _settings(self, words: Words) -> SamplingConfig:
-        changes = {"sampler": {"steps": words.steps}, "guidance": {"scale": words.guidance}}
         cfg = self.cfg
-        for part, values in changes.items():
-            given = {name: value for name, value in values.items() if value is not None}
-            cfg = OmegaConf.merge(cfg, {part: given})
+        if words.steps is not None:
+            cfg = OmegaConf.merge(cfg, {"sampler": {"steps": words.steps}})
+        if words.guidance is not None:
+            cfg = OmegaConf.merge(cfg, {"guidance": {"scale": words.guidance}})
         run = self.run
         return resolve_sampling(cfg, run.config, state=run.point.state, trust=run.trust)
 

@@ -4,7 +4,6 @@ import importlib.util
 import re
 import shlex
 import socket
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,11 @@ MINIMUMS = {
 LARGEST_PORT = 65535
 LOG = "serve.jsonl"  # in the run's directory
 QUOTES = re.compile(r"^([^=]+)=(['\"])(.*)\2$")  # the command line quotes text for Hydra
-SAME = ("run", "paths.", "base", "space.", "condition.", "sampler", "guidance.", "trust", "device")
-SAME += ("threads",)  # words that sample.py must be given, too
+# Words that sample.py must be given, too.
+SAME = (
+    *("run", "paths.", "base", "space.", "condition.", "sampler", "guidance.", "trust", "device"),
+    "threads",
+)
 
 
 def main(cfg: DictConfig, overrides: list[str]) -> int:
@@ -80,7 +82,7 @@ def check_options(cfg: DictConfig) -> None:
     if options.host not in HOSTS:
         raise ValueError(f"serve.host={options.host} must be one of {', '.join(HOSTS)}")
     guidance = options.max_guidance
-    if not isinstance(guidance, Real) or isinstance(guidance, bool) or not guidance >= 0:
+    if not isinstance(guidance, int | float) or isinstance(guidance, bool) or not guidance >= 0:
         raise ValueError(f"serve.max_guidance={guidance} must be a number of at least 0")
     if not isinstance(options.exact, bool):
         raise ValueError(f"serve.exact={options.exact} must be true or false")
