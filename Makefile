@@ -31,6 +31,7 @@ bench: $(VENV)/ready ## measure what saving, restarting, shards and other progra
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/busy.py
+	$(BIN)/python benchmarks/serving.py
 
 structure: $(VENV)/ready ## measure the source: lines, names, circles, the way to the loss
 	$(BIN)/python benchmarks/structure.py

@@ -20,7 +20,7 @@ from exact_resume.checkpoint.schema import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 EXAMPLE = ROOT / "examples" / "mypackage"
-SCRIPTS = ("train", "sample", "evaluate", "export")
+SCRIPTS = ("train", "sample", "evaluate", "export", "serve")
 SKIPPED_GROUPS = ("hydra",)
 CODE_BLOCK = re.compile(r"^`([\w/.]+)`:?\n\n```\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
 SCHEMA = re.compile(r"(<!-- schema: state\.ckpt -->\n)\n(?:\|[^\n]*\n)*\n?")

@@ -30,7 +30,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 NEEDS = {"gpu", "slurm", "network", "hours"}
 SHELL = ("export ", "source ", "make ", "pytest ", "diff ")
-SCRIPTS = ("train.py", "sample.py", "evaluate.py", "export.py")
+SCRIPTS = ("train.py", "sample.py", "evaluate.py", "export.py", "serve.py")
 FENCE = re.compile(r"^(<!-- .*? -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"\b(?:\.venv/bin/)?python ([^;]+)")
 

@@ -85,7 +85,7 @@ def test_where_the_system_cannot_tell_all_cpus_are_counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "sample.py", "evaluate.py", "export.py", "prove.py"]
+    "script", ["train.py", "sample.py", "evaluate.py", "export.py", "serve.py", "prove.py"]
 )
 def test_windows_is_told_what_to_use(script, tmp_path):
     done = on(WINDOWS, tmp_path, [sys.executable, str(ROOT / script), "run=x"])

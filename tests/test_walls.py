@@ -27,12 +27,12 @@ LAYERS = [
     {"sturdy.pretrained"},
     {"sturdy.trust", "sturdy.training"},
     {"sturdy.sampling"},
-    {"sturdy.evaluation", "sturdy.export"},
+    {"sturdy.evaluation", "sturdy.export", "sturdy.serving"},
     {"sturdy.cli", "sturdy.fault_injection", "sturdy.prove"},
 ]
 TOGETHER = {("sturdy.training", "sturdy.trust"), ("sturdy.prove", "sturdy.cli")}
 HYDRA = {"sturdy.errors", "sturdy.training", "sturdy.sampling", "sturdy.evaluation", "sturdy.trust"}
-HYDRA |= {"sturdy.cli", "sturdy.export", "sturdy.prove"}
+HYDRA |= {"sturdy.cli", "sturdy.export", "sturdy.prove", "sturdy.serving"}
 # Only this room knows what others trained, and its packages are imported when they are used.
 PRETRAINED = {"diffusers", "transformers", "peft", "safetensors"}
 WEIGHTS_FILE = "exact_resume.weights_file"  # reads safetensors

@@ -305,7 +305,7 @@ def test_without_captions_keys_and_digests_are_those_of_older_versions(
 ) -> None:
     """The four values were computed before there were captions."""
     monkeypatch.setattr("sturdy.data.folder.DECODER", "decoder")
-    monkeypatch.setattr("sturdy.data.listing._pack", lambda status: b"status")
+    monkeypatch.setattr("sturdy.data.listing.pack_status", lambda status: b"status")
     for k in range(6):
         put(tmp_path / "flat" / f"{k}.png", k)
         put(tmp_path / "classes" / "ab"[k % 2] / f"{k}.png", k)

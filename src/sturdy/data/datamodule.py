@@ -405,6 +405,7 @@ class ImageData(L.LightningDataModule):
         labels = self.cache.labels[self.split.indices(places)]
         return BalancedPermutation(labels, self.seed, balance=self.balance)
 
+    @property
     def _crop_size(self) -> ImageSize | None:
         """Height and width of the crops; None where images are taken whole."""
         return None if self.buckets else self.image_size

@@ -63,13 +63,8 @@ def run_job(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
 
     An error that the user can mend is printed as one line.
     """
-    # Before CUDA starts; without it cuBLAS is not deterministic.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        if cfg.threads is not None:
-            check_integers(cfg, {"threads": 1})
-        torch.set_num_threads(cfg.threads or available_cpus())
-        torch.use_deterministic_algorithms(True)
+        prepare_torch(cfg)
         job(cfg)
     except torch.OutOfMemoryError:
         print(
@@ -87,6 +82,20 @@ def run_job(job: Callable[[DictConfig], None], cfg: DictConfig) -> int:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def prepare_torch(cfg: DictConfig) -> None:
+    """Compute deterministically, with ``threads`` threads.
+
+    Raises:
+        ValueError: ``threads`` is no number of threads.
+    """
+    # Before CUDA starts; without it cuBLAS is not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if cfg.threads is not None:
+        check_integers(cfg, {"threads": 1})
+    torch.set_num_threads(cfg.threads or available_cpus())
+    torch.use_deterministic_algorithms(True)
 
 
 def open_run(cfg: DictConfig) -> LoadedRun:

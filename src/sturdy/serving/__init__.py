@@ -1,0 +1,1 @@
+"""A server that draws images from a run."""
