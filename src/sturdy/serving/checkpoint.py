@@ -4,6 +4,7 @@ import difflib
 import io
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -177,9 +178,9 @@ class CheckpointSampler:
     def _settings(self, words: Words) -> SamplingConfig:
         cfg = self.cfg
         if words.steps is not None:
-            cfg = OmegaConf.merge(cfg, {"sampler": {"steps": words.steps}})
+            cfg = with_values(cfg, {"sampler": {"steps": words.steps}})
         if words.guidance is not None:
-            cfg = OmegaConf.merge(cfg, {"guidance": {"scale": words.guidance}})
+            cfg = with_values(cfg, {"guidance": {"scale": words.guidance}})
         run = self.run
         return resolve_sampling(cfg, run.config, state=run.point.state, trust=run.trust)
 
@@ -206,3 +207,10 @@ def to_png(image: Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image.numpy()).save(file, format="PNG")
     return file.getvalue()
+
+
+def with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+    """Return ``cfg`` with some values replaced."""
+    merged = OmegaConf.merge(cfg, values)
+    assert isinstance(merged, DictConfig)
+    return merged

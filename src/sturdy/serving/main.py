@@ -7,10 +7,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sturdy.sampling.config import resolve_sampling
 from sturdy.sampling.loaded_run import LoadedRun, check_integers, open_run, run_job
+from sturdy.serving.checkpoint import with_values
 from sturdy.training.captions import caption_option
 
 PACKAGES = ("litserve", "prometheus_client")
@@ -52,7 +53,7 @@ def serve_run(cfg: DictConfig, overrides: list[str]) -> None:
         )
     check_options(cfg)
     # On the CPU, so that the memory of the GPU is the worker's.
-    run = open_run(OmegaConf.merge(cfg, {"device": "cpu"}))
+    run = open_run(with_values(cfg, {"device": "cpu"}))
     facts = describe_run(cfg, run, overrides)
     directory = run.directory
     del run

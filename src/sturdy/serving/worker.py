@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from litserve import LitAPI
 from litserve.loops.simple_loops import BatchedLoop
 from litserve.transport.base import MessageTransport
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from typing_extensions import override
 
 from exact_resume.checkpoint.store import Store
 from sturdy.errors import describe
 from sturdy.sampling.loaded_run import open_run, prepare_torch
-from sturdy.serving.checkpoint import CheckpointSampler
+from sturdy.serving.checkpoint import CheckpointSampler, with_values
 from sturdy.serving.words import Words
 
 IDLE_S = 0.5  # seconds between two looks for a newer checkpoint while there are no requests
@@ -115,7 +115,7 @@ class Worker(LitAPI):
 
     def _take_up(self, step: int) -> bool:
         try:
-            run = open_run(OmegaConf.merge(self.cfg, {"ckpt_path": step}))
+            run = open_run(with_values(self.cfg, {"ckpt_path": step}))
             self.sampler = CheckpointSampler(self.cfg, run)
         except Exception as error:  # the old checkpoint still serves
             self.aside.add(step)
