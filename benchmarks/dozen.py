@@ -99,6 +99,9 @@ def train(tmp: Path, name: str, words: list[str], *, kill: bool) -> None:
         raise SystemExit(f"{name} ended with {done.returncode}\n{done.stdout}{done.stderr}")
 
 
+# Columns that the record had not always.
+LATER_COLUMNS = ("train/lr",)
+
 # Weights that were renamed are hashed under their first names, so that a digest stays what it was.
 FIRST_NAMES = {
     "extra_averages": "others",
@@ -131,7 +134,11 @@ def digests(run: Path) -> list[str]:
     parts = [digest(flat(first_names(state[part]))) for part in ("state_dict", "optimizer_states")]
     with (run / "metrics.csv").open(newline="") as file:
         rows = [
-            {k: v for k, v in row.items() if v and not k.endswith("per_second")}
+            {
+                k: v
+                for k, v in row.items()
+                if v and not k.endswith("per_second") and k not in LATER_COLUMNS
+            }
             for row in csv.DictReader(file)
         ]
     return [*parts, digest({str(i): sorted(row.items()) for i, row in enumerate(rows)})]
