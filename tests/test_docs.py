@@ -28,7 +28,7 @@ from sturdy.cli.sweep_plan import plan_jobs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-NEEDS = {"gpu", "slurm", "network", "hours"}
+NEEDS = {"gpu", "slurm", "network", "hours", "Docker", "Docker and GPUs"}
 SHELL = ("export ", "source ", "make ", "pytest ", "diff ")
 SCRIPTS = ("train.py", "sample.py", "evaluate.py", "export.py")
 FENCE = re.compile(r"^(<!-- .*? -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
