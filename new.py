@@ -29,8 +29,8 @@ NAMES = re.compile(rf"(?<![^\W_])({TITLE}|{DISTRIBUTION}|{PACKAGE}|{PACKAGE.uppe
 IMPORTED = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
 # A new project makes no others, and has no history yet.
 LEFT_OUT = ("new.py", "tests/test_new.py", "docs/guides/new-project.md")
-MENTION = r".*(?:make new|\bnew\.py|\bnew-project\.md).*\n"
-MENTIONS = re.compile(rf"(?<=\n\n)^{MENTION}\n|^{MENTION}", re.MULTILINE)  # a paragraph, or a line
+MENTION = r"(?:.*(?:make new|\bnew\.py|\bnew-project\.md).*\n)+"
+MENTIONS = re.compile(rf"(?<=\n\n){MENTION}\n|^{MENTION}", re.MULTILINE)  # a paragraph, or lines
 OLD_RUNS = "tests/fixtures/"  # written by older versions, under the names of these
 RENAMES = f"src/{PACKAGE}/renames.py"
 
