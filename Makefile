@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help train test test-unit test-slow test-cluster bench structure lint format status clean
+.PHONY: new # make new
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -41,12 +42,16 @@ lint: $(VENV)/ready ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/ready ## let ruff repair what it can
+format: $(VENV)/ready ## let ruff repair what it can, and write the generated pages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/generate.py
 
 status: $(VENV)/ready ## list the checkpoints of a run: make status RUN=cars
 	$(BIN)/python -m exact_resume status runs/$(or $(RUN),cars)
+
+new: ## make new NAME=planes DIR=../planes: a new project from this template, renamed
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) new.py '$(NAME)' '$(or $(DIR),../$(NAME))'
 
 .PHONY: docs
 docs: $(VENV)/ready ## build the documentation into site/; a broken link fails

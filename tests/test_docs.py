@@ -23,12 +23,13 @@ from PIL import Image
 
 from runs import ROOT, fork
 from sturdy.cli.main import compose_run
+from sturdy.cli.search import is_search, plan_search
 from sturdy.cli.search_path import add_config_folders
 from sturdy.cli.sweep_plan import plan_jobs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-NEEDS = {"gpu", "slurm", "network", "hours"}
+NEEDS = {"gpu", "slurm", "network", "hours", "Docker", "Docker and GPUs"}
 SHELL = ("export ", "source ", "make ", "pytest ", "diff ")
 SCRIPTS = ("train.py", "sample.py", "evaluate.py", "export.py", "serve.py")
 FENCE = re.compile(r"^(<!-- .*? -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -177,7 +178,9 @@ def test_a_command_can_be_meant(command, with_example):
     words = [word for word in words if word not in ("--help", "--cfg", "job")]
     sweep = "-m" in words
     words = add_config_folders([word for word in words if word != "-m"], config)
-    if sweep:
+    if is_search(words):
+        assert plan_search(config, words).space
+    elif sweep:
         assert plan_jobs(config, words)
     else:
         compose_run(config, words)

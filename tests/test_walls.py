@@ -214,7 +214,7 @@ def readme_tree():
         while folders[-1][0] >= indent:
             folders.pop()
         for word in line.split():  # names come first, then what they are
-            if not (re.fullmatch(r"[\w./-]+(/|\.\w+)", word) or word in ("Makefile", "LICENSE")):
+            if not re.fullmatch(r"[\w./-]+(/|\.\w+)|Makefile|LICENSE|Dockerfile", word):
                 break
             path = folders[-1][1] + word
             yield path
@@ -231,7 +231,7 @@ def there(folder):
         [line.strip("/") for line in gitignore.read_text().split()] if gitignore.exists() else []
     )
     ignored += [".*", "__pycache__", "*.egg-info", "__init__.py"]
-    ignored += ["README.md", "LICENSE", "Makefile", "pyproject.toml", "constraints.txt"]
+    ignored += ["README.md", "LICENSE", "NOTICE", "Makefile", "pyproject.toml", "constraints.txt"]
     for path in folder.iterdir():
         if not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored):
             yield str(path.relative_to(ROOT)) + ("/" if path.is_dir() else "")
