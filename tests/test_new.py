@@ -110,6 +110,7 @@ def test_it_trains_and_a_killed_run_ends_in_the_same_bits(planes: Path, tmp_path
     assert differences(tmp_path, "once", "killed") == []
 
 
+@pytest.mark.slow
 def test_tests_of_it_pass(planes: Path) -> None:
     walls = ["tests/test_walls.py", "tests/test_docs.py::test_links_lead_somewhere"]
     old = "tests/training/test_older_version.py::test_it_is_continued_by_the_same_command[dit]"

@@ -181,6 +181,7 @@ def test_killed_it_ends_in_the_same_bits(home, words, once):
     assert differences(home, once, "killed") == []
 
 
+@pytest.mark.slow
 def test_the_unet_too(home, words):
     words = ["data=sounds", "space.channels=1", *UNET, *words[1:]]
     train(home, "unet", base=words)

@@ -141,6 +141,7 @@ def test_a_killed_search_ends_in_the_same_runs(tmp):
     assert {path.name for path in (tmp / "runs" / "killed").iterdir()} == set(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_counts_as_bad_and_one_that_is_refused_ends_the_search(tmp):
     code, said = run(tmp, "end=1,1", "x=interval(0.0,1.0)", "sweep.trials=2")
     assert code == 1

@@ -78,6 +78,7 @@ def test_from_a_tar(tmp):
     assert differences(tmp, "folder", "tar") == []
 
 
+@pytest.mark.slow
 def test_from_tables(tmp):
     parquet, arrow = tables(tmp)
     said = train(tmp, "parquet", "data=huggingface", f"data.root={parquet}", base=BASE)
@@ -91,6 +92,7 @@ def test_from_tables(tmp):
     assert differences(tmp, "folder", "arrow") == []
 
 
+@pytest.mark.slow
 def test_control_other_images_give_other_bits(tmp):
     with zipfile.ZipFile(tmp / "photos.zip") as archive:
         archive.extractall(tmp / "other")

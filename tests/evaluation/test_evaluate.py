@@ -208,6 +208,7 @@ def test_the_report_has_both_features_and_says_what_they_see(run):
     assert two["held_out_samples"]["kid"] > 10 * two["held_out_floor"]["kid"], "trained 3 steps"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_EFFICIENTNET, reason="the extra features is missing")
 def test_the_second_features_can_be_the_first_or_left_out(again, tmp_path):
     words = ["evaluate.n=8", "sampler=euler", "evaluate.audit_seen=0"]

@@ -254,7 +254,9 @@ def test_the_handlers_are_given_back(preemption):
 def test_a_training_in_ones_own_process_gives_them_back(tmp_path):
     """As in a notebook: Ctrl-C interrupts the next cell, and a pool that it starts ends."""
     code = (
-        "import signal, copied_run\n"
+        "import signal, sys\n"
+        f"sys.path.insert(0, {str(Path(SIGNALLED).parents[1])!r})\n"
+        "import copied_run\n"
         "from exact_resume.signals import SIGNALS\n"
         "before = [signal.getsignal(number) for number in SIGNALS]\n"
         f"assert copied_run.main({str(tmp_path / 'run')!r}, 'none', '20') == 0\n"

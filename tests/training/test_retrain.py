@@ -186,6 +186,7 @@ def test_a_growth_with_a_kill_ends_in_the_same_bits_and_no_image_changes_sides(t
     assert differences(tmp_path, "whole", "killed") == []
 
 
+@pytest.mark.slow
 def test_by_count_it_is_said_who_changed_sides_and_without_the_cache_why_nothing_is(tmp_path):
     root = tmp_path / "photos"
     begin(root)

@@ -71,6 +71,7 @@ def test_a_killed_run_ends_in_the_bits_of_the_folder(tmp):
     assert differences(tmp, "folder", "killed") == []
 
 
+@pytest.mark.slow
 def test_control_other_images_in_the_shards_are_other_bits(tmp):
     shutil.copytree(tmp / "shards", tmp / "other")
     (tmp / "other/000000.tar").rename(tmp / "other/last.tar")
@@ -82,6 +83,7 @@ def test_control_other_images_in_the_shards_are_other_bits(tmp):
     assert any("denoiser" in line for line in differences(tmp, "same", "other"))
 
 
+@pytest.mark.slow
 def test_a_run_of_the_folder_goes_on_in_shards(tmp):
     folder = ["data=folder", f"data.root={tmp / 'photos'}"]
     finish(tmp, "moved", 1, "trainer.max_steps=10", base=[*TINY, *folder])

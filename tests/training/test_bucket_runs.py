@@ -108,6 +108,7 @@ def test_images_are_drawn_at_any_size(tmp):
     assert "multiple of 2" in said
 
 
+@pytest.mark.slow
 def test_an_image_is_edited_at_its_own_shape(tmp):
     words = [
         "run=whole",
@@ -156,6 +157,7 @@ def test_other_buckets_are_another_run(tmp):
     assert "data.buckets" in said.stderr
 
 
+@pytest.mark.slow
 def test_a_report_on_several_sizes_is_refused(tmp):
     said = run_script(tmp, "evaluate", "run=whole", code=2)
     assert "trained with data.buckets" in said
