@@ -7,18 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from exact_resume.callbacks.checkpoint import Checkpoint
-from exact_resume.callbacks.nan_guard import NanGuard
+from exact_resume.callbacks.nan_guard import NanGuard, batch_positions
 from exact_resume.callbacks.preemption import AgreeOnSignal, SaveOnSignal
 from exact_resume.callbacks.record import Record
 from exact_resume.checkpoint.store import Store, load_state
 from exact_resume.metrics import MetricsCSV
 from exact_resume.permutation import InfiniteBatchSampler
+from exact_resume.reduction import own_shards
 from exact_resume.signals import EXIT_RESUMABLE, Preemption
 from exact_resume.skips import NonFiniteLossError, SkipLog
 from runs import differences, kill_at, losses, train
@@ -105,6 +107,16 @@ def test_killed_before_and_after_a_skip_it_ends_in_the_same_bits(poisoned):
     assert "back to the last checkpoint" not in output
     assert differences(tmp, "whole", "killed") == []
     assert skips(tmp, "killed").path.read_bytes() == skips(tmp, "whole").path.read_bytes()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("shards", "processes"), [(1, 1), (4, 1), (4, 2), (8, 2), (8, 4), (4, 4)])
+def test_every_process_knows_the_positions_of_the_whole_batch(shards, processes, interleaved):
+    batch = np.arange(1003, 1003 + 16)
+    for rank in range(processes):
+        own = own_shards(shards, rank, processes, interleaved=interleaved)
+        mine = batch.reshape(shards, -1)[own].reshape(-1)
+        assert batch_positions(mine, rank, processes).tolist() == batch.tolist()
 
 
 def test_a_run_that_is_bad_everywhere_is_given_up_with_a_report(tmp_path):

@@ -106,9 +106,18 @@ def _positions(trainer: L.Trainer, batch: Any) -> NDArray[np.int64]:
     mine = getattr(batch, "positions", None)
     if mine is None:
         return np.empty(0, dtype=np.int64)
-    size = len(mine)
-    first = int(mine[0]) - size * trainer.global_rank
-    return np.arange(size * trainer.world_size) + first
+    return batch_positions(np.asarray(mine), trainer.global_rank, trainer.world_size)
+
+
+def batch_positions(mine: NDArray[np.int64], rank: int, processes: int) -> NDArray[np.int64]:
+    """Return the positions of a whole batch, of which process ``rank`` has the part ``mine``.
+
+    The parts are consecutive, or their shards are dealt to the processes in turn, as by
+    ``own_shards``.
+    """
+    gaps = np.flatnonzero(np.diff(mine) != 1)
+    shard = int(gaps[0]) + 1 if len(gaps) else len(mine)
+    return np.arange(len(mine) * processes) + int(mine[0]) - shard * rank
 
 
 def _skip(
