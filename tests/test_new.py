@@ -75,7 +75,7 @@ def test_it_names_the_template_only_as_its_origin(planes: Path) -> None:
     assert (planes / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert os.access(planes / ".ci" / "run", os.X_OK)
     assert "new" not in (planes / "Makefile").read_text()
-    json.loads((planes / "notebooks" / "look_at_a_run.ipynb").read_text())
+    json.loads((planes / "notebooks" / "open_a_run.ipynb").read_text())
 
 
 @pytest.mark.parametrize("name", ["planes", "a_rather_long_project_name"])

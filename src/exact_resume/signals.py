@@ -9,7 +9,7 @@ the terminal has sent to all: within ``COPY_S`` it is the same one. A signal tha
 started to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal
 handlers in the main thread only, so a run in another thread receives none.
 
-A child that is forked meanwhile has no handlers: a signal ends it. Only a data worker calls
+A child that is forked meanwhile has the handlers of before: a signal ends it. Only a data worker calls
 ``outlive_first_signal``, because the step that its parent is to finish needs it.
 """
 
@@ -103,14 +103,11 @@ class Preemption:
         for number in self.handled:
             handler = signal.signal(number, self._on_signal)
             self._before.setdefault(number, handler)
-            _installed.add(number)
 
     def restore(self) -> None:
         """Put back the handlers that were there before the first ``install``."""
         while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
-            _installed.discard(number)
+            signal.signal(*self._before.popitem())
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -128,14 +125,25 @@ class Preemption:
         return is_torchrun and time.monotonic() - self._received < COPY_S
 
 
-# Python forgets a signal that a child receives before it is set up, and one with a handler does not
-# end it. So none arrives until the child has the handlers of the system.
-_installed: set[signal.Signals] = set()
+# Python forgets a signal that a child receives before it is set up. So none arrives until the child
+# has the handlers of before.
 _fork = threading.local()
 
 
+def _installed() -> dict[signal.Signals, Any]:
+    """Return the signals that a ``Preemption`` handles, and their handlers before."""
+    found: dict[signal.Signals, Any] = {}
+    for number in SIGNALS:
+        owner = getattr(signal.getsignal(number), "__self__", None)
+        if isinstance(owner, Preemption):
+            before = owner._before.get(number)
+            found[number] = signal.SIG_DFL if before in (None, _exit_now) else before
+    return found
+
+
 def _before_fork() -> None:
-    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _installed)
+    _fork.handlers = _installed()
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _fork.handlers)
 
 
 def _after_fork_in_parent() -> None:
@@ -143,9 +151,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    for number in _installed:
-        signal.signal(number, signal.SIG_DFL)
-    _installed.clear()
+    for number, handler in _fork.handlers.items():
+        signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
 
 

@@ -23,6 +23,7 @@ from exact_resume.checkpoint.renames import rename_config
 
 PROJECT = (
     "examples.cars",
+    "examples.spectrograms",
     "sturdy.backbone",
     "sturdy.data",
     "sturdy.diffusion",

@@ -10,10 +10,11 @@ ALWAYS = """
     exact_resume.permutation exact_resume.randomness exact_resume.reduction
     examples.cars.backbone
     sturdy.backbone.dit sturdy.backbone.embed
-    sturdy.data.augment sturdy.data.datamodule sturdy.data.encoded sturdy.data.images
-    sturdy.data.split
+    sturdy.data.augment sturdy.data.buckets sturdy.data.datamodule sturdy.data.encoded
+    sturdy.data.images sturdy.data.split
     sturdy.diffusion.condition sturdy.diffusion.denoiser sturdy.diffusion.objective
     sturdy.diffusion.schedule sturdy.diffusion.space sturdy.diffusion.target
+    sturdy.image_size
     sturdy.training.auxiliary sturdy.training.build sturdy.training.ema
     sturdy.training.ema_profiles sturdy.training.frozen sturdy.training.module
     sturdy.training.optim

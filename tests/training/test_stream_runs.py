@@ -90,7 +90,7 @@ def test_a_run_of_the_folder_goes_on_in_shards(tmp):
     world = World(tmp, "moved", 1, base=streamed(tmp))
     assert world.wait() == [2]  # another source is another run, unless a person says otherwise
     world = finish(tmp, "moved", 1, "ckpt_path=last", base=streamed(tmp))
-    assert "you asked to continue" in world.output()
+    assert "a new trajectory begins at this step" in world.output()
     assert differences(tmp, "folder", "moved") == []
 
 
@@ -106,7 +106,7 @@ def test_changed_shards_are_refused_and_the_images_are_named(tmp):
     assert world.wait() == [2]
     assert "7 images are gone (a/" in world.output()
     world = finish(tmp, "changing", 1, "ckpt_path=last", base=streamed(tmp, "changing"))
-    assert "you asked to continue" in world.output()
+    assert "a new trajectory begins at this step" in world.output()
 
 
 @pytest.mark.slow
