@@ -9,8 +9,8 @@ the terminal has sent to all: within ``COPY_S`` it is the same one. A signal tha
 started to ignore (``nohup``, a background job of a shell) stays ignored. Python runs signal
 handlers in the main thread only, so a run in another thread receives none.
 
-A child that is forked meanwhile has the handlers of before: a signal ends it. Only a data worker calls
-``outlive_first_signal``, because the step that its parent is to finish needs it.
+A child that is forked meanwhile has the handlers of before: a signal ends it. Only a data worker
+calls ``outlive_first_signal``, because the step that its parent is to finish needs it.
 """
 
 import os
