@@ -14,6 +14,7 @@ import pytest
 
 import mini
 from runs import ROOT, command, differences
+from sturdy.cli.overrides import compose_checked
 from sturdy.cli.search import choose_values, plan_search
 from sturdy.cli.usage import UsageError
 
@@ -95,6 +96,15 @@ def test_every_kind_of_values():
     rates = [chosen["optimizer.lr"] for chosen in seen]
     assert all(1e-4 <= rate <= 1e-2 and len(f"{rate:.10g}") < 10 for rate in rates)
     assert sum(rate < 1e-3 for rate in rates) > 4  # half of them, by the logarithm
+
+
+def test_words_keep_their_quotes(tmp_path):
+    plan = search("name='a b,c','d'", "sweep.trials=1")
+    (names,) = plan.space.values()
+    assert [compose_checked(TRAIN, [f"name={name}"]).name for name in names.choices] == [
+        "a b,c",
+        "d",
+    ]
 
 
 MISTAKES = {

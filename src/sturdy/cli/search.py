@@ -8,14 +8,13 @@ at once, and the first that is not goes on. So a killed search ends in the same 
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import (
     IntervalSweep,
     Override,
-    QuotedString,
     RangeSweep,
     Transformer,
 )
@@ -54,7 +53,7 @@ class Search:
     trials: int
     seed: int
     fixed: Sequence[str]
-    space: Mapping[str, "BaseDistribution"] = field(default_factory=dict)
+    space: Mapping[str, "BaseDistribution"]
 
 
 def is_search(words: Sequence[str]) -> bool:
@@ -234,11 +233,8 @@ def _distribution(override: Override) -> "BaseDistribution":
             raise ValueError(f"{override.input_line}: the range is empty, or does not rise")
         kind: Any = IntDistribution if isinstance(numbers[0], int) else FloatDistribution
         return kind(numbers[0], numbers[-1], step=value.step)
-    texts = [
-        item.text if isinstance(item, QuotedString) else Transformer.str(item)
-        for item in override.sweep_iterator()
-    ]
-    return CategoricalDistribution(list(dict.fromkeys(texts)))
+    words = [Transformer.str(item) for item in override.sweep_iterator()]  # with their quotes
+    return CategoricalDistribution(list(dict.fromkeys(words)))
 
 
 def _whole(key: str, text: str) -> int:

@@ -111,14 +111,19 @@ def _check_name(root: Any) -> Path:
     return path.resolve() if ".." in path.parts else path
 
 
+def check_exists(path: Path) -> None:
+    """Raise FileNotFoundError, with the nearest folder that exists, if ``path`` does not."""
+    if not path.exists():
+        existing = next(folder for folder in path.parents if folder.exists())
+        raise FileNotFoundError(
+            f"root={printable(path)} does not exist; the nearest folder that does is "
+            f"{printable(existing)}"
+        )
+
+
 def _check_folder(path: Path) -> Path:
     try:
-        if not path.exists():
-            existing = next(folder for folder in path.parents if folder.exists())
-            raise FileNotFoundError(
-                f"root={printable(path)} does not exist; the nearest folder that does is "
-                f"{printable(existing)}"
-            )
+        check_exists(path)
         if not path.is_dir():
             is_archive = path.suffix.lower().encode() in ARCHIVE_SUFFIXES
             archive = "an archive that cannot be read in place: unpack it, or make a .zip or a .tar"

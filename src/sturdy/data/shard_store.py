@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from sturdy.data.listing import printable
+from sturdy.data.roots import check_exists
 from sturdy.data.shard_index import Shard
 
 EXTRA = "pip install 'sturdy-diffusion[remote]'"
@@ -66,12 +67,7 @@ class ShardStore:
             return
         path = Path(text).expanduser().absolute()
         self.root = str(path)
-        if not path.exists():
-            existing = next(folder for folder in path.parents if folder.exists())
-            raise FileNotFoundError(
-                f"root={printable(path)} does not exist; the nearest folder that does is "
-                f"{printable(existing)}"
-            )
+        check_exists(path)
         if not path.is_dir():
             raise ValueError(f"root={printable(path)} is a file: give the folder of the shards")
 

@@ -4,7 +4,6 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.profilers import (
     AdvancedProfiler,
@@ -54,5 +53,5 @@ class TableProfiler(SimpleProfiler):
 
 def _shorten(action: str) -> str:
     """Return the name of an action without its kind and without the state of a callback."""
-    plain: Any = re.sub(r"^\[[^]]*\]|\{.*\}", "", action)
+    plain = re.sub(r"^\[[^]]*\]|\{.*\}", "", action)
     return plain if len(plain) <= 43 else f"...{plain[-40:]}"
